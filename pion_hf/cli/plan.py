@@ -1,0 +1,80 @@
+"""`pion-hf plan`: routing table, parameters per rule, and bytes of optimizer state, without training or weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+import trl
+from rich.console import Console
+from rich.table import Table
+
+from pion_hf.arguments import OPTIMIZER_CLASSES
+from pion_hf.cli.recipe import RecipeParser
+from pion_hf.cli.sft import ReportArguments
+from pion_hf.integrations.registry import groups_from, options_from
+from pion_hf.integrations.trl import PionSFTConfig
+
+
+@dataclass
+class PlanArguments:
+    """What `pion-hf plan` writes besides the tables."""
+
+    routing_file: str | None = field(default=None, metadata={"help": "Also write the routing as JSON to this file."})
+
+
+def main(argv: list[str]) -> None:
+    """Build the recipe's model without weights, route it, and print what training would use."""
+    parser = RecipeParser(
+        (
+            trl.ScriptArguments,
+            PionSFTConfig,
+            trl.ModelConfig,
+            trl.DatasetMixtureConfig,
+            ReportArguments,
+            PlanArguments,
+        ),
+        prog="pion-hf plan",
+        description=__doc__,
+    )
+    _, args, model_args, *_, plan_args = parser.parse_recipe(argv)
+    optim = args.optim.value
+    if optim not in OPTIMIZER_CLASSES:
+        raise ValueError(f"plan shows this package's optimizers ({', '.join(OPTIMIZER_CLASSES)}), not optim={optim!r}")
+    if not model_args.model_name_or_path:
+        raise ValueError("name the model: --model_name_or_path FOLDER_OR_ID, or --config RECIPE")
+    model = model_without_weights(model_args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    options, group_options = options_from(args, optim)
+    routing, groups = groups_from(args, model, optim, group_options)
+    optimizer = OPTIMIZER_CLASSES[optim](groups, lr=args.learning_rate, **options)
+    rates = {group["rule"]: group["lr"] for group in groups}
+    if plan_args.routing_file:
+        routing.save(plan_args.routing_file, rates)
+    console = Console()
+    console.print(routing.table(rates))
+    console.print(_cost_table(optimizer, optim, [r.parameter for r in routing]))
+
+
+def model_without_weights(name: str, *, trust_remote_code: bool = False) -> torch.nn.Module:
+    """The model of a checkpoint folder or hub id on the meta device: all shapes, no memory."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(f"no model config at {name!r}: {str(error).splitlines()[0]}") from None
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    return model
+
+
+def _cost_table(optimizer: torch.optim.Optimizer, optim: str, parameters: list[torch.Tensor]) -> Table:
+    ours = optimizer.state_bytes()
+    adamw = sum(2 * p.numel() * p.element_size() for p in parameters)
+    table = Table(title="Optimizer state")
+    table.add_column("optimizer")
+    table.add_column("bytes", justify="right")
+    table.add_column("of AdamW's", justify="right")
+    table.add_row(optim, f"{ours:,}", f"{ours / adamw:.2f}")
+    table.add_row("adamw_torch", f"{adamw:,}", "1.00")
+    return table

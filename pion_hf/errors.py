@@ -1,0 +1,18 @@
+"""One way of saying that a name is wrong: name it, name the nearest right one, list the rest."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+LONGEST_LIST = 30
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
+    """A `ValueError` for `name`, with the nearest of `known` and, if it is short, the whole list."""
+    known = [str(k) for k in known]
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    listing = f" Known: {', '.join(known)}." if len(known) <= LONGEST_LIST or not near else ""
+    return ValueError(f"{name!r} is not a known {what}.{hint}{listing}")

@@ -1,0 +1,149 @@
+"""Adds this package's names to transformers, so that `--optim pion` works in any Trainer."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import transformers
+from torch import nn
+
+from pion_hf.arguments import OPTIMIZER_CLASSES, PionOptions, parse_optim_args, resolve_options
+from pion_hf.routing import Routing, param_groups, routing_table
+
+OPTIMIZER_NAMES = tuple(OPTIMIZER_CLASSES)
+
+
+def register() -> None:
+    """Make this package's optimizers valid `optim` values of `TrainingArguments`. Safe to call again.
+
+    Raises:
+        RuntimeError: transformers' internals differ from those this version was written for.
+    """
+    names, handlers, trainer, optimizer_module = _host_internals()
+    for name in OPTIMIZER_NAMES:
+        if name not in names._value2member_map_:
+            _add_member(names, name)
+        handlers[names(name)] = _handle
+    for module in (trainer, optimizer_module):
+        if not hasattr(module._parse_optim_args, "strict"):
+            module._parse_optim_args = _tolerant(module._parse_optim_args)
+
+
+def _host_internals() -> tuple[Any, Any, Any, Any]:
+    try:
+        from transformers import trainer, trainer_optimizer
+        from transformers.training_args import OptimizerNames
+
+        handlers = trainer_optimizer._OPTIMIZER_HANDLERS
+        _ = trainer._parse_optim_args, trainer_optimizer._parse_optim_args, OptimizerNames._value2member_map_
+        same = trainer._OPTIMIZER_HANDLERS is handlers
+    except (ImportError, AttributeError) as error:
+        same, reason = False, str(error)
+    else:
+        reason = "transformers.trainer uses another table of optimizers"
+    if not same:
+        raise RuntimeError(
+            f"pion_hf cannot add its optimizers to transformers {transformers.__version__}: {reason}. Install a version "
+            "that setup.cfg allows, or pass Trainer(optimizer_cls_and_kwargs=(pion_hf.Pion, {'params': "
+            "pion_hf.param_groups(model)}))."
+        )
+    return OptimizerNames, handlers, trainer, trainer_optimizer
+
+
+def _add_member(enum: Any, value: str) -> None:
+    member = str.__new__(enum, value)
+    member._name_, member._value_ = value.upper(), value
+    enum._member_names_.append(member._name_)
+    enum._member_map_[member._name_] = member
+    enum._value2member_map_[value] = member
+    type.__setattr__(enum, member._name_, member)
+
+
+def _tolerant(strict: Any) -> Any:
+    """transformers splits `optim_args` at every comma, before any handler sees it, and fails on tuples and trailing commas.
+
+    Strings that it reads are read by it, so that other optimizers see no difference.
+    """
+
+    def parse(text: str | None) -> dict[str, str]:
+        try:
+            return strict(text)
+        except ValueError:
+            return {key: str(value) for key, value in parse_optim_args(text).items()}
+
+    parse.strict = strict
+    return parse
+
+
+def _handle(context: Any) -> tuple[type, dict[str, Any]]:
+    """transformers' handler contract: the optimizer's class and its keyword arguments, `params` among them."""
+    args, model = context.args, context.model
+    optim = args.optim.value
+    if model is None:
+        raise ValueError(f"optim={optim!r} routes a model's parameters by their modules: it needs the model.")
+    refuse_wrappers(args)
+    options, group_options = options_from(args, optim)
+    routing, groups = groups_from(args, model, optim, group_options)
+    announce(routing, groups, args)
+    return OPTIMIZER_CLASSES[optim], {"params": groups, "lr": args.learning_rate, **options}
+
+
+def options_from(args: Any, optim: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The constructor's and the groups' options from typed fields and `optim_args` (which wins)."""
+    typed = args.given_options() if isinstance(args, PionOptions) else {}
+    return resolve_options(optim, typed, parse_optim_args(args.optim_args))
+
+
+def groups_from(args: Any, model: nn.Module, optim: str, options: dict[str, Any]) -> tuple[Routing, list[dict]]:
+    """Route `model` and build its groups; AdamW's settings default to those of `TrainingArguments`."""
+    options = {"adamw_betas": (args.adam_beta1, args.adam_beta2), "adamw_eps": args.adam_epsilon, **options}
+    targets = options.pop("targets", None) or args.optim_target_modules
+    routing = routing_table(model, optim, targets=targets, exclude=options.pop("exclude", None))
+    groups = param_groups(
+        model, optim, lr=args.learning_rate, weight_decay=args.weight_decay, routing=routing, **options
+    )
+    return routing, groups
+
+
+def refuse_wrappers(args: Any) -> None:
+    """Raises ValueError under launchers whose parameters are not whole matrices."""
+    if getattr(args, "deepspeed", None) or _flag("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            f"optim={args.optim.value!r} does not run under DeepSpeed: ZeRO keeps flat shards, in which no matrix is "
+            "whole. Use DDP (accelerate launch --multi_gpu), or adamw_torch with DeepSpeed."
+        )
+    fsdp_version = _fsdp_version(args)
+    if fsdp_version:
+        why = (
+            "its flat shards hold no whole matrix" if fsdp_version == 1 else "updating sharded matrices is not built yet"
+        )
+        raise ValueError(
+            f"optim={args.optim.value!r} does not run under FSDP{fsdp_version}: {why}. "
+            "Use DDP (accelerate launch --multi_gpu), or adamw_torch with FSDP."
+        )
+
+
+def _fsdp_version(args: Any) -> int:
+    """0 without FSDP; TrainingArguments default to version 2, accelerate's environment to 1."""
+    if getattr(args, "fsdp", None):
+        return int((args.fsdp_config or {}).get("version", 2))
+    return int(os.environ.get("FSDP_VERSION", "1")) if _flag("ACCELERATE_USE_FSDP") else 0
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true", "yes")
+
+
+def announce(routing: Routing, groups: list[dict], args: Any) -> None:
+    """Write `routing.json` and print the table, once, on the first process."""
+    if not args.should_save:
+        return
+    rates = {group["rule"]: group["lr"] for group in groups}
+    if args.output_dir:
+        routing.save(os.path.join(args.output_dir, "routing.json"), rates)
+    if args.should_log:
+        from rich.console import Console
+
+        Console(file=sys.stderr).print(routing.table(rates))

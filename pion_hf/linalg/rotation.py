@@ -1,0 +1,304 @@
+"""Rotations of a matrix: skew generators, retractions, and how they act.
+
+Everything is written for rotations from the right, `W <- W E(alpha A)` with `W` of shape
+`(..., m, n)` and `A` of shape `(..., n, n)`. A rotation from the left is the same on transposed
+views: `-skew(D W^T)`, acting on `W`, is minus the generator of `(W^T, D^T)`, acting on `W^T`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RETRACTIONS = ("root", "cayley", "taylor")
+
+# Angles (radians) up to which 2, 3 and 5 terms of the root series are orthogonal to float32 rounding:
+# E^T E - I is theta^4 / 4, theta^6 / 64 and 5 theta^8 / 512.
+SERIES_ANGLES = ((0.006, 2), (0.05, 3), (0.1, 5))
+# Side of the blocks in which a large CPU matrix is skewed: a strided transposed read of the whole costs as much as a product.
+SKEW_BLOCK = 256
+
+
+def skew(x: Tensor) -> Tensor:
+    """`x - x^T` over the last two dimensions; exactly skew-symmetric in any precision."""
+    n = x.shape[-1]
+    if x.device.type != "cpu" or n < 2 * SKEW_BLOCK:
+        return x - x.mT
+    out = torch.empty_like(x)
+    blocks = [slice(i, i + SKEW_BLOCK) for i in range(0, n, SKEW_BLOCK)]
+    for i, rows in enumerate(blocks):
+        for columns in blocks[: i + 1]:
+            difference = x[..., rows, columns] - x[..., columns, rows].mT
+            out[..., rows, columns] = difference
+            if rows != columns:
+                out[..., columns, rows] = -difference.mT
+    return out
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Run float32 products in true float32, and put the caller's setting back afterwards.
+
+    With TF32 products Cayley's orthogonality error is 4e-3 instead of 4e-6.
+    """
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def solve(a: Tensor, b: Tensor) -> Tensor:
+    """`a^-1 b` for `a` of shape `(..., k, k)`.
+
+    One matrix at a time on CPU: MKL's batched LU, called from several threads, reports
+    "Parameter 6 was incorrect on entry to SLASWP" and may never return (torch 2.13, oneMKL).
+    """
+    if a.device.type != "cpu" or a.ndim == 2:
+        return torch.linalg.solve(a, b)
+    batch = a.shape[:-2]
+    flat_a, flat_b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
+    return torch.stack([torch.linalg.solve(x, y) for x, y in zip(flat_a, flat_b, strict=True)]).view(
+        *batch, *b.shape[-2:]
+    )
+
+
+def cayley(x: Tensor, gram: Tensor | None = None) -> Tensor:
+    """`E(x) - I` of the Cayley transform `E(x) = (I - x/2)^-1 (I + x/2)`, orthogonal for any skew `x`.
+
+    With `gram` (`F F^T`) it returns the core `C` such that `E(F^T x F) = I + F^T C F`: the
+    Woodbury form, `C = x (I - gram x / 2)^-1`.
+    """
+    gx = x if gram is None else gram @ x
+    system = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) - gx / 2
+    if gram is None:  # (I - x/2)^-1 and x commute: no transposes needed
+        return solve(system, x)
+    return solve(system.mT, x.mT).mT
+
+
+def taylor(x: Tensor, gram: Tensor | None = None, *, degree: int = 2) -> Tensor:
+    """`E(x) - I` of the truncated exponential `E(x) = sum_k x^k / k!`, `k <= degree`.
+
+    For degree 2, `E^T E = I + x^4 / 4`: singular values grow by `theta^4 / 8` a step. `gram` as in `cayley`.
+    """
+    gx = x if gram is None else gram @ x
+    out = x
+    for k in range(degree, 1, -1):
+        out = x + (out @ gx) / k
+    return out
+
+
+def root(x: Tensor, *, angle: float) -> Tensor:
+    """`E(x) - I` of `E(x) = I + x^2/2 + x (I + x^2/4)^(1/2)`, orthogonal for skew `x` up to angles of 2 rad.
+
+    The even part is exact, so the odd part's short series, `x (I + x^2/8 - x^4/128)`, leaves `E^T E - I` of order
+    `theta^8`: two or three products instead of a decomposition. Larger angles are halved first and the rotation is
+    squared, `(I + F)^2 - I = 2F + F^2`.
+
+    angle: an upper estimate of the largest rotation angle, `||x||_2`; it chooses the cost, not the result.
+    """
+    halvings = root_halvings(angle)
+    if halvings:
+        x = x / 2**halvings
+    square = x @ x
+    if x.dtype == torch.float64 or root_terms(angle / 2**halvings) == 5:
+        increment = square / 2 + x + x @ (square / 8 - (square @ square) / 128)
+    else:
+        increment = square / 2 + x + x @ (square / 8)
+    for _ in range(halvings):
+        increment = 2 * increment + increment @ increment
+    return increment
+
+
+# Coefficients of x^2, x^3, x^5 in E(x) - I; those of x and x^4 are 1 and 0.
+ROOT_SERIES = {2: 1 / 2, 3: 1 / 8, 5: -1 / 128}
+
+
+def root_halvings(angle: float) -> int:
+    """How often a rotation of `angle` is halved before the series takes it."""
+    largest = SERIES_ANGLES[-1][0]
+    return max(0, math.ceil(math.log2(angle / largest))) if math.isfinite(angle) and angle > 0 else 0
+
+
+def root_terms(angle: float) -> int:
+    """Terms of the root series that leave it orthogonal to float32 rounding at `angle`."""
+    return next((terms for limit, terms in SERIES_ANGLES if angle <= limit), SERIES_ANGLES[-1][1])
+
+
+def matmul(a: Tensor, b: Tensor, *, dtype: torch.dtype | None) -> Tensor:
+    """`a b`, multiplied in `dtype` (None: their own) and returned in `a`'s."""
+    if dtype is None or dtype == a.dtype:
+        return a @ b
+    return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
+
+
+class Increment(NamedTuple):
+    """`E - I` of one rotation, `(..., n, n)`: `right` itself, or `left right` with `left` `(..., n, r)`.
+
+    With `terms` the matrix is never formed: `right` is a generator, and so many terms of the root series of
+    `alpha right` act on the rows one after another, which is cheaper for fewer rows than `n`. All but the first may be
+    multiplied in `tail_dtype`.
+    """
+
+    right: Tensor
+    left: Tensor | None = None
+    terms: int = 0
+    alpha: Tensor | float = 1.0
+    tail_dtype: torch.dtype | None = None
+
+    def rotate(self, x: Tensor, *, side: str = "in", dtype: torch.dtype | None = None) -> Tensor:
+        """`x E` for `x` of shape `(..., p, n)`, or for `side="out"` `E^T x`, `(..., n, p)`; products in `dtype`."""
+        power = x if self.left is None else _product(x, self.left, side, dtype)
+        power = _product(power, self.right, side, dtype)
+        if not self.terms:
+            return x + power
+        scale = self.alpha
+        total = x + power * scale if isinstance(scale, Tensor) else x.add(power, alpha=scale)
+        for term in range(2, self.terms + 1):
+            power = _product(power, self.right, side, dtype or self.tail_dtype)
+            scale = scale * self.alpha
+            if term in ROOT_SERIES:
+                weight = scale * ROOT_SERIES[term]
+                total = total + power * weight if isinstance(weight, Tensor) else total.add_(power, alpha=weight)
+        return total
+
+
+def _product(x: Tensor, factor: Tensor, side: str, dtype: torch.dtype | None) -> Tensor:
+    """`x factor`, or `factor^T x` for `side="out"`: the same on transposed views, without transposed memory."""
+    return matmul(x, factor, dtype=dtype) if side == "in" else matmul(factor.mT, x, dtype=dtype)
+
+
+class Generator(NamedTuple):
+    """A skew matrix `A`, `(..., n, n)`: `core` itself, or `factor^T core factor`.
+
+    core: `(..., n, n)` or `(..., r, r)`, skew. factor: `(..., r, n)`. gram: `factor factor^T`, None where it is
+    the identity (orthonormal rows).
+    """
+
+    core: Tensor
+    factor: Tensor | None = None
+    gram: Tensor | None = None
+
+    def act(self, x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """`x A` for rows `x` of shape `(..., p, n)`, multiplied in `dtype`."""
+        if self.factor is not None:
+            x = matmul(x, self.factor.mT, dtype=dtype)
+        x = matmul(x, self.core, dtype=dtype)
+        return x if self.factor is None else matmul(x, self.factor, dtype=dtype)
+
+    def act_norm(self, x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """`||x A||_F`, shape `(..., 1, 1)`, without an `n`-wide product in the factored form."""
+        if self.factor is None:
+            return torch.linalg.matrix_norm(matmul(x, self.core, dtype=dtype), keepdim=True)
+        coefficients = matmul(matmul(x, self.factor.mT, dtype=dtype), self.core, dtype=dtype)
+        if self.gram is None:
+            return torch.linalg.matrix_norm(coefficients, keepdim=True)
+        squared = (matmul(coefficients, self.gram, dtype=dtype) * coefficients).sum((-2, -1), keepdim=True)
+        return squared.clamp_min(0).sqrt()
+
+    def spectral_norm(self, *, iterations: int = 8) -> Tensor:
+        """Estimate of `||A||_2`, the largest rotation angle at unit step, shape `(..., 1, 1)`.
+
+        Power iteration on `A^T A` from a fixed random start: a lower bound, within a few percent.
+        """
+        # With orthonormal rows the core has the same singular values.
+        small = Generator(self.core) if self.gram is None else self
+        n = small.core.shape[-1] if small.factor is None else small.factor.shape[-1]
+        seed = torch.Generator().manual_seed(0)
+        v = torch.randn(1, n, generator=seed, dtype=torch.float64).to(self.core).expand(*self.core.shape[:-2], 1, n)
+        norm = torch.zeros_like(v[..., :1])
+        tiny = torch.finfo(v.dtype).tiny
+        for _ in range(iterations):
+            v = v / torch.linalg.matrix_norm(v, keepdim=True).clamp_min(tiny)
+            u = small.act(v)
+            norm = torch.linalg.matrix_norm(u, keepdim=True)
+            v = small.act(u)
+        return norm
+
+    def increment(
+        self,
+        alpha: Tensor | float,
+        *,
+        retraction: str,
+        degree: int = 2,
+        rows: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Increment:
+        """`E(alpha A) - I`, with `alpha` of shape `(..., 1, 1)` or a number.
+
+        rows: how many rows it will act on in full precision, if that is known to be few; dtype: a lower one that
+        terms below the rounding of the result may be multiplied in.
+        """
+        if retraction == "root" and self.gram is None:
+            return self._root_increment(alpha, rows, dtype)
+        x = self.core * alpha
+        if retraction == "taylor":
+            core = taylor(x, self.gram, degree=degree)
+        elif retraction in ("cayley", "root"):
+            # The root's series wants powers of A itself; a low-rank core is small enough to decompose.
+            core = cayley(x, self.gram)
+        else:
+            raise ValueError(f"retraction must be one of {RETRACTIONS}, got {retraction!r}")
+        return self._with_factor(core)
+
+    def _with_factor(self, core: Tensor) -> Increment:
+        return Increment(core) if self.factor is None else Increment(core @ self.factor, self.factor.mT)
+
+    def _root_increment(self, alpha: Tensor | float, rows: int | None, dtype: torch.dtype | None) -> Increment:
+        angles = Generator(self.core).spectral_norm(iterations=4) * alpha
+        # Power iteration is a lower bound. Meta tensors (a plan without weights) have shapes and no angle.
+        angle = 0.0 if angles.is_meta else 1.5 * angles.max().item()
+        terms = root_terms(angle)
+        few_rows = self.factor is None and rows is not None and rows < self.core.shape[-1]
+        if few_rows and not root_halvings(angle):
+            return Increment(self.core, terms=terms, alpha=alpha, tail_dtype=dtype if terms == 2 else None)
+        return self._with_factor(root(self.core * alpha, angle=angle))
+
+
+def generator(
+    left: Tensor, right: Tensor, *, rows: int = 0, dense: bool | None = None, dtype: torch.dtype | None = None
+) -> Generator:
+    """The generator `A = -skew(L^T R)` of factors `L`, `R` of shape `(..., k, n)`.
+
+    `L = W`, `R = D` is the paper's generator of the direction `D` (the `lie` metric). `A` has rank
+    at most `2k`; the factored form `[L; R]^T K [L; R]` with `K = [[0, -I], [I, 0]]` is kept when
+    rotating `rows` rows with it costs fewer flops than the dense one, unless `dense` says which. `A` has the
+    given `dtype`; factors of a lower one are multiplied in it, and the dense form is skewed exactly afterwards.
+    """
+    k, n = left.shape[-2:]
+    if dense is None:
+        dense = dense_flops(k, n, rows) <= factored_flops(k, n, rows)
+    dtype = dtype or left.dtype
+    if dense:
+        return Generator(skew(right.mT @ left).to(dtype))
+    factor = torch.cat((left, right), dim=-2).to(dtype)
+    core = torch.zeros(2 * k, 2 * k, dtype=dtype, device=left.device)
+    core[:k, k:] = -torch.eye(k, dtype=dtype, device=left.device)
+    core[k:, :k] = torch.eye(k, dtype=dtype, device=left.device)
+    core = core.expand(*left.shape[:-2], 2 * k, 2 * k)
+    return Generator(core, factor, factor @ factor.mT)
+
+
+def dense_flops(k: int, n: int, rows: int) -> float:
+    """Flops to form `A` from `(k, n)` factors, take its Cayley increment and apply it to `rows` rows."""
+    return 2 * k * n**2 + (2 / 3 + 2) * n**3 + 2 * rows * n**2
+
+
+def factored_flops(k: int, n: int, rows: int) -> float:
+    """The same in the factored form, whose core is `(2k, 2k)`."""
+    r = 2 * k
+    return 2 * r**2 * n + (2 / 3 + 4) * r**3 + rows * (4 * r * n + 2 * r**2)
+
+
+def rms_scale(norm: Tensor, *, lr: float, rms: float, numel: int) -> Tensor:
+    """`alpha = lr * rms * sqrt(m n) / (||dW||_F + 1e-12)`: the update's RMS becomes `lr * rms`."""
+    return lr * rms * math.sqrt(numel) / (norm + 1e-12)

@@ -1,0 +1,133 @@
+"""What a rotation must not change, and how the ambient metric sees it: singular values and their bases."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pion_hf.linalg.rotation import Generator, generator, matmul, skew
+
+
+def singular_values(w: Tensor) -> Tensor:
+    """Singular values of `w`, `(..., m, n)`, descending, `(..., min(m, n))` in float64.
+
+    From the float64 Gram matrix of the smaller side: several times cheaper than an SVD, with an
+    absolute error of `1e-16 s_max^2 / s_i`, below float32's own rounding wherever `s_i > 1e-8 s_max`.
+    """
+    w = w.double()
+    gram = w @ w.mT if w.shape[-2] <= w.shape[-1] else w.mT @ w
+    return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
+
+
+def spectral_drift(before: Tensor, after: Tensor) -> Tensor:
+    """Largest change of a singular value relative to the spectral norm: `max_i |s_i - s_i'| / s_1`, shape `(...)`.
+
+    By Weyl's inequality this is what an error of relative size `drift` in the matrix can cause.
+    """
+    return (after - before).abs().amax(-1) / before.amax(-1).clamp_min(torch.finfo(before.dtype).tiny)
+
+
+class Basis(NamedTuple):
+    """Singular vectors of the smaller side as rows, `(..., k, k)`, and all `k = min(m, n)` singular values, `(..., k)`.
+
+    Descending. For `m >= n` the rows are right singular vectors (`V^T`), else left ones (`U^T`).
+    """
+
+    rows: Tensor
+    values: Tensor
+
+
+def singular_basis(w: Tensor) -> Basis:
+    """The smaller side's singular basis of `w`, `(..., m, n)`, in `w`'s dtype.
+
+    float64 input goes through an SVD; lower precision through the float64 Gram matrix, which is more
+    accurate than a float32 SVD and faster.
+    """
+    tall = w.shape[-2] >= w.shape[-1]
+    if w.dtype == torch.float64:
+        u, s, vh = torch.linalg.svd(w, full_matrices=False)
+        return Basis(vh if tall else u.mT, s)
+    wd = w.double()
+    values, vectors = torch.linalg.eigh(wd.mT @ wd if tall else wd @ wd.mT)
+    rows = vectors.flip(-1).mT.contiguous()
+    return Basis(rows.to(w.dtype), values.flip(-1).clamp_min(0).sqrt().to(w.dtype))
+
+
+def numerical_zero(values: Tensor) -> Tensor:
+    """Which singular values are zero within rounding: below `k eps s_1`, as in `matrix_rank`. Boolean, `(..., k)`."""
+    tolerance = values.shape[-1] * torch.finfo(values.dtype).eps
+    return values <= tolerance * values[..., :1]
+
+
+def ambient_generator(
+    w: Tensor,
+    direction: Tensor,
+    basis: Basis,
+    *,
+    right: bool,
+    hold: float = 0.0,
+    rows: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Generator:
+    """The skew `A`, `(..., n, n)`, whose `W A` is nearest to `-D` in the Frobenius norm.
+
+    It solves `C A + A C = -skew(W^T D)` with `C = W^T W`: in the basis of right singular vectors
+    `A_ij = -S_ij / (s_i^2 + s_j^2)`, 0 where both are 0. The part of `D` outside `W`'s row space passes
+    unchanged. With `hold = h` the `int(h k)` leading singular directions are left alone.
+
+    w, direction: `(..., m, n)`; basis: of `w`'s smaller side (see `singular_basis`); right: whether its
+    rows are right singular vectors of `w` (needs `m >= n`) or left ones (`m <= n`); rows: how many rows will be
+    rotated (see `generator`); dtype: of the products that form `A`, which is skewed exactly afterwards.
+    """
+    held = int(hold * min(w.shape[-2:]))
+    form = _from_right_basis if right else _from_left_basis
+    return form(w, direction, basis, held=held, rows=rows, dtype=dtype)
+
+
+def _inside(seen: Tensor, values: Tensor, held: int) -> Tensor:
+    """`A` between singular directions, `(..., k, k)`, from `seen = U^T D V`: `-(s_i D_ij - s_j D_ji) / (s_i^2 + s_j^2)`.
+
+    0 where both singular values are zero or a direction is held.
+    """
+    s = values.masked_fill(numerical_zero(values), 0)
+    squared = s.square()
+    sums = squared.unsqueeze(-1) + squared.unsqueeze(-2)
+    weights = torch.where(sums > 0, sums.reciprocal(), 0)
+    if held:
+        weights[..., :held, :] = 0
+        weights[..., :, :held] = 0
+    return -skew(s.unsqueeze(-1) * seen) * weights
+
+
+def _reciprocal(values: Tensor) -> Tensor:
+    return torch.where(numerical_zero(values), 0, values.reciprocal())
+
+
+def _from_right_basis(
+    w: Tensor, direction: Tensor, basis: Basis, *, held: int, rows: int, dtype: torch.dtype | None
+) -> Generator:
+    vt, values = basis
+    u = (w @ vt.mT) * _reciprocal(values).unsqueeze(-2)
+    seen = matmul(matmul(u.mT, direction, dtype=dtype), vt.mT, dtype=dtype)
+    return Generator(_inside(seen, values, held), factor=vt)
+
+
+def _from_left_basis(
+    w: Tensor, direction: Tensor, basis: Basis, *, held: int, rows: int, dtype: torch.dtype | None
+) -> Generator:
+    ut, values = basis
+    inverse = _reciprocal(values).unsqueeze(-1)
+    vt = (ut @ w) * inverse  # right singular vectors of the nonzero values
+    low = vt if dtype is None else vt.to(dtype)
+    projected = ut.to(low.dtype) @ direction.to(low.dtype)
+    seen = projected @ low.mT
+    a = _inside(seen.to(w.dtype), values, held)
+    right = (a / -2).to(low.dtype) @ low
+    if w.shape[-1] > w.shape[-2]:
+        outside = (projected - seen @ low) * inverse.to(low.dtype)
+        if held:
+            outside[..., :held, :] = 0
+        right += outside
+    return generator(low, right, rows=rows, dtype=w.dtype)

@@ -1,0 +1,332 @@
+"""The one `step()` of this package: checks, bucketing by shape, AdamW for everything that is not a matrix."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from pion_hf.errors import unknown
+from pion_hf.linalg.rotation import full_float32
+from pion_hf.optim import blocks
+
+# Elements of the matrices updated together: bounds the extra memory of a step (a few times as many floats). On a CPU
+# a batch gains nothing, and one that leaves the cache loses: there it is about one matrix.
+CHUNK_ELEMENTS = {"cpu": 2**20}
+CHUNK_ELEMENTS_DEFAULT = 2**25
+
+# Keys that torch, its schedulers or the routing put into a group, besides the options of a rule.
+STRUCTURAL_KEYS = {"params", "param_names", "rule", "layout", "role", "initial_lr"}
+
+
+class Block(NamedTuple):
+    """One entry of a bucket: the `index`-th view of `param` (see `blocks.split`)."""
+
+    param: Tensor
+    name: str
+    index: int
+    view: Tensor
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """Updates matrices by a rule of its own and everything else by torch's AdamW.
+
+    A subclass sets `matrix_rules`, checks its options in `check_options`, and overrides `update`.
+
+    A group's `rule` chooses: one of `matrix_rules`, or `"adamw"`. Groups without a rule, `(name, tensor)`
+    pairs and bare tensors are divided: 2-D tensors are matrices, the rest goes to AdamW.
+    Every hyperparameter lives in the groups; state is created at a parameter's first step, so that a wrapper
+    may replace parameters between construction and training.
+
+    A step whose gradients are not all finite is skipped before any state is touched; `skipped_steps` counts.
+    """
+
+    matrix_rules: tuple[str, ...] = ()
+    isospectral_rules: tuple[str, ...] = ()
+
+    def __init__(self, params: Iterable, defaults: dict[str, Any]) -> None:
+        self.skipped_steps = 0
+        groups = list(itertools.chain.from_iterable(self._divide(entry) for entry in _as_groups(params)))
+        if not any(group["rule"] in self.matrix_rules for group in groups):
+            raise ValueError(
+                f"{type(self).__name__} was given no matrix to update: pass at least one 2-D parameter, or a group "
+                f"with rule={self.matrix_rules[0]!r}; for a model, use pion_hf.param_groups(model)."
+            )
+        super().__init__(groups, defaults)
+
+    # -- groups ---------------------------------------------------------------------------------
+
+    def _divide(self, group: dict) -> Iterator[dict]:
+        """A group without a rule becomes one of matrices and one for AdamW."""
+        if "rule" in group:
+            yield group
+            return
+        params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        matrices = [p for p in params if _tensor(p).ndim == 2]
+        others = [p for p in params if _tensor(p).ndim != 2]
+        if matrices:
+            yield {**group, "params": matrices, "rule": self.matrix_rules[0]}
+        if others:
+            yield {**group, "params": others, "rule": "adamw"}
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Raises ValueError for unknown keys, bad values, and parameters this optimizer cannot take."""
+        rules = (*self.matrix_rules, "adamw")
+        rule = param_group.get("rule", self.matrix_rules[0])
+        if rule not in rules:
+            raise unknown(f"rule of {type(self).__name__}", rule, rules)
+        for key in param_group:
+            if key not in STRUCTURAL_KEYS and key not in self.defaults:
+                raise unknown(f"option of {type(self).__name__}", key, self.defaults)
+        param_group.setdefault("layout", "")
+        layout = blocks.Layout.parse(param_group["layout"])
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_common(group)
+            self.check_options(group)
+            for name, p in _named(group):
+                _check_parameter(name, p)
+                if rule != "adamw":
+                    try:
+                        blocks.split(p, layout)
+                    except ValueError as error:
+                        raise ValueError(f"parameter {name}, rule {rule!r}: {error}") from None
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def check_options(self, group: dict) -> None:
+        """Raise ValueError for options of this algorithm that are wrong or do not combine."""
+
+    # -- the step -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step over all groups. Parameters without a gradient are left alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._gradients_are_finite():
+            self.skipped_steps += 1
+            if self.skipped_steps == 1:
+                warnings.warn(
+                    "A gradient is not finite: this step is skipped, weights and optimizer state are untouched. "
+                    "Further skipped steps are counted in optimizer.skipped_steps without a warning.",
+                    stacklevel=2,
+                )
+            return loss
+        with full_float32():
+            for group in self.param_groups:
+                if group["rule"] == "adamw":
+                    self._adamw_step(group)
+                else:
+                    self._matrix_step(group)
+        return loss
+
+    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+        """The rule: the new weights `(b, m, n)` of a batch of matrices of one shape, in working precision.
+
+        `state` is empty at a matrix's first step and afterwards holds what the rule put there, each entry
+        with the batch dimension first; the rule replaces or adds entries. `step` counts from 1.
+        """
+        raise NotImplementedError
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state once every parameter has taken a step; takes none, allocates nothing."""
+        total = 0
+        for group in self.param_groups:
+            layout = blocks.Layout.parse(group["layout"])
+            shapes = Counter((tuple(p.shape), p.dtype) for p in group["params"])
+            for (shape, dtype), count in shapes.items():
+                p = torch.empty(shape, dtype=dtype, device="meta")
+                if group["rule"] == "adamw":
+                    total += count * 2 * p.numel() * p.element_size()
+                    continue
+                for view in blocks.split(p, layout):
+                    weight, state = _stack([view], _working_dtype(dtype)), {}
+                    self.update(weight, torch.empty_like(weight), state, group=group, step=1)
+                    total += count * sum(value.numel() * value.element_size() for value in state.values())
+        return total
+
+    def check_matrix(self, name: str, matrix: Tensor) -> None:
+        """Called once per matrix, `(E, m, n)`, before its first step; raises ValueError if the rule cannot take it."""
+        if not torch.isfinite(matrix).all():
+            raise ValueError(f"{name} holds values that are not finite: load or initialise it before training.")
+
+    def _gradients_are_finite(self) -> bool:
+        norms = defaultdict(list)
+        for group in self.param_groups:
+            for name, p in _named(group):
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise ValueError(f"the gradient of {name} is sparse: use nn.Embedding(sparse=False).")
+                norms[p.grad.device].append(p.grad)
+        # A sum of norms is finite exactly when all entries are (and their squares do not overflow).
+        return all(
+            torch.stack([n.float() for n in torch._foreach_norm(grads, math.inf)]).sum().isfinite().item()
+            for grads in norms.values()
+        )
+
+    def _matrix_step(self, group: dict) -> None:
+        layout = blocks.Layout.parse(group["layout"])
+        buckets: dict[tuple, list[Block]] = defaultdict(list)
+        for name, p in _named(group):
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            views = blocks.split(p, layout)
+            if not state:
+                for view in views:
+                    self.check_matrix(name, blocks.merge_rows(view))
+                state["step"] = 0
+            state["step"] += 1
+            for index, view in enumerate(views):
+                shape = (view.shape[1] * view.shape[2], view.shape[3])
+                key = (*shape, view.dtype, view.device, state["step"])
+                buckets[key].append(Block(p, name, index, view))
+        for (m, n, _, device, step), members in buckets.items():
+            limit = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS_DEFAULT) // (m * n)
+            for chunk in _chunks(members, limit=max(1, limit)):
+                self._update_chunk(chunk, layout, group, step)
+
+    def _update_chunk(self, chunk: list[Block], layout: blocks.Layout, group: dict, step: int) -> None:
+        sizes = [block.view.shape[0] for block in chunk]
+        dtype = _working_dtype(chunk[0].view.dtype)
+        weight = _stack([block.view for block in chunk], dtype)
+        grad = _stack([blocks.split(block.param.grad, layout)[block.index] for block in chunk], dtype)
+        state = self._load_state(chunk, layout, dtype) if step > 1 else {}
+        new = self.update(weight, grad, state, group=group, step=step)
+        self._store_state(chunk, layout, state, sizes)
+        for block, part in zip(chunk, new.split(sizes), strict=True):
+            block.view.copy_(part.view(block.view.shape))
+
+    def _load_state(self, chunk: list[Block], layout: blocks.Layout, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Buffers of the weight's shape are kept whole (`momentum`), others by block (`basis.0`)."""
+        first, state = chunk[0], {}
+        for key in self.state[first.param]:
+            name, _, index = key.partition(".")
+            if name == "step" or (index and int(index) != first.index):
+                continue
+            if index:
+                state[name] = torch.cat([self.state[b.param][f"{name}.{b.index}"] for b in chunk])
+            else:
+                state[name] = _stack([blocks.split(self.state[b.param][name], layout)[b.index] for b in chunk], dtype)
+        return state
+
+    def _store_state(self, chunk: list[Block], layout: blocks.Layout, state: dict[str, Tensor], sizes: list[int]) -> None:
+        matrix_shape = blocks.merge_rows(chunk[0].view).shape[1:]
+        for name, stacked in state.items():
+            for block, part in zip(chunk, stacked.split(sizes), strict=True):
+                kept = self.state[block.param]
+                if part.shape[1:] == matrix_shape and name not in self.per_block_state:
+                    if name not in kept:
+                        kept[name] = torch.zeros_like(block.param, dtype=part.dtype)
+                    view = blocks.split(kept[name], layout)[block.index]
+                    view.copy_(part.view(view.shape))
+                else:
+                    kept[f"{name}.{block.index}"] = part.clone()
+
+    per_block_state: frozenset[str] = frozenset()
+    """State whose shape may happen to equal the weight's, and is kept by block all the same."""
+
+    def _adamw_step(self, group: dict) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(
+                    step=torch.zeros((), dtype=torch.float32, device=p.device),
+                    exp_avg=torch.zeros_like(p),
+                    exp_avg_sq=torch.zeros_like(p),
+                )
+        states = [self.state[p] for p in params]
+        adamw(
+            params,
+            [p.grad for p in params],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=all(p.device.type in ("cpu", "cuda") for p in params),
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _as_groups(params: Iterable) -> list[dict]:
+    params = [params] if isinstance(params, (Tensor, dict)) else list(params)
+    if not params:
+        raise ValueError("the optimizer was given no parameters.")
+    if isinstance(params[0], dict):
+        return [dict(group) for group in params]
+    return [{"params": params}]
+
+
+def _tensor(param: Tensor | tuple[str, Tensor]) -> Tensor:
+    return param[1] if isinstance(param, tuple) else param
+
+
+def _named(group: dict) -> Iterator[tuple[str, Tensor]]:
+    names = group.get("param_names") or [f"parameter {i} of its group" for i in range(len(group["params"]))]
+    return zip(names, group["params"], strict=True)
+
+
+def _stack(views: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """`(b, m, n)` from views `(E, h, d, n)`; always a copy, so that a rule may work in place."""
+    merged = [blocks.merge_rows(v) for v in views]
+    stacked = torch.cat(merged)
+    return stacked.to(dtype)
+
+
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Rotations are formed in float32 at least, whatever the weight is stored in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _chunks(members: list[Block], limit: int) -> Iterator[list[Block]]:
+    for start in range(0, len(members), limit):
+        yield members[start : start + limit]
+
+
+def _check_common(group: dict) -> None:
+    lr, eps, decay = group["lr"], group["eps"], group["weight_decay"]
+    if not lr >= 0:
+        raise ValueError(f"lr must be at least 0, got {lr}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    if not decay >= 0:
+        raise ValueError(f"weight_decay must be at least 0, got {decay}")
+    betas = group["betas"]
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+
+
+def _check_parameter(name: str, p: Tensor) -> None:
+    if p.is_complex():
+        raise ValueError(f"{name} is complex; only real parameters can be optimized here.")
+    if p.is_sparse or p.layout != torch.strided:
+        raise ValueError(f"{name} is sparse; only dense parameters can be optimized here.")
+    if not p.is_floating_point():
+        raise ValueError(f"{name} has dtype {p.dtype}; freeze quantised weights (requires_grad_(False)).")
+    if type(p).__name__ == "FlatParameter" or getattr(p, "_is_flat_param", False):
+        raise ValueError(
+            f"{name} is a flat shard of FSDP1, which holds no whole matrix: use FSDP2 (fsdp_version: 2) or DDP."
+        )
+    if hasattr(p, "device_mesh"):
+        raise ValueError(
+            f"{name} is a DTensor (FSDP2 or tensor parallel), which this version does not update: use DDP or one process."
+        )

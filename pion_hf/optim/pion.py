@@ -1,0 +1,301 @@
+"""Pion (arXiv 2605.12492): every matrix moves by rotations from the left and the right, `W <- R W P`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pion_hf.errors import unknown
+from pion_hf.linalg.polar import POLAR_METHODS, polar_factor
+from pion_hf.linalg.rotation import RETRACTIONS, Generator, Increment, generator, rms_scale, skew
+from pion_hf.linalg.spectrum import Basis, ambient_generator, singular_basis
+from pion_hf.optim.base import MatrixOptimizer
+
+CHOICES = {
+    "momentum": ("transported", "lie", "ambient"),
+    "direction": ("gradient", "adam", "polar", "msign"),
+    "metric": ("lie", "ambient"),
+    "side": ("alternate", "in", "out", "both"),
+    "scale": ("rms", "none", "spectral"),
+    "polar": POLAR_METHODS,
+    "retraction": RETRACTIONS,
+    "generator_dtype": ("auto", "float32", "bfloat16"),
+}
+
+# The set of choices of arXiv 2605.12492.
+PRESETS = {
+    "paper": {
+        "momentum": "lie",
+        "direction": "gradient",
+        "metric": "lie",
+        "hold": 0.0,
+        "scale": "rms",
+        "side": "alternate",
+        "retraction": "taylor",
+        "degree": 2,
+    }
+}
+
+# Steps between fresh decompositions of the carried singular bases; in between they only collect rounding errors.
+BASIS_REFRESH = 500
+
+
+class Pion(MatrixOptimizer):
+    """Isospectral optimizer: a step rotates every matrix, so that its singular values never change.
+
+    A step is `W <- W E(alpha A_in)` and/or `W <- E(alpha A_out) W` with skew generators `A` and an orthogonal
+    retraction `E`. Matrices of a group with rule `pion` are rotated; groups with rule `adamw` (and tensors that are
+    not 2-D) get torch's AdamW with the group's own `lr`, `betas`, `eps`, `weight_decay`. A rotated matrix has no
+    weight decay: it would change the spectrum.
+
+    Args:
+        params: tensors, `(name, tensor)` pairs or groups; for a model, `pion_hf.param_groups(model)`.
+        lr: step size. With `scale="rms"` a matrix's update has the RMS `lr * rms`; with `none` the direction's own.
+        betas: decay of the momentum and of the second moment (and AdamW's).
+        eps: added to the root of the second moment.
+        rms: the update's RMS at `lr = 1` (`scale="rms"`); 0.2 is that of a typical AdamW update.
+        side: `in` (rotates input space), `out`, `alternate` (odd steps in, even ones out), `both`.
+        momentum: `transported` (of the gradient, carried along by the rotations), `lie` (of both generators, as in the
+            paper; three times the weight's memory), `ambient` (of the gradient, left where it is).
+        second_moment: divide by the root of a second moment (`direction="gradient"` only; the paper's variant).
+        direction: the step without the constraint: `gradient`, `adam` (AdamW's step), `polar` (Muon's step), or `msign`
+            (as `gradient`, but each generator is replaced by its polar factor).
+        metric: which rotation stands for the direction: `lie` (steepest descent in the generators, the paper's) or
+            `ambient` (the rotation whose first-order effect is nearest to the direction).
+        scale: `rms`, `none` (`alpha = lr`), or `spectral` (the largest rotation angle is `lr`).
+        hold: fraction of leading singular directions left alone (`metric="ambient"` only).
+        polar: `express`, `quintic` or `svd`, for `polar` and `msign`; polar_steps: its iterations.
+        retraction: `root` and `cayley` are orthogonal at any angle; `taylor` of `degree` grows singular values by
+            `theta^4 / 8` a step at degree 2.
+        generator_dtype: of the products that form a generator and carry the momentum; they are skewed exactly
+            afterwards, so the spectrum does not notice. `auto` is bfloat16 where the hardware multiplies it faster.
+        weight_decay: decoupled, of the AdamW groups.
+        preset: `"paper"` sets momentum, direction, metric, hold, scale, side, retraction and degree as published.
+
+    Raises:
+        ValueError: an unknown option or value, options that do not combine, a zero or non-finite matrix.
+    """
+
+    matrix_rules = ("pion",)
+    isospectral_rules = ("pion",)
+    per_block_state = frozenset({"basis", "values", "lie_in", "lie_out", "lie_in_sq", "lie_out_sq"})
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-4,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        rms: float = 0.2,
+        side: Literal["alternate", "in", "out", "both"] = "alternate",
+        momentum: Literal["transported", "lie", "ambient"] = "transported",
+        second_moment: bool = False,
+        direction: Literal["gradient", "adam", "polar", "msign"] = "adam",
+        power: float = 0.5,
+        metric: Literal["lie", "ambient"] = "ambient",
+        scale: Literal["rms", "none", "spectral"] = "none",
+        hold: float = 0.02,
+        polar: Literal["express", "quintic", "svd"] = "express",
+        polar_steps: int = 5,
+        retraction: Literal["root", "cayley", "taylor"] = "root",
+        degree: int = 2,
+        generator_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        weight_decay: float = 0.0,
+        preset: Literal["paper"] | None = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            rms=rms,
+            side=side,
+            momentum=momentum,
+            second_moment=second_moment,
+            direction=direction,
+            power=power,
+            metric=metric,
+            scale=scale,
+            hold=hold,
+            polar=polar,
+            polar_steps=polar_steps,
+            retraction=retraction,
+            degree=degree,
+            generator_dtype=generator_dtype,
+            weight_decay=weight_decay,
+        )
+        if preset is not None:
+            if preset not in PRESETS:
+                raise unknown("preset", preset, PRESETS)
+            defaults.update(PRESETS[preset])
+        super().__init__(params, defaults)
+
+    def check_options(self, group: dict) -> None:
+        for option, known in CHOICES.items():
+            if group[option] not in known:
+                raise unknown(f"value of {option}", group[option], known)
+        _check_range("rms", group["rms"], group["rms"] > 0, "above 0")
+        _check_range("hold", group["hold"], 0 <= group["hold"] < 1, "in [0, 1)")
+        _check_range("polar_steps", group["polar_steps"], 1 <= group["polar_steps"] <= 10, "in 1..10")
+        _check_range("degree", group["degree"], 1 <= group["degree"] <= 20, "in 1..20")
+        lie, ambient = group["momentum"] == "lie", group["metric"] == "ambient"
+        clashes = {
+            "momentum='lie' averages generators: it needs direction='gradient' or 'msign'": lie
+            and group["direction"] not in ("gradient", "msign"),
+            "momentum='lie' averages generators of the lie metric: it needs metric='lie'": lie and ambient,
+            "side='both' is not for metric='ambient' (each side alone comes as near to the direction as it can, "
+            "their sum overshoots): use side='alternate'": ambient and group["side"] == "both",
+            "hold needs metric='ambient': the lie metric knows no singular directions; set hold=0": group["hold"] > 0
+            and not ambient,
+            "second_moment=True needs direction='gradient'; direction='adam' has a second moment of its own": group[
+                "second_moment"
+            ]
+            and group["direction"] != "gradient",
+            "direction='msign' replaces each generator by its polar factor: it needs metric='lie'": group["direction"]
+            == "msign"
+            and ambient,
+        }
+        for message, clash in clashes.items():
+            if clash:
+                raise ValueError(f"These options do not combine: {message}.")
+
+    def check_matrix(self, name: str, matrix: Tensor) -> None:
+        super().check_matrix(name, matrix)
+        if not matrix.flatten(1).any(dim=1).all():
+            raise ValueError(
+                f"{name} is (or holds) a zero matrix, which no rotation can move. Initialise it, train it with AdamW "
+                "(exclude it from the rotated matrices), or freeze it."
+            )
+
+    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+        sides = _sides(group["side"], step)
+        if group["momentum"] == "lie":
+            generators = _lie_momentum_generators(weight, grad, state, group=group, sides=sides)
+        else:
+            direction = _direction(grad, state, group=group, step=step)
+            if group["metric"] == "ambient" and (step - 1) % BASIS_REFRESH == 0:
+                state["basis"], state["values"] = singular_basis(weight)
+            generators = {side: _generator(weight, direction, state, side=side, group=group) for side in sides}
+        if group["direction"] == "msign":
+            generators = {side: Generator(_polar(a.core, group)) for side, a in generators.items()}
+        alpha = _step_size(weight, generators, group=group)
+        dtype = _product_dtype(weight, group)
+        for side, a in generators.items():
+            rows = _seen_from(weight, side).shape[-2]
+            increment = a.increment(
+                alpha, retraction=group["retraction"], degree=group["degree"], rows=rows, dtype=dtype
+            )
+            weight = increment.rotate(weight, side=side)
+            if group["momentum"] == "transported":
+                state["momentum"] = increment.rotate(state["momentum"], side=side, dtype=dtype)
+            if "basis" in state and side == _basis_side(weight):
+                state["basis"] = increment.rotate(state["basis"])
+        return weight
+
+
+def _check_range(option: str, value: float, ok: bool, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{option} must be {wanted}, got {value}")
+
+
+def _sides(side: str, step: int) -> tuple[str, ...]:
+    if side == "alternate":
+        return ("in",) if step % 2 else ("out",)
+    return ("in", "out") if side == "both" else (side,)
+
+
+def _seen_from(x: Tensor, side: str) -> Tensor:
+    """The frame in which a rotation of `side` acts from the right."""
+    return x if side == "in" else x.mT
+
+
+def _basis_side(weight: Tensor) -> str:
+    """The smaller side, whose singular vectors `singular_basis` returns."""
+    return "in" if weight.shape[-2] >= weight.shape[-1] else "out"
+
+
+def _product_dtype(weight: Tensor, group: dict) -> torch.dtype | None:
+    """Of the products that may be rounded: those that form a generator or carry the momentum, never a weight's own."""
+    if weight.dtype == torch.float64 or group["generator_dtype"] == "float32":
+        return None
+    if group["generator_dtype"] == "bfloat16" or weight.device.type == "cuda":
+        return torch.bfloat16
+    return torch.bfloat16 if weight.device.type == "cpu" and torch.cpu._is_amx_tile_supported() else None
+
+
+def _polar(x: Tensor, group: dict) -> Tensor:
+    return polar_factor(x, method=group["polar"], steps=group["polar_steps"])
+
+
+def _average(state: dict[str, Tensor], key: str, value: Tensor, beta: float) -> Tensor:
+    """`average <- beta average + (1 - beta) value`, starting from zero."""
+    if key in state:
+        state[key].lerp_(value, 1 - beta)
+    else:
+        state[key] = value * (1 - beta)
+    return state[key]
+
+
+def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+    """`D` of DESIGN 3.1: the step one would take without the constraint, `(b, m, n)`."""
+    beta1, beta2 = group["betas"]
+    momentum = _average(state, "momentum", grad, beta1)
+    if group["direction"] == "polar":
+        return _polar(momentum, group)
+    if group["direction"] == "adam":
+        second = _average(state, "second", grad.square(), beta2)
+        root = (second / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        if group["power"] != 0.5:
+            root = root.pow_(2 * group["power"])
+        return momentum / (1 - beta1**step) / root
+    if group["second_moment"]:
+        return momentum / (_average(state, "second", momentum.square(), beta2).sqrt() + group["eps"])
+    return momentum
+
+
+def _generator(weight: Tensor, direction: Tensor, state: dict[str, Tensor], *, side: str, group: dict) -> Generator:
+    w, d = _seen_from(weight, side), _seen_from(direction, side)
+    dtype = _product_dtype(weight, group)
+    rows = 2 * w.shape[-2]  # the weight and its momentum
+    if group["metric"] == "ambient":
+        basis, right = Basis(state["basis"], state["values"]), side == _basis_side(weight)
+        return ambient_generator(w, d, basis, right=right, hold=group["hold"], rows=rows, dtype=dtype)
+    low = dtype or w.dtype
+    return generator(
+        w.to(low), d.to(low), rows=rows, dense=True if group["direction"] == "msign" else None, dtype=w.dtype
+    )
+
+
+def _lie_momentum_generators(
+    weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, sides: tuple[str, ...]
+) -> dict[str, Generator]:
+    """Averages of the generators themselves; both are updated at every step, whichever side moves."""
+    beta1, beta2 = group["betas"]
+    generators = {}
+    for side in ("in", "out"):
+        w, g = _seen_from(weight, side), _seen_from(grad, side)
+        s = skew(w.mT @ g)
+        average = _average(state, f"lie_{side}", s, beta1)
+        if group["second_moment"]:
+            average = average / (_average(state, f"lie_{side}_sq", s.square(), beta2).sqrt() + group["eps"])
+        if side in sides:
+            generators[side] = Generator(-average)
+    return generators
+
+
+def _step_size(weight: Tensor, generators: dict[str, Generator], *, group: dict) -> Tensor | float:
+    if group["scale"] == "none":
+        return group["lr"]
+    if group["scale"] == "spectral":
+        norms = [a.spectral_norm() for a in generators.values()]
+        return group["lr"] / torch.stack(norms).amax(0).clamp_min(1e-12)
+    if len(generators) == 1:
+        ((side, a),) = generators.items()
+        norm = a.act_norm(_seen_from(weight, side), dtype=_product_dtype(weight, group))
+    else:
+        moved = sum(_seen_from(a.act(_seen_from(weight, side)), side) for side, a in generators.items())
+        norm = torch.linalg.matrix_norm(moved, keepdim=True)
+    return rms_scale(norm, lr=group["lr"], rms=group["rms"], numel=weight.shape[-2] * weight.shape[-1])
