@@ -45,7 +45,9 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     train = examples(args.train, args.seed)
     seen = {row["prompt"][0]["content"] for row in train}
-    validation = [r for r in examples(args.validation, args.seed + SEED_DISTANCE) if r["prompt"][0]["content"] not in seen]
+    validation = [
+        r for r in examples(args.validation, args.seed + SEED_DISTANCE) if r["prompt"][0]["content"] not in seen
+    ]
     for name, rows in (("train", train), ("validation", validation)):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (args.output / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -6,8 +6,6 @@ from pion_hf.integrations.trainer import PionTrainer, PionTrainerMixin, PionTrai
 from pion_hf.optim import Pion
 from pion_hf.routing import param_groups, routing_table
 
-
-
 __all__ = [
     "Pion",
     "PionTrainer",

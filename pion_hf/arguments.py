@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import typing
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from transformers.training_args import OptimizerNames
+from transformers.utils import logging
+
 from pion_hf.errors import unknown
 from pion_hf.optim import Pion
+
+logger = logging.get_logger(__name__)
 
 OPTIMIZER_CLASSES = {"pion": Pion}
 
@@ -29,13 +35,13 @@ GROUP_OPTIONS = {
 TRAINER_FIELDS = {"lr": "learning_rate", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}
 
 
-def _help(text: str, **kwargs: Any) -> Any:
-    return field(default=None, metadata={"help": f"{text} Unset: the optimizer's default."}, **kwargs)
+def _help(text: str) -> dict[str, str]:
+    return {"help": f"{text} Unset: the optimizer's default."}
 
 
 @dataclass
 class PionOptions:
-    """Options of this package's optimizers as `TrainingArguments` fields; each is the option of that name after `optim_`."""
+    """Options of this package's optimizers as `TrainingArguments` fields: each is named `optim_` and the option."""
 
     optim_adamw_lr: float | None = field(
         default=None,
@@ -44,6 +50,9 @@ class PionOptions:
     optim_adamw_betas: list[float] | None = field(
         default=None, metadata={"help": "Betas of the AdamW groups. Unset: adam_beta1 and adam_beta2."}
     )
+    optim_adamw_eps: float | None = field(
+        default=None, metadata={"help": "Epsilon of the AdamW groups. Unset: adam_epsilon."}
+    )
     optim_exclude_modules: list[str] | None = field(
         default=None,
         metadata={"help": "Regular expressions of parameters that AdamW takes instead of the matrix rule."},
@@ -51,21 +60,60 @@ class PionOptions:
     optim_preset: Literal["paper"] | None = field(
         default=None, metadata={"help": "Pion: 'paper' sets the options of arXiv 2605.12492."}
     )
-    optim_momentum: str | None = _help("Pion: transported, lie or ambient.")
-    optim_direction: Literal["gradient", "adam", "polar", "msign"] | None = _help(
-        "Pion: the step without the constraint."
+    optim_momentum: str | None = field(default=None, metadata=_help("Pion: transported, lie or ambient."))
+    optim_direction: Literal["gradient", "adam", "natural", "polar", "msign"] | None = field(
+        default=None, metadata=_help("Pion: the step without the constraint.")
     )
-    optim_metric: Literal["lie", "ambient"] | None = _help("Pion: which rotation stands for the direction.")
-    optim_side: Literal["alternate", "in", "out", "both"] | None = _help("Pion: the side(s) rotated in a step.")
-    optim_scale: str | None = _help("Pion: rms, none or spectral.")
-    optim_hold: float | None = _help("Pion: fraction of leading singular directions left alone (ambient metric).")
-    optim_rms: float | None = _help("RMS of a matrix's update at learning rate 1 (scale=rms).")
-    optim_betas: list[float] | None = _help("Pion: decay of the momentum and of the second moment.")
-    optim_second_moment: bool | None = _help("Pion: divide the gradient by a second moment, as the paper's variant.")
-    optim_polar: Literal["express", "quintic", "svd"] | None = _help("Orthogonalisation method.")
-    optim_polar_steps: int | None = _help("Iterations of the orthogonalisation.")
-    optim_retraction: Literal["cayley", "taylor"] | None = _help("Pion: how a generator becomes a rotation.")
-    optim_degree: int | None = _help("Pion: degree of retraction=taylor.")
+    optim_damping: float | None = field(
+        default=None, metadata=_help("Pion: added to the second moment under direction=natural, relative to its mean.")
+    )
+    optim_metric: Literal["lie", "ambient"] | None = field(
+        default=None, metadata=_help("Pion: which rotation stands for the direction.")
+    )
+    optim_side: Literal["alternate", "in", "out", "both"] | None = field(
+        default=None, metadata=_help("Pion: the side(s) rotated in a step.")
+    )
+    optim_scale: str | None = field(default=None, metadata=_help("Pion: rms, none or spectral."))
+    optim_hold: float | None = field(
+        default=None, metadata=_help("Pion: fraction of leading singular directions left alone (ambient metric).")
+    )
+    optim_rank_tolerance: float | None = field(
+        default=None, metadata=_help("Pion: singular values below this fraction of the largest count as zero.")
+    )
+    optim_rms: float | None = field(
+        default=None, metadata=_help("RMS of a matrix's update at learning rate 1 (scale=rms).")
+    )
+    optim_betas: list[float] | None = field(
+        default=None, metadata=_help("Pion: decay of the momentum and of the second moment.")
+    )
+    optim_eps: float | None = field(default=None, metadata=_help("Pion: added to the root of the second moment."))
+    optim_second_moment: bool | None = field(
+        default=None, metadata=_help("Pion: divide the gradient by a second moment, as the paper's variant.")
+    )
+    optim_polar: Literal["express", "quintic", "svd"] | None = field(
+        default=None, metadata=_help("Orthogonalisation method.")
+    )
+    optim_polar_steps: int | None = field(default=None, metadata=_help("Iterations of the orthogonalisation."))
+    optim_retraction: Literal["root", "cayley", "taylor"] | None = field(
+        default=None, metadata=_help("Pion: how a generator becomes a rotation.")
+    )
+    optim_degree: int | None = field(default=None, metadata=_help("Pion: degree of retraction=taylor."))
+    optim_generator_dtype: Literal["auto", "float32", "bfloat16"] | None = field(
+        default=None, metadata=_help("Pion: precision of the products that form a generator.")
+    )
+
+    def __post_init__(self) -> None:
+        """Check before a model is loaded what would otherwise fail, or be ignored, when the optimizer is built."""
+        names = OptimizerNames._value2member_map_
+        if self.optim not in names:
+            raise unknown("optimizer", self.optim, names)
+        optim, given = OptimizerNames(self.optim).value, self.given_options()
+        if optim in OPTIMIZER_CLASSES:
+            resolve_options(optim, given, parse_optim_args(self.optim_args))
+        elif given:
+            owners = ", ".join(OPTIMIZER_CLASSES)
+            logger.warning(f"optim={optim!r} ignores options that only {owners} has: {', '.join(given)}.")
+        super().__post_init__()
 
     def given_options(self) -> dict[str, Any]:
         """The options that were set, by the constructor's names."""
@@ -83,7 +131,10 @@ def option_types(optim: str) -> dict[str, Any]:
 
 
 def parse_optim_args(text: str | None) -> dict[str, Any]:
-    """`"rms=0.2, side=both, betas=(0.9, 0.95),"` as a dict; values are Python literals where they look like one.
+    """`"rms=0.2, side=both, betas=(0.9, 0.95),"` as a dict.
+
+    Values are Python literals where they look like one. Names in a list need no quotes (`targets=[q_proj, k_proj]`);
+    what is quoted is taken as it stands, so that a regular expression keeps its backslashes.
 
     Raises:
         ValueError: an entry without `=`, unbalanced brackets or quotes, a key given twice.
@@ -144,15 +195,33 @@ def _split_top_level(text: str) -> list[str]:
 def _literal(value: str) -> Any:
     if value.lower() in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[value.lower()]
+    if value[0] in "'\"" and value.find(value[0], 1) == len(value) - 1:
+        return value[1:-1]
+    if _closing_bracket(value) == len(value) - 1:
+        return [_literal(part.strip()) for part in _split_top_level(value[1:-1])]
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return value
 
 
+def _closing_bracket(value: str) -> int | None:
+    """Where the list or tuple that `value` begins with ends; `(q|k)_proj` begins with one and is none."""
+    if value[0] not in "([":
+        return None
+    depth = 0
+    for position, char in enumerate(value):
+        depth += (char in "([{") - (char in ")]}")
+        if depth == 0:
+            return position
+    return None
+
+
 def _convert(key: str, value: Any, wanted: Any) -> Any:
     """`value` as `wanted`, or a ValueError that names the option, the value and what it should be."""
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if value is None and "none" in arguments:
+        return "none"  # scale=none: the option's own word, which also reads as a literal
     if type(None) in arguments:  # Optional
         if value is None:
             return None
@@ -175,6 +244,7 @@ def _convert(key: str, value: Any, wanted: Any) -> Any:
     if wanted is str:
         return str(value)
     if wanted in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if wanted(value) == value:
+        whole = math.isfinite(value) and int(value) == value
+        if wanted is float or whole:
             return wanted(value)
     raise ValueError(f"{key} must be of type {wanted.__name__}, got {value!r}")

@@ -6,14 +6,17 @@ Names serve for overrides only (`targets`, `exclude`).
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pion_hf.errors import unknown
@@ -24,10 +27,21 @@ OPTIMIZERS = ("pion",)
 ROLES = ("matrix", "embedding", "head", "router", "norm", "bias", "other")
 
 # Fused projections of attention modules whose class does not say how they are put together.
-# Interleaved: head by head, (heads, 3, head_dim) output rows.
-INTERLEAVED_QKV = {"GPTNeoXAttention", "BloomAttention", "PersimmonAttention", "GPTNeoXJapaneseAttention"}
+# Interleaved: head by head, (heads, 3, head_dim) output rows. Falcon and GPTBigCode do so without multi_query only.
+INTERLEAVED_QKV = {
+    "GPTNeoXAttention",
+    "BloomAttention",
+    "PersimmonAttention",
+    "GPTNeoXJapaneseAttention",
+    "MiniMaxLightningAttention",
+    "FalconAttention",
+    "GPTBigCodeAttention",
+}
+CODEGEN_SHARDS = 4  # CodeGenAttention.forward: `mp_num`, each shard holds its heads' queries, values and keys
 QKV_NAMES = {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv"}
 GATE_UP_NAMES = {"gate_up_proj", "gate_up"}
+# Experts stored (E, in, out) that carry no `is_transposed`.
+TRANSPOSED_EXPERTS = {"Llama4TextExperts"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +139,16 @@ def routing_table(
     """Route every trainable parameter of `model`.
 
     Args:
-        targets: regular expressions (searched in parameter names): only matrices of hidden layers that match are
-            given to the matrix rule, the rest goes to AdamW. `"all-linear"` (the default) means all.
+        targets: regular expressions, searched in the names of parameters and of their modules (all of them, where
+            a parameter is tied): only matrices of hidden layers that match are given to the matrix rule, the rest
+            goes to AdamW. `"all-linear"` (the default) means all.
         exclude: regular expressions of parameters that AdamW takes in any case.
 
     Raises:
         ValueError: no trainable parameter, no matrix matched, an expression that is malformed or matches nothing.
+
+    Warns:
+        UserWarning: one of several targets matches embeddings, heads, norms or biases only, and so has no effect.
     """
     if optim not in OPTIMIZERS:
         raise unknown("optimizer", optim, OPTIMIZERS)
@@ -144,26 +162,29 @@ def routing_table(
     _refuse_adapters(model, optim)
     structure = _Structure(model)
     wanted, unwanted = _Patterns("optim_target_modules", targets), _Patterns("optim_exclude_modules", exclude)
+    spellings = _spellings(model)
     routes = []
     for name, p in named:
         role, layout = structure.classify(name, p)
-        is_matrix = role == "matrix" and (not wanted or wanted.match(name))
-        if unwanted and unwanted.match(name):
+        is_matrix = role == "matrix" and (not wanted or wanted.match(spellings[id(p)]))
+        if unwanted and unwanted.match(spellings[id(p)]):
             is_matrix = False
         if is_matrix:
             routes.append(Route(name, p, role, optim, str(layout), _count(p, layout)))
         else:
             routes.append(Route(name, p, role, "adamw", matrices=0))
-    wanted.require_all_used([n for n, _ in named])
-    unwanted.require_all_used([n for n, _ in named])
+    names = [n for _, p in named for n in spellings[id(p)]]
+    wanted.require_all_used(names)
+    unwanted.require_all_used(names)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     routing = Routing(tuple(routes), frozen)
     if not routing.matrices:
-        hint = (
-            " The expressions in optim_target_modules match only embeddings, heads, norms or biases."
-            if targets
-            else " Use AdamW for this model, or name its matrices' modules nn.Linear."
-        )
+        if not any(r.role == "matrix" for r in routes):
+            hint = " Use AdamW for this model: it trains no weight of an nn.Linear in a hidden layer."
+        elif unwanted:
+            hint = " optim_exclude_modules leaves none of those that optim_target_modules allows (default: all)."
+        else:
+            hint = " The expressions in optim_target_modules match only embeddings, heads, norms or biases."
         raise ValueError(f"no trainable matrix of a hidden layer was found for optim={optim!r}.{hint}")
     return routing
 
@@ -189,8 +210,10 @@ def param_groups(
         targets, exclude: see `routing_table`. routing: its result, if it is at hand.
 
     Raises:
-        ValueError: as `routing_table`.
+        ValueError: as `routing_table`; `targets` or `exclude` beside a `routing`, which they could not change.
     """
+    if routing is not None and (targets or exclude):
+        raise ValueError("targets and exclude have no effect on a finished routing: give them to routing_table.")
     routing = routing or routing_table(model, optim, targets=targets, exclude=exclude)
     adamw_options = {"lr": lr if adamw_lr is None else adamw_lr}
     if adamw_betas is not None:
@@ -238,26 +261,46 @@ class _Patterns:
     def __bool__(self) -> bool:
         return bool(self.compiled)
 
-    def match(self, name: str) -> bool:
-        hits = [c.pattern for c in self.compiled if c.search(name)]
+    def match(self, spellings: list[str]) -> bool:
+        hits = [c.pattern for c in self.compiled if any(map(c.search, spellings))]
         self.unused.difference_update(hits)
         return bool(hits)
 
     def require_all_used(self, names: list[str]) -> None:
+        ineffective = []
         for pattern in sorted(self.unused):
-            modules = [n.removesuffix(".weight") for n in names]
-            if any(re.search(pattern, n) for n in names):
-                continue  # it matched a parameter that another rule had taken
-            raise unknown(f"parameter name ({self.option} matches no trainable parameter)", pattern, _short(modules))
+            if not any(re.search(pattern, n) for n in names):
+                what = f"parameter name ({self.option} matches no trainable parameter)"
+                raise unknown(what, pattern, _candidates(pattern, names))
+            ineffective.append(pattern)
+        if ineffective and len(ineffective) < len(self.compiled):  # if none has an effect, the caller raises
+            warnings.warn(
+                f"{self.option}: {', '.join(map(repr, ineffective))} match embeddings, heads, norms or biases only, "
+                "which AdamW updates in any case.",
+                stacklevel=3,
+            )
 
 
-def _short(names: list[str]) -> list[str]:
-    return list(dict.fromkeys(n.split(".")[-1] for n in names))
+def _spellings(model: nn.Module) -> dict[int, list[str]]:
+    """By parameter: all its names (a tied one has several), and the module's name beside each `.weight`."""
+    spellings: dict[int, list[str]] = defaultdict(list)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        spellings[id(p)] += [name, name.removesuffix(".weight")] if name.endswith(".weight") else [name]
+    return spellings
+
+
+def _candidates(pattern: str, names: list[str]) -> list[str]:
+    """What `pattern` may have meant: ends of names with as many dots as it has, or else their last parts."""
+    for depth in (pattern.count(".") + 1, 1):
+        ends = list(dict.fromkeys(".".join(n.removesuffix(".weight").split(".")[-depth:]) for n in names))
+        if difflib.get_close_matches(pattern, ends, n=1, cutoff=0.5):
+            break
+    return ends
 
 
 def _refuse_adapters(model: nn.Module, optim: str) -> None:
     for name, p in model.named_parameters():
-        if p.requires_grad and (".lora_A." in name or ".lora_B." in name):
+        if p.requires_grad and re.search(r"\.lora_(embedding_)?[AB]\.", name):
             raise ValueError(
                 f"{name} is a LoRA factor: a fresh adapter has B = 0, which no rotation can move. optim={optim!r} "
                 "trains whole matrices; train adapters with adamw_torch in this version."
@@ -268,15 +311,14 @@ class _Structure:
     """What the model's modules say about a parameter."""
 
     def __init__(self, model: nn.Module) -> None:
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        # The outermost transformers model, inside whatever wraps it (peft, DDP, a module of the user's).
+        inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.config = getattr(inner, "config", None)
-        self.inputs = _embedding(inner, "get_input_embeddings")
-        self.outputs = _embedding(inner, "get_output_embeddings")
+        self.inputs = _parameters_of(inner, "get_input_embeddings")
+        self.outputs = _parameters_of(inner, "get_output_embeddings")
         base = getattr(inner, "base_model", inner)
-        self.outside = (
-            {id(m) for m in inner.modules()} - {id(m) for m in base.modules()} if base is not inner else set()
-        )
+        self.outside = {id(m) for m in inner.modules()} - {id(m) for m in base.modules()}
 
     def classify(self, name: str, p: Tensor) -> tuple[str, Layout]:
         path, _, leaf = name.rpartition(".")
@@ -286,25 +328,26 @@ class _Structure:
         none = Layout()
         if leaf == "bias" or leaf.endswith("_bias"):
             return "bias", none
-        if self.inputs is not None and any(p is q for q in self.inputs.parameters()):
+        if id(p) in self.inputs or isinstance(module, nn.Embedding):
             return "embedding", none
-        if isinstance(module, nn.Embedding):
-            return "embedding", none
-        if (self.outputs is not None and any(p is q for q in self.outputs.parameters())) or id(module) in self.outside:
-            return ("head" if p.ndim > 1 else "bias"), none
+        if _is_norm(module):
+            return "norm", none
         if p.ndim < 2:
-            return ("norm" if "norm" in type(module).__name__.lower() else "other"), none
+            return "other", none
+        if id(p) in self.outputs or id(module) in self.outside:
+            return "head", none
         if isinstance(module, (nn.Linear, Conv1D)) and leaf == "weight":
-            layout = self._linear_layout(module, owner, child, p)
-            if self._is_router(module, owner, p):
+            if self._is_router(owner_path, owner, p):
                 return "router", none
+            layout = self._linear_layout(module, owner, child, p)
             return ("matrix" if _is_rotatable(p, layout) else "other"), layout
         if p.ndim == 3 and _looks_like_experts(module, p):
             layout = _expert_layout(module, leaf, p)
             return ("matrix" if _is_rotatable(p, layout) else "other"), layout
-        if isinstance(module, nn.MultiheadAttention) and leaf == "in_proj_weight":
-            return "matrix", Layout(rows=(p.shape[0] // 3,) * 3)
-        if p.ndim == 2 and _experts_beside(owner) and p.shape[0] == _expert_count(owner):
+        if isinstance(module, nn.MultiheadAttention) and leaf.endswith("proj_weight"):
+            layout = Layout(rows=(p.shape[0] // 3,) * 3) if leaf == "in_proj_weight" else none
+            return ("matrix" if _is_rotatable(p, layout) else "other"), layout
+        if p.ndim == 2 and self._is_router(owner_path, owner, p):
             return "router", none
         return "other", none
 
@@ -319,32 +362,49 @@ class _Structure:
 
     def _linear_layout(self, module: nn.Module, owner: nn.Module | None, child: str, p: Tensor) -> Layout:
         transposed = isinstance(module, Conv1D)
-        out = p.shape[1] if transposed else p.shape[0]
+        width, out = p.shape if transposed else p.shape[::-1]
         if child in QKV_NAMES:
-            if type(owner).__name__ in INTERLEAVED_QKV:
-                heads = _attribute(self.config, "num_attention_heads")
-                if heads and out % (3 * heads) == 0:
-                    return Layout(transposed, interleaved=(heads, 3))
-            return Layout(transposed, rows=self._qkv_rows(owner, out, p.shape[0] if transposed else p.shape[1]))
+            return self._qkv_layout(owner, out, width, transposed)
         if child in GATE_UP_NAMES and out % 2 == 0:
             return Layout(transposed, rows=(out // 2,) * 2)
         return Layout(transposed)
 
-    def _qkv_rows(self, owner: nn.Module | None, out: int, width: int) -> tuple[int, ...]:
-        """Rows of q, k and v, or () where the shapes do not say."""
-        heads = _attribute(self.config, "num_attention_heads")
-        kv = _attribute(self.config, "num_key_value_heads") or heads
-        dim = getattr(owner, "head_dim", None) or _attribute(self.config, "head_dim") or (heads and width // heads)
+    def _qkv_layout(self, owner: nn.Module | None, out: int, width: int, transposed: bool) -> Layout:
+        """Rows of q, k and v; one matrix where neither class nor shapes say how they lie."""
+        # The vision part of a model has other heads than the text part: an attention's own config comes first.
+        config = getattr(owner, "config", None) or self.config
+        heads = _attribute(config, "num_attention_heads") or _attribute(config, "num_heads")
+        kv = _attribute(config, "num_key_value_heads") or heads
+        kind = type(owner).__name__
+        if kind == "CodeGenAttention" and out % (CODEGEN_SHARDS * 3) == 0:
+            return Layout(transposed, interleaved=(CODEGEN_SHARDS, 3))
+        if getattr(owner, "new_decoder_architecture", False):  # Falcon's groups (queries, key, value) of unequal size
+            return Layout(transposed)
+        if getattr(owner, "multi_query", False):
+            kv = 1
+        elif kind in INTERLEAVED_QKV and not hasattr(owner, "q_attn"):
+            return Layout(transposed, interleaved=(heads, 3) if heads and out % (3 * heads) == 0 else None)
+        dim = getattr(owner, "head_dim", None) or _attribute(config, "head_dim") or (heads and width // heads)
         if heads and dim and out == (heads + 2 * kv) * dim:
-            return (heads * dim, kv * dim, kv * dim)
+            return Layout(transposed, rows=(heads * dim, kv * dim, kv * dim))
         if out == 3 * width:
-            return (width,) * 3
+            return Layout(transposed, rows=(width,) * 3)
         if out == 2 * width and hasattr(owner, "q_attn"):  # GPT-2's cross-attention: keys and values
-            return (width,) * 2
-        return ()
+            return Layout(transposed, rows=(width,) * 2)
+        return Layout(transposed)
 
-    def _is_router(self, module: nn.Module, owner: nn.Module | None, p: Tensor) -> bool:
-        return isinstance(module, nn.Linear) and _experts_beside(owner) and p.shape[0] == _expert_count(owner)
+    def _is_router(self, path: str, owner: nn.Module | None, p: Tensor) -> bool:
+        """It has one row per expert and sits beside them, itself or inside a module that is nothing but a router."""
+        if owner is not None and re.search(r"rout|gat(e|ing)$", type(owner).__name__.lower()):
+            beside, _ = self._unwrapped(*_parent(path))
+            if p.shape[0] == _expert_count(beside):
+                return True
+        return p.shape[0] == _expert_count(owner)
+
+
+def _parent(path: str) -> tuple[str, str]:
+    owner, _, child = path.rpartition(".")
+    return owner, child
 
 
 def _attribute(config: Any, name: str) -> Any:
@@ -354,11 +414,17 @@ def _attribute(config: Any, name: str) -> Any:
     return getattr(text, name, None)
 
 
-def _embedding(model: nn.Module, getter: str) -> nn.Module | None:
+def _parameters_of(model: nn.Module, getter: str) -> set[int]:
+    """Of the module that `getter` returns; empty where the model has none."""
     try:
-        return getattr(model, getter)() if hasattr(model, getter) else None
+        module = getattr(model, getter)() if hasattr(model, getter) else None
     except (NotImplementedError, AttributeError):  # models without one raise rather than return None
-        return None
+        module = None
+    return {id(p) for p in module.parameters()} if module is not None else set()
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not isinstance(module, (nn.Linear, Conv1D))
 
 
 def _is_rotatable(p: Tensor, layout: Layout) -> bool:
@@ -366,13 +432,10 @@ def _is_rotatable(p: Tensor, layout: Layout) -> bool:
     return all(min(v.shape[1] * v.shape[2], v.shape[3]) > 1 for v in split(p, layout))
 
 
-def _experts_beside(owner: nn.Module | None) -> bool:
-    return owner is not None and _expert_count(owner) is not None
-
-
 def _expert_count(owner: nn.Module | None) -> int | None:
     """How many experts `owner` chooses between: a child list of modules, or 3-D parameters of a child."""
     for child in owner.children() if owner is not None else ():
+        child = getattr(child, "original_module", child)  # peft's ModulesToSaveWrapper
         if isinstance(child, nn.ModuleList) and len(child) > 1 and all(map(_is_plain_mlp, child)):
             return len(child)
         for p in child.parameters(recurse=False):
@@ -384,7 +447,7 @@ def _expert_count(owner: nn.Module | None) -> int | None:
 def _is_plain_mlp(module: nn.Module) -> bool:
     """Its children are projections and activations: an expert, not a whole layer."""
     children = list(module.children())
-    return bool(children) and all(isinstance(c, nn.Linear) or not any(c.parameters()) for c in children)
+    return bool(children) and all(isinstance(c, nn.Linear) or next(c.parameters(), None) is None for c in children)
 
 
 def _looks_like_experts(module: nn.Module, p: Tensor) -> bool:
@@ -393,7 +456,7 @@ def _looks_like_experts(module: nn.Module, p: Tensor) -> bool:
 
 def _expert_layout(module: nn.Module, leaf: str, p: Tensor) -> Layout:
     """transformers' experts say how they store their weights (`use_experts_implementation`)."""
-    transposed = bool(getattr(module, "is_transposed", False))
+    transposed = bool(getattr(module, "is_transposed", type(module).__name__ in TRANSPOSED_EXPERTS))
     out = p.shape[2] if transposed else p.shape[1]
     if leaf in GATE_UP_NAMES and out % 2 == 0:
         if getattr(module, "is_concatenated", True):

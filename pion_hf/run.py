@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         if len(argv) < 2:
             raise SystemExit(USAGE)
         sys.argv = argv[1:]
+        sys.path.insert(0, os.getcwd())
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
         return
     if not os.path.isfile(argv[0]):

@@ -25,7 +25,11 @@ def main(argv: list[str] | None = None) -> None:
         from pion_hf.errors import unknown
 
         raise SystemExit(f"pion-hf: {unknown('command', name, COMMANDS)}")
+    command = import_module(f"pion_hf.cli.{name}").main
+    if name == "run":  # a script's own errors keep their traceback
+        command(argv[1:])
+        return
     try:
-        import_module(f"pion_hf.cli.{name}").main(argv[1:])
+        command(argv[1:])
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"pion-hf {name}: {error}") from error

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pion_hf.arguments import OPTIMIZER_CLASSES
 from pion_hf.cli.recipe import RecipeParser
-from pion_hf.cli.sft import ReportArguments
+from pion_hf.cli.sft import ReportArguments, check_model
 from pion_hf.integrations.registry import groups_from, options_from
 from pion_hf.integrations.trl import PionSFTConfig
 
@@ -38,13 +38,15 @@ def main(argv: list[str]) -> None:
         prog="pion-hf plan",
         description=__doc__,
     )
-    _, args, model_args, *_, plan_args = parser.parse_recipe(argv)
+    # Nothing runs: a recipe for a GPU (bf16) can be planned where there is none.
+    _, args, model_args, *_, plan_args = parser.parse_recipe(["--use_cpu", "true", *argv])
     optim = args.optim.value
     if optim not in OPTIMIZER_CLASSES:
         raise ValueError(f"plan shows this package's optimizers ({', '.join(OPTIMIZER_CLASSES)}), not optim={optim!r}")
-    if not model_args.model_name_or_path:
-        raise ValueError("name the model: --model_name_or_path FOLDER_OR_ID, or --config RECIPE")
-    model = model_without_weights(model_args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    check_model(args, model_args)
+    # As TRL's script loads it: the state is in the dtype of the weights.
+    dtype = (args.model_init_kwargs or {}).get("dtype", model_args.dtype)
+    model = model_without_weights(model_args.model_name_or_path, dtype=dtype, trust_remote_code=args.trust_remote_code)
     options, group_options = options_from(args, optim)
     routing, groups = groups_from(args, model, optim, group_options)
     optimizer = OPTIMIZER_CLASSES[optim](groups, lr=args.learning_rate, **options)
@@ -56,14 +58,22 @@ def main(argv: list[str]) -> None:
     console.print(_cost_table(optimizer, optim, [r.parameter for r in routing]))
 
 
-def model_without_weights(name: str, *, trust_remote_code: bool = False) -> torch.nn.Module:
-    """The model of a checkpoint folder or hub id on the meta device: all shapes, no memory."""
+def model_without_weights(
+    name: str, *, dtype: str | None = "float32", trust_remote_code: bool = False
+) -> torch.nn.Module:
+    """The model of a checkpoint folder or hub id on the meta device: all shapes, no memory.
+
+    `dtype` is as in `from_pretrained`: `"auto"` or None is the checkpoint's own.
+    """
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(f"no model config at {name!r}: {str(error).splitlines()[0]}") from None
+    dtype = config.dtype if dtype in (None, "auto") else dtype
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype or torch.float32, trust_remote_code=trust_remote_code
+        )
     model.tie_weights()
     return model
 

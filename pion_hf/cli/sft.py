@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from trl.scripts import sft as trl_sft
 
+from pion_hf.arguments import OPTIMIZER_CLASSES
 from pion_hf.cli.recipe import RecipeParser
 from pion_hf.evaluation import exact_match, text_loss
+from pion_hf.integrations.registry import refuse_wrappers
 from pion_hf.integrations.trl import PionSFTConfig, PionSFTTrainer
 
 
@@ -45,24 +47,48 @@ def parser() -> RecipeParser:
 def main(argv: list[str]) -> None:
     """Fine-tune; ends with a table and `report.json` in the output folder."""
     script_args, training_args, model_args, dataset_args, report_args = parser().parse_recipe(argv)
-    _check(training_args, report_args)
+    check_model(training_args, model_args)
+    _check_report(training_args, report_args)
     trainers: list[ReportingSFTTrainer] = []
 
     def trainer(*args: Any, **kwargs: Any) -> ReportingSFTTrainer:
         trainers.append(ReportingSFTTrainer(*args, report=report_args, **kwargs))
         return trainers[-1]
 
-    with _substituted(trl, "SFTTrainer", trainer):
-        trl_sft.main(script_args, training_args, model_args, dataset_args)
+    splits = {name: getattr(script_args, name) for name in ("dataset_train_split", "dataset_test_split")}
+    try:
+        with _substituted(trl, "SFTTrainer", trainer):
+            trl_sft.main(script_args, training_args, model_args, dataset_args)
+    except KeyError as error:  # TRL's script looks a split up without a check
+        for name, split in splits.items():
+            if error.args == (split,) and not trainers:
+                raise ValueError(f"the dataset has no split {split!r}: set {name}") from error
+        raise
     trainers[0].finish()
 
 
-def _check(training_args: Any, report_args: ReportArguments) -> None:
+def check_model(training_args: PionSFTConfig, model_args: trl.ModelConfig) -> None:
+    """Raise ValueError, before anything is loaded, for what the optimizer could not train."""
+    if not model_args.model_name_or_path:
+        raise ValueError("name the model: --model_name_or_path FOLDER_OR_ID, or --config RECIPE")
+    optim = training_args.optim.value
+    if optim in OPTIMIZER_CLASSES:
+        refuse_wrappers(training_args)
+        if model_args.use_peft:
+            raise ValueError(
+                f"optim={optim!r} trains whole matrices, not LoRA adapters, in this version: leave out use_peft, or "
+                "train the adapter with --optim adamw_torch."
+            )
+
+
+def _check_report(training_args: PionSFTConfig, report_args: ReportArguments) -> None:
     path = report_args.other_text_file
     if path is not None and not Path(path).is_file():
         raise FileNotFoundError(f"other_text_file: there is no file {path!r}")
+    if report_args.exact_match_samples < 0:
+        raise ValueError(f"exact_match_samples must be at least 0, got {report_args.exact_match_samples}")
     if report_args.exact_match_samples and training_args.eval_strategy == "no":
-        raise ValueError("exact_match_samples needs evaluation data: set eval_strategy: epoch (or steps) and a test split")
+        raise ValueError("exact_match_samples needs evaluation data: set eval_strategy: epoch, and dataset_test_split")
 
 
 @contextlib.contextmanager

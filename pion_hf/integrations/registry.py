@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -21,35 +24,33 @@ def register() -> None:
     Raises:
         RuntimeError: transformers' internals differ from those this version was written for.
     """
-    names, handlers, trainer, optimizer_module = _host_internals()
+    names, handlers, trainer_class, context_class = _host_internals()
     for name in OPTIMIZER_NAMES:
         if name not in names._value2member_map_:
             _add_member(names, name)
         handlers[names(name)] = _handle
-    for module in (trainer, optimizer_module):
-        if not hasattr(module._parse_optim_args, "strict"):
-            module._parse_optim_args = _tolerant(module._parse_optim_args)
+    lookup = trainer_class.get_optimizer_cls_and_kwargs
+    if not getattr(lookup, "knows_pion_hf", False):
+        trainer_class.get_optimizer_cls_and_kwargs = staticmethod(_own_names_first(lookup, context_class))
 
 
 def _host_internals() -> tuple[Any, Any, Any, Any]:
     try:
-        from transformers import trainer, trainer_optimizer
+        from transformers import Trainer
+        from transformers.trainer import _OPTIMIZER_HANDLERS
+        from transformers.trainer_optimizer import OptimizerContext
         from transformers.training_args import OptimizerNames
 
-        handlers = trainer_optimizer._OPTIMIZER_HANDLERS
-        _ = trainer._parse_optim_args, trainer_optimizer._parse_optim_args, OptimizerNames._value2member_map_
-        same = trainer._OPTIMIZER_HANDLERS is handlers
+        if list(inspect.signature(Trainer.get_optimizer_cls_and_kwargs).parameters) != ["args", "model"]:
+            raise AttributeError("Trainer.get_optimizer_cls_and_kwargs does not take (args, model)")
+        _ = OptimizerNames._value2member_map_, OptimizerNames._member_map_, OptimizerNames._member_names_
     except (ImportError, AttributeError) as error:
-        same, reason = False, str(error)
-    else:
-        reason = "transformers.trainer uses another table of optimizers"
-    if not same:
         raise RuntimeError(
-            f"pion_hf cannot add its optimizers to transformers {transformers.__version__}: {reason}. Install a version "
-            "that setup.cfg allows, or pass Trainer(optimizer_cls_and_kwargs=(pion_hf.Pion, {'params': "
+            f"pion_hf cannot add its optimizers to transformers {transformers.__version__}: {error}. Install a "
+            "version that setup.cfg allows, or pass Trainer(optimizer_cls_and_kwargs=(pion_hf.Pion, {'params': "
             "pion_hf.param_groups(model)}))."
-        )
-    return OptimizerNames, handlers, trainer, trainer_optimizer
+        ) from error
+    return OptimizerNames, _OPTIMIZER_HANDLERS, Trainer, OptimizerContext
 
 
 def _add_member(enum: Any, value: str) -> None:
@@ -61,20 +62,21 @@ def _add_member(enum: Any, value: str) -> None:
     type.__setattr__(enum, member._name_, member)
 
 
-def _tolerant(strict: Any) -> Any:
-    """transformers splits `optim_args` at every comma, before any handler sees it, and fails on tuples and trailing commas.
+def _own_names_first(lookup: Callable, context_class: type) -> Callable:
+    """transformers splits `optim_args` at every comma before any handler sees it, and so fails on lists and tuples.
 
-    Strings that it reads are read by it, so that other optimizers see no difference.
+    Our handler parses the string itself. For other optimizers nothing changes, errors included.
     """
 
-    def parse(text: str | None) -> dict[str, str]:
-        try:
-            return strict(text)
-        except ValueError:
-            return {key: str(value) for key, value in parse_optim_args(text).items()}
+    @functools.wraps(lookup)
+    def get_optimizer_cls_and_kwargs(args: Any, model: nn.Module | None = None) -> tuple[Any, Any]:
+        if args.optim in OPTIMIZER_NAMES:
+            empty = {"optimizer_kwargs": {}, "adam_kwargs": {}, "optim_args": {}}
+            return _handle(context_class(args=args, model=model, **empty))
+        return lookup(args, model)
 
-    parse.strict = strict
-    return parse
+    get_optimizer_cls_and_kwargs.knows_pion_hf = True  # seen through further wrappers: functools.wraps copies it
+    return get_optimizer_cls_and_kwargs
 
 
 def _handle(context: Any) -> tuple[type, dict[str, Any]]:
@@ -116,9 +118,8 @@ def refuse_wrappers(args: Any) -> None:
         )
     fsdp_version = _fsdp_version(args)
     if fsdp_version:
-        why = (
-            "its flat shards hold no whole matrix" if fsdp_version == 1 else "updating sharded matrices is not built yet"
-        )
+        flat, sharded = "its flat shards hold no whole matrix", "updating sharded matrices is not built yet"
+        why = flat if fsdp_version == 1 else sharded
         raise ValueError(
             f"optim={args.optim.value!r} does not run under FSDP{fsdp_version}: {why}. "
             "Use DDP (accelerate launch --multi_gpu), or adamw_torch with FSDP."

@@ -42,9 +42,11 @@ def polar_factor(x: Tensor, *, method: str = "express", steps: int = 5) -> Tenso
     x = x / norm.clamp_min(torch.finfo(x.dtype).tiny)
     for a, b, c in _coefficients(method, steps):
         gram = x @ x.mT
-        x = torch.baddbmm(x, b * gram + c * (gram @ gram), x, beta=a) if x.ndim == 3 else a * x + (
-            b * gram + c * (gram @ gram)
-        ) @ x
+        x = (
+            torch.baddbmm(x, b * gram + c * (gram @ gram), x, beta=a)
+            if x.ndim == 3
+            else a * x + (b * gram + c * (gram @ gram)) @ x
+        )
     return x
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pion_hf.linalg.rotation import Generator, generator, matmul, skew
+from pion_hf.linalg.rotation import Generator, generator, skew
 
 
 def singular_values(w: Tensor) -> Tensor:
@@ -55,9 +55,12 @@ def singular_basis(w: Tensor) -> Basis:
     return Basis(rows.to(w.dtype), values.flip(-1).clamp_min(0).sqrt().to(w.dtype))
 
 
-def numerical_zero(values: Tensor) -> Tensor:
-    """Which singular values are zero within rounding: below `k eps s_1`, as in `matrix_rank`. Boolean, `(..., k)`."""
-    tolerance = values.shape[-1] * torch.finfo(values.dtype).eps
+def numerical_zero(values: Tensor, *, tolerance: float = 0.0) -> Tensor:
+    """Which singular values count as zero: below `tolerance` of the largest, or below rounding (`k eps s_1`).
+
+    Boolean, `(..., k)`.
+    """
+    tolerance = max(tolerance, values.shape[-1] * torch.finfo(values.dtype).eps)
     return values <= tolerance * values[..., :1]
 
 
@@ -68,6 +71,7 @@ def ambient_generator(
     *,
     right: bool,
     hold: float = 0.0,
+    tolerance: float = 0.0,
     rows: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Generator:
@@ -78,56 +82,42 @@ def ambient_generator(
     unchanged. With `hold = h` the `int(h k)` leading singular directions are left alone.
 
     w, direction: `(..., m, n)`; basis: of `w`'s smaller side (see `singular_basis`); right: whether its
-    rows are right singular vectors of `w` (needs `m >= n`) or left ones (`m <= n`); rows: how many rows will be
-    rotated (see `generator`); dtype: of the products that form `A`, which is skewed exactly afterwards.
+    rows are right singular vectors of `w` (needs `m >= n`) or left ones (`m <= n`); tolerance: see `numerical_zero`;
+    rows: how many rows will be rotated (see `generator`); dtype: of the products that form `A`, which is skewed
+    exactly afterwards, so that neither their rounding nor the basis's touches the spectrum.
     """
     held = int(hold * min(w.shape[-2:]))
-    form = _from_right_basis if right else _from_left_basis
-    return form(w, direction, basis, held=held, rows=rows, dtype=dtype)
+    zero = numerical_zero(basis.values, tolerance=tolerance)
+    values = basis.values.masked_fill(zero, 0)
+    inverse = torch.where(zero, 0, basis.values.reciprocal())
+    low = dtype or w.dtype
+    if right:
+        vt = basis.rows.to(low)
+        ut = ((w @ basis.rows.mT) * inverse.unsqueeze(-2)).mT.to(low)
+    else:
+        vt = ((basis.rows @ w) * inverse.unsqueeze(-1)).to(low)  # right singular vectors of the nonzero values
+        ut = basis.rows.to(low)
+    projected = ut @ direction.to(low)
+    seen = projected @ vt.mT
+    inside = _between(seen.to(w.dtype), values, held).to(low)
+    factor = inside @ vt / -2
+    if not right:
+        outside = (projected - seen @ vt) * inverse.unsqueeze(-1).to(low)
+        if held:
+            outside[..., :held, :] = 0
+        factor += outside
+    return generator(vt, factor, rows=rows, dtype=w.dtype)
 
 
-def _inside(seen: Tensor, values: Tensor, held: int) -> Tensor:
+def _between(seen: Tensor, values: Tensor, held: int) -> Tensor:
     """`A` between singular directions, `(..., k, k)`, from `seen = U^T D V`: `-(s_i D_ij - s_j D_ji) / (s_i^2 + s_j^2)`.
 
     0 where both singular values are zero or a direction is held.
     """
-    s = values.masked_fill(numerical_zero(values), 0)
-    squared = s.square()
+    squared = values.square()
     sums = squared.unsqueeze(-1) + squared.unsqueeze(-2)
     weights = torch.where(sums > 0, sums.reciprocal(), 0)
     if held:
         weights[..., :held, :] = 0
         weights[..., :, :held] = 0
-    return -skew(s.unsqueeze(-1) * seen) * weights
-
-
-def _reciprocal(values: Tensor) -> Tensor:
-    return torch.where(numerical_zero(values), 0, values.reciprocal())
-
-
-def _from_right_basis(
-    w: Tensor, direction: Tensor, basis: Basis, *, held: int, rows: int, dtype: torch.dtype | None
-) -> Generator:
-    vt, values = basis
-    u = (w @ vt.mT) * _reciprocal(values).unsqueeze(-2)
-    seen = matmul(matmul(u.mT, direction, dtype=dtype), vt.mT, dtype=dtype)
-    return Generator(_inside(seen, values, held), factor=vt)
-
-
-def _from_left_basis(
-    w: Tensor, direction: Tensor, basis: Basis, *, held: int, rows: int, dtype: torch.dtype | None
-) -> Generator:
-    ut, values = basis
-    inverse = _reciprocal(values).unsqueeze(-1)
-    vt = (ut @ w) * inverse  # right singular vectors of the nonzero values
-    low = vt if dtype is None else vt.to(dtype)
-    projected = ut.to(low.dtype) @ direction.to(low.dtype)
-    seen = projected @ low.mT
-    a = _inside(seen.to(w.dtype), values, held)
-    right = (a / -2).to(low.dtype) @ low
-    if w.shape[-1] > w.shape[-2]:
-        outside = (projected - seen @ low) * inverse.to(low.dtype)
-        if held:
-            outside[..., :held, :] = 0
-        right += outside
-    return generator(low, right, rows=rows, dtype=w.dtype)
+    return -skew(values.unsqueeze(-1) * seen) * weights

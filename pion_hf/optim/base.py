@@ -54,6 +54,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable, defaults: dict[str, Any]) -> None:
         self.skipped_steps = 0
         groups = list(itertools.chain.from_iterable(self._divide(entry) for entry in _as_groups(params)))
+        for group in groups:
+            self._check_rule(group["rule"])
         if not any(group["rule"] in self.matrix_rules for group in groups):
             raise ValueError(
                 f"{type(self).__name__} was given no matrix to update: pass at least one 2-D parameter, or a group "
@@ -78,10 +80,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         """Raises ValueError for unknown keys, bad values, and parameters this optimizer cannot take."""
-        rules = (*self.matrix_rules, "adamw")
-        rule = param_group.get("rule", self.matrix_rules[0])
-        if rule not in rules:
-            raise unknown(f"rule of {type(self).__name__}", rule, rules)
+        rule = param_group.setdefault("rule", self.matrix_rules[0])
+        self._check_rule(rule)
         for key in param_group:
             if key not in STRUCTURAL_KEYS and key not in self.defaults:
                 raise unknown(f"option of {type(self).__name__}", key, self.defaults)
@@ -102,6 +102,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _check_rule(self, rule: str) -> None:
+        rules = (*self.matrix_rules, "adamw")
+        if rule not in rules:
+            raise unknown(f"rule of {type(self).__name__}", rule, rules)
 
     def check_options(self, group: dict) -> None:
         """Raise ValueError for options of this algorithm that are wrong or do not combine."""
@@ -223,7 +228,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 state[name] = _stack([blocks.split(self.state[b.param][name], layout)[b.index] for b in chunk], dtype)
         return state
 
-    def _store_state(self, chunk: list[Block], layout: blocks.Layout, state: dict[str, Tensor], sizes: list[int]) -> None:
+    def _store_state(
+        self, chunk: list[Block], layout: blocks.Layout, state: dict[str, Tensor], sizes: list[int]
+    ) -> None:
         matrix_shape = blocks.merge_rows(chunk[0].view).shape[1:]
         for name, stacked in state.items():
             for block, part in zip(chunk, stacked.split(sizes), strict=True):

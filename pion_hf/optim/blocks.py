@@ -11,9 +11,13 @@ A param group's `layout` says how; it is a string, so that it survives `torch.sa
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+FORMS = "'transposed', 'rows=a,b,...', 'interleaved=heads,parts' (joined by ';')"
+NUMBERS = re.compile(r"[1-9][0-9]*(,[1-9][0-9]*)*")
 
 
 class Layout(NamedTuple):
@@ -26,23 +30,23 @@ class Layout(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Layout:
         """Raises ValueError with the right form for anything else than the module's grammar."""
+        if not isinstance(text, str):
+            raise ValueError(f"layout {text!r} is not a string: it is '' for one matrix, or any of {FORMS}")
         fields: dict = {}
-        for part in filter(None, text.split(";")):
+        for part in text.split(";") if text else ():
             key, _, value = part.partition("=")
-            try:
-                if key == "transposed" and not value:
-                    fields["transposed"] = True
-                elif key == "rows":
-                    fields["rows"] = tuple(int(v) for v in value.split(","))
-                elif key == "interleaved":
-                    heads, parts = (int(v) for v in value.split(","))
-                    fields["interleaved"] = (heads, parts)
-                else:
-                    raise ValueError
-            except ValueError:
-                raise ValueError(
-                    f"layout {text!r}: {part!r} is none of 'transposed', 'rows=a,b,...', 'interleaved=heads,parts'"
-                ) from None
+            numbers = tuple(int(v) for v in value.split(",")) if NUMBERS.fullmatch(value) else ()
+            if part == "transposed":
+                read: Any = True
+            elif (key == "rows" and numbers) or (key == "interleaved" and len(numbers) == 2):
+                read = numbers
+            else:
+                raise ValueError(f"layout {text!r}: {part!r} is none of {FORMS} (whole numbers of at least 1)")
+            if key in fields:
+                raise ValueError(f"layout {text!r} says {key!r} twice; its parts are {FORMS}, each at most once")
+            fields[key] = read
+        if "rows" in fields and "interleaved" in fields:
+            raise ValueError(f"layout {text!r}: 'rows' and 'interleaved' exclude each other; its parts are {FORMS}")
         return cls(**fields)
 
     def __str__(self) -> str:

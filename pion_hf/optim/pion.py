@@ -10,13 +10,13 @@ from torch import Tensor
 
 from pion_hf.errors import unknown
 from pion_hf.linalg.polar import POLAR_METHODS, polar_factor
-from pion_hf.linalg.rotation import RETRACTIONS, Generator, Increment, generator, rms_scale, skew
+from pion_hf.linalg.rotation import RETRACTIONS, Generator, generator, rms_scale, skew
 from pion_hf.linalg.spectrum import Basis, ambient_generator, singular_basis
 from pion_hf.optim.base import MatrixOptimizer
 
 CHOICES = {
     "momentum": ("transported", "lie", "ambient"),
-    "direction": ("gradient", "adam", "polar", "msign"),
+    "direction": ("gradient", "adam", "natural", "polar", "msign"),
     "metric": ("lie", "ambient"),
     "side": ("alternate", "in", "out", "both"),
     "scale": ("rms", "none", "spectral"),
@@ -61,12 +61,16 @@ class Pion(MatrixOptimizer):
         momentum: `transported` (of the gradient, carried along by the rotations), `lie` (of both generators, as in the
             paper; three times the weight's memory), `ambient` (of the gradient, left where it is).
         second_moment: divide by the root of a second moment (`direction="gradient"` only; the paper's variant).
-        direction: the step without the constraint: `gradient`, `adam` (AdamW's step), `polar` (Muon's step), or `msign`
-            (as `gradient`, but each generator is replaced by its polar factor).
+        direction: the step without the constraint: `gradient`, `adam` (AdamW's step), `natural` (the gradient divided
+            by its second moment, not by the root: a diagonal natural gradient), `polar` (Muon's step), or `msign` (as
+            `gradient`, but each generator is replaced by its polar factor).
+        damping: added to the second moment under `natural`, relative to its mean over the matrix.
         metric: which rotation stands for the direction: `lie` (steepest descent in the generators, the paper's) or
             `ambient` (the rotation whose first-order effect is nearest to the direction).
         scale: `rms`, `none` (`alpha = lr`), or `spectral` (the largest rotation angle is `lr`).
         hold: fraction of leading singular directions left alone (`metric="ambient"` only).
+        rank_tolerance: singular values below this fraction of the largest count as zero in the ambient metric: pairs of
+            them would turn by large angles to move almost nothing.
         polar: `express`, `quintic` or `svd`, for `polar` and `msign`; polar_steps: its iterations.
         retraction: `root` and `cayley` are orthogonal at any angle; `taylor` of `degree` grows singular values by
             `theta^4 / 8` a step at degree 2.
@@ -94,11 +98,12 @@ class Pion(MatrixOptimizer):
         side: Literal["alternate", "in", "out", "both"] = "alternate",
         momentum: Literal["transported", "lie", "ambient"] = "transported",
         second_moment: bool = False,
-        direction: Literal["gradient", "adam", "polar", "msign"] = "adam",
-        power: float = 0.5,
+        direction: Literal["gradient", "adam", "natural", "polar", "msign"] = "adam",
+        damping: float = 0.01,
         metric: Literal["lie", "ambient"] = "ambient",
         scale: Literal["rms", "none", "spectral"] = "none",
         hold: float = 0.02,
+        rank_tolerance: float = 1e-3,
         polar: Literal["express", "quintic", "svd"] = "express",
         polar_steps: int = 5,
         retraction: Literal["root", "cayley", "taylor"] = "root",
@@ -116,10 +121,11 @@ class Pion(MatrixOptimizer):
             momentum=momentum,
             second_moment=second_moment,
             direction=direction,
-            power=power,
+            damping=damping,
             metric=metric,
             scale=scale,
             hold=hold,
+            rank_tolerance=rank_tolerance,
             polar=polar,
             polar_steps=polar_steps,
             retraction=retraction,
@@ -139,6 +145,8 @@ class Pion(MatrixOptimizer):
                 raise unknown(f"value of {option}", group[option], known)
         _check_range("rms", group["rms"], group["rms"] > 0, "above 0")
         _check_range("hold", group["hold"], 0 <= group["hold"] < 1, "in [0, 1)")
+        _check_range("damping", group["damping"], group["damping"] > 0, "above 0")
+        _check_range("rank_tolerance", group["rank_tolerance"], 0 <= group["rank_tolerance"] < 1, "in [0, 1)")
         _check_range("polar_steps", group["polar_steps"], 1 <= group["polar_steps"] <= 10, "in 1..10")
         _check_range("degree", group["degree"], 1 <= group["degree"] <= 20, "in 1..20")
         lie, ambient = group["momentum"] == "lie", group["metric"] == "ambient"
@@ -248,9 +256,12 @@ def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int
     if group["direction"] == "adam":
         second = _average(state, "second", grad.square(), beta2)
         root = (second / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        if group["power"] != 0.5:
-            root = root.pow_(2 * group["power"])
         return momentum / (1 - beta1**step) / root
+    if group["direction"] == "natural":
+        second = _average(state, "second", grad.square(), beta2)
+        # Both bias corrections are one factor of the whole matrix; the damping is relative, so that it needs none.
+        damped = second + group["damping"] * second.mean((-2, -1), keepdim=True) + torch.finfo(second.dtype).tiny
+        return momentum / damped * ((1 - beta2**step) / (1 - beta1**step))
     if group["second_moment"]:
         return momentum / (_average(state, "second", momentum.square(), beta2).sqrt() + group["eps"])
     return momentum
@@ -262,7 +273,9 @@ def _generator(weight: Tensor, direction: Tensor, state: dict[str, Tensor], *, s
     rows = 2 * w.shape[-2]  # the weight and its momentum
     if group["metric"] == "ambient":
         basis, right = Basis(state["basis"], state["values"]), side == _basis_side(weight)
-        return ambient_generator(w, d, basis, right=right, hold=group["hold"], rows=rows, dtype=dtype)
+        return ambient_generator(
+            w, d, basis, right=right, hold=group["hold"], tolerance=group["rank_tolerance"], rows=rows, dtype=dtype
+        )
     low = dtype or w.dtype
     return generator(
         w.to(low), d.to(low), rows=rows, dense=True if group["direction"] == "msign" else None, dtype=w.dtype

@@ -14,7 +14,9 @@ class ExactMatch(evaluate.Metric):
             description=DESCRIPTION,
             citation="",
             inputs_description="predictions, references: lists of strings of one length.",
-            features=datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")}),
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
         )
 
     def _compute(self, predictions, references):

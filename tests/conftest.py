@@ -1,0 +1,115 @@
+"""Shared fixtures: a toy Llama, its tokenizer and chat data, all made here, without a network."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import shutil
+import string
+import tempfile
+from pathlib import Path
+
+# Before anything of Hugging Face is imported: no hub, no tracker, and caches that end with the session.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="pion_hf-tests-")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+SPECIAL_TOKENS = ["<pad>", "<end>", "<system>", "<user>", "<assistant>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def toy_llama(**options) -> LlamaForCausalLM:
+    """2 layers of width 32 with tied embeddings; the same weights at every call."""
+    config = LlamaConfig(
+        vocab_size=len(SPECIAL_TOKENS) + len(string.printable),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    for name, value in options.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+def chat_rows(count: int, first: int = 0) -> list[dict]:
+    """Additions below 20, as `prompt` and `completion` messages."""
+    rows = []
+    for i in range(first, first + count):
+        a, b = i % 10, (7 * i + 3) % 10
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": f"{a}+{b}="}],
+                "completion": [{"role": "assistant", "content": str(a + b)}],
+            }
+        )
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return toy_llama()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable character, and one per role."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *string.printable])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<end>",
+        additional_special_tokens=SPECIAL_TOKENS[2:],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tokenizer) -> Path:
+    """The toy model and tokenizer as a checkpoint folder."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    toy_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_data(tmp_path_factory) -> Path:
+    """A folder that `load_dataset` reads: splits train and test."""
+    folder = tmp_path_factory.mktemp("chat")
+    write_jsonl(folder / "train.jsonl", chat_rows(16))
+    write_jsonl(folder / "test.jsonl", chat_rows(4, first=100))
+    return folder
+
+
+@pytest.fixture
+def token_rows() -> list[dict]:
+    """Tokenised rows for a plain Trainer."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 105, (16, 12), generator=generator).tolist()
+    return [{"input_ids": row, "labels": row} for row in ids]

@@ -1,0 +1,172 @@
+"""Options: the `optim_args` string, the typed fields, and what is said about wrong ones."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+
+import pytest
+from transformers import HfArgumentParser
+
+from pion_hf import PionTrainingArguments, param_groups
+from pion_hf.arguments import GROUP_OPTIONS, PionOptions, option_types, parse_optim_args, resolve_options
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """`PionTrainingArguments` with given options, on a CPU."""
+
+    def build(**options) -> PionTrainingArguments:
+        return PionTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **options)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        (None, {}),
+        ("", {}),
+        (" , ", {}),
+        ("rms=0.2", {"rms": 0.2}),
+        ("rms = 0.2 , side = both ,", {"rms": 0.2, "side": "both"}),
+        ("betas=(0.9,0.95)", {"betas": [0.9, 0.95]}),
+        ("betas=[0.9, 0.95],hold=0.0", {"betas": [0.9, 0.95], "hold": 0.0}),
+        ("second_moment=true,preset=none", {"second_moment": True, "preset": None}),
+        ("polar_steps=3,eps=1e-6", {"polar_steps": 3, "eps": 1e-6}),
+        ("targets=[q_proj, k_proj]", {"targets": ["q_proj", "k_proj"]}),
+        ("exclude=(q|k)_proj", {"exclude": "(q|k)_proj"}),
+        (r"exclude='layers\.(0|1)\.,x'", {"exclude": r"layers\.(0|1)\.,x"}),
+        ("exclude=['a,b', \"c\"]", {"exclude": ["a,b", "c"]}),
+    ],
+)
+def test_optim_args_are_read(text, options):
+    assert parse_optim_args(text) == options
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rms", "'rms' is not of the form key=value"),
+        ("rms=", "'rms=' is not of the form key=value"),
+        ("=0.2", "'=0.2' is not of the form key=value"),
+        ("rms=0.2,rms=0.3", "'rms' is given twice"),
+        ("betas=(0.9,0.95", "unbalanced brackets"),
+        ("betas=0.9)", "unbalanced brackets"),
+        ("side='in", "unbalanced brackets or quotes"),
+    ],
+)
+def test_malformed_optim_args(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_optim_args(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "constructor", "groups"),
+    [
+        ("betas=(0.9,0.95)", {"betas": (0.9, 0.95)}, {}),
+        ("adamw_betas=[0.9,0.99],adamw_lr=1", {}, {"adamw_betas": (0.9, 0.99), "adamw_lr": 1.0}),
+        ("exclude=q_proj", {}, {"exclude": ["q_proj"]}),
+        ("polar_steps=4,rms=1", {"polar_steps": 4, "rms": 1.0}, {}),
+        ("scale=none", {"scale": "none"}, {}),
+        ("preset=none", {"preset": None}, {}),
+    ],
+)
+def test_options_get_the_types_of_the_signature(text, constructor, groups):
+    resolved = resolve_options("pion", parse_optim_args(text))
+    assert resolved == (constructor, groups)
+    for got, wanted in zip(resolved, (constructor, groups), strict=True):
+        assert {k: type(v) for k, v in got.items()} == {k: type(v) for k, v in wanted.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("beta=(0.9,0.95)", "'beta' is not a known option of optim='pion'. Did you mean 'betas'"),
+        ("polar_step=3", "Did you mean 'polar_steps'"),
+        ("side=inn", "'inn' is not a known value of side. Did you mean 'in'"),
+        ("retraction=caley", "Did you mean 'cayley'"),
+        ("rms=big", "rms must be of type float, got 'big'"),
+        ("rms=true", "rms must be of type float, got True"),
+        ("polar_steps=2.5", "polar_steps must be of type int, got 2.5"),
+        ("polar_steps=1e999", "polar_steps must be of type int, got inf"),
+        ("second_moment=1", "second_moment must be of type bool, got 1"),
+        ("betas=0.9", "betas must be 2 numbers"),
+        ("betas=(a,b)", "betas must be of type float, got 'a'"),
+        ("lr=1e-3", "'lr' is set by --learning_rate"),
+        ("weight_decay=0.1", "'weight_decay' is set by --weight_decay"),
+    ],
+)
+def test_wrong_options_name_the_right_one(text, message, arguments):
+    for build in (lambda: resolve_options("pion", parse_optim_args(text)), lambda: arguments(optim_args=text)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            build()
+
+
+def test_later_sources_win():
+    assert resolve_options("pion", {"rms": 0.1, "hold": 0.1}, {"rms": 0.2}) == ({"rms": 0.2, "hold": 0.1}, {})
+
+
+def test_every_option_has_a_typed_field_of_its_type():
+    types, hints = option_types("pion"), typing.get_type_hints(PionOptions)
+    options = {"exclude" if f == "optim_exclude_modules" else f.removeprefix("optim_"): f for f in hints}
+    # The field of `targets` is TrainingArguments' own optim_target_modules.
+    assert set(options) == set(types) - {"targets"}
+    for option, name in options.items():
+        wanted = _without_none(types[option])
+        given = _without_none(hints[name])
+        if typing.get_origin(wanted) is tuple:
+            wanted = list[typing.get_args(wanted)[0]]  # argparse reads several values as a list
+        # Words that other optimizers will understand differently are strings, checked against the constructor.
+        assert given == wanted or given is str, f"{name}: {given}, the constructor has {wanted}"
+
+
+def _without_none(hint):
+    arguments = [a for a in typing.get_args(hint) if a is not type(None)]
+    return arguments[0] if type(None) in typing.get_args(hint) else hint
+
+
+def test_typed_fields_show_in_help_and_parse(tmp_path):
+    parser = HfArgumentParser(PionTrainingArguments)
+    text = parser.format_help()
+    for name in PionOptions.__dataclass_fields__:
+        assert f"--{name}" in text
+    command = "--use_cpu --optim_betas 0.9 0.99 --optim_hold 0.1 --optim_side in --optim_exclude_modules q_proj k_proj"
+    (args,) = parser.parse_args_into_dataclasses([*command.split(), "--output_dir", str(tmp_path)])
+    assert args.optim == "pion"
+    assert resolve_options("pion", args.given_options()) == (
+        {"betas": (0.9, 0.99), "hold": 0.1, "side": "in"},
+        {"exclude": ["q_proj", "k_proj"]},
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim": "pin"}, "'pin' is not a known optimizer. Did you mean 'pion'"),
+        ({"optim_momentum": "transport"}, "Did you mean 'transported'"),
+        ({"optim_metric": "ambiant"}, "Did you mean 'ambient'"),
+        ({"optim_polar_steps": 2.5}, "polar_steps must be of type int"),
+        ({"optim_betas": [0.9]}, "betas must be 2 numbers"),
+    ],
+)
+def test_wrong_typed_fields_fail_at_once(options, message, arguments):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        arguments(**options)
+
+
+def test_fields_that_the_optimizer_ignores_are_named(arguments, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("pion_hf.arguments.logger.warning", warnings.append)
+    arguments(optim="adamw_torch", optim_hold=0.1)
+    assert len(warnings) == 1
+    assert "adamw_torch" in warnings[0]
+    assert "hold" in warnings[0]
+    arguments(optim="adamw_torch")
+    arguments(optim_hold=0.1)
+    assert len(warnings) == 1
+
+
+def test_group_options_are_those_of_param_groups():
+    assert set(GROUP_OPTIONS) <= set(inspect.signature(param_groups).parameters)

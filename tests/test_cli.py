@@ -1,0 +1,352 @@
+"""The command `pion-hf`: training through it, the plan, and every way of getting it wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import trl.scripts.sft
+import yaml
+from conftest import toy_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from pion_hf import run
+from pion_hf.cli import main
+
+COMMAND = [str(Path(sysconfig.get_path("scripts")) / "pion-hf")]
+TWO_STEPS = ["--optim", "pion", "--max_steps=2", "--learning_rate=1e-2", "--use_cpu", "--report_to=none"]
+
+# Knows nothing of pion_hf.
+PLAIN_SCRIPT = """
+from dataclasses import dataclass
+import torch
+from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments
+
+@dataclass
+class ScriptArguments:
+    model: str
+
+if __name__ == "__main__":
+    script, args = HfArgumentParser((ScriptArguments, TrainingArguments)).parse_args_into_dataclasses()
+    rows = [{"input_ids": r, "labels": r} for r in torch.randint(5, 105, (16, 12)).tolist()]
+    model = AutoModelForCausalLM.from_pretrained(script.model)
+    Trainer(model=model, args=args, train_dataset=rows).train()
+    model.save_pretrained(args.output_dir)
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, checkpoint, chat_data):
+    """Writes a recipe for the toy model, with changes, and returns its path; None takes a key out."""
+
+    def write(**changes) -> str:
+        keys = {
+            "model_name_or_path": str(checkpoint),
+            "dataset_name": str(chat_data),
+            "optim": "pion",
+            "learning_rate": "1e-2",
+            "optim_adamw_lr": 1e-3,
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "bf16": False,
+            "use_cpu": True,
+            "eval_strategy": "epoch",
+            "save_strategy": "no",
+            "report_to": "none",
+            "output_dir": str(tmp_path / "run"),
+            **changes,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in keys.items() if v is not None}), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def fails(*argv: str) -> str:
+    """The one line with which `pion-hf` refuses `argv`."""
+    with pytest.raises(SystemExit) as raised:
+        main(list(argv))
+    assert isinstance(raised.value.code, str), "an exit without a message"
+    return raised.value.code
+
+
+def assert_trained_by_rotations(folder: Path) -> None:
+    """The saved toy model differs from the initial one, and its hidden matrices have their singular values."""
+    trained = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    for name, before in toy_llama().named_parameters():
+        after = trained[name].detach()
+        assert not torch.equal(after, before), f"{name} was not trained"
+        if before.ndim == 2 and "embed" not in name:
+            old, new = torch.linalg.svdvals(before.double()), torch.linalg.svdvals(after.double())
+            torch.testing.assert_close(new, old, rtol=0, atol=1e-5 * old[0].item(), msg=f"spectrum of {name}")
+
+
+def run_process(argv: list[str]) -> subprocess.CompletedProcess:
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=400, env=os.environ.copy())
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+# -- training ---------------------------------------------------------------------------------------
+
+
+def test_run_trains_an_unmodified_script(tmp_path, checkpoint):
+    script = tmp_path / "train.py"
+    script.write_text(PLAIN_SCRIPT, encoding="utf-8")
+    out = tmp_path / "out"
+    options = ["--model", str(checkpoint), "--output_dir", str(out), "--optim_args", "betas=(0.9, 0.95), hold=0.0,"]
+    done = run_process([*COMMAND, "run", str(script), *options, *TWO_STEPS])
+    assert "Which rule updates what" in done.stderr
+    assert (out / "routing.json").is_file()
+    assert_trained_by_rotations(out)
+
+
+def test_module_trains_with_trls_own_script(tmp_path, checkpoint, chat_data):
+    """As `accelerate launch -m pion_hf.run` starts it."""
+    options = ["--model_name_or_path", str(checkpoint), "--dataset_name", str(chat_data), "--output_dir", str(tmp_path)]
+    script = trl.scripts.sft.__file__
+    run_process([sys.executable, "-m", "pion_hf.run", script, *options, *TWO_STEPS, "--bf16", "false"])
+    assert (tmp_path / "routing.json").is_file()
+    assert_trained_by_rotations(tmp_path)
+
+
+def test_sft_trains_and_reports(recipe, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text("Sphinx of black quartz, judge my vow. " * 20, encoding="utf-8")
+    main(["sft", "--config", recipe(other_text_file=str(other), exact_match_samples=3), "--max_new_tokens", "4"])
+    folder = tmp_path / "run"
+    report = json.loads((folder / "report.json").read_text())
+    measures = {"evaluation loss", "exact match", "loss on other text"}
+    assert set(report["before"]) == set(report["after"]) == measures
+    assert all(math.isfinite(value) for moment in ("before", "after") for value in report[moment].values())
+    assert report["after"]["evaluation loss"] < report["before"]["evaluation loss"]
+    assert report["spectrum_drift"] < 1e-5
+    printed = capsys.readouterr().out
+    assert "pion, 2 steps" in printed
+    assert all(measure in printed for measure in measures)
+    rules = {r["name"]: r["rule"] for r in json.loads((folder / "routing.json").read_text())["parameters"]}
+    assert rules["model.layers.0.mlp.down_proj.weight"] == "pion"
+    assert rules["model.embed_tokens.weight"] == "adamw"
+    assert_trained_by_rotations(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1+2="}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    written = model.generate(**prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert written.shape[1] == prompt["input_ids"].shape[1] + 5
+
+
+def test_sft_takes_other_optimizers_and_flags_over_the_recipe(recipe, tmp_path):
+    main(["sft", f"--config={recipe()}", "--optim", "adamw_torch", "--max-steps", "1", "--eval_strategy", "no"])
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["before"] == report["after"] == {}
+    assert "spectrum_drift" not in report
+    assert not (tmp_path / "run" / "routing.json").exists()
+    assert trl.SFTTrainer.__module__ == "trl.trainer.sft_trainer", "TRL's trainer was not put back"
+
+
+# -- plan -------------------------------------------------------------------------------------------
+
+
+def planned_bytes(printed: str) -> dict[str, int]:
+    """Bytes of state by optimizer, from the last table."""
+    cells = [[c.strip() for c in line.split("│")] for line in printed.split("Optimizer state")[1].splitlines()]
+    return {row[1]: int(row[2].replace(",", "")) for row in cells if len(row) > 3}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optim_args", ["hold=0.1", "preset=paper", "exclude=q_proj"])
+def test_plan_states_the_bytes_a_stepped_optimizer_holds(dtype, optim_args, checkpoint, tmp_path, capsys):
+    options = ["--model_name_or_path", str(checkpoint), "--dtype", dtype, "--optim_args", optim_args]
+    main(["plan", *options])
+    planned = planned_bytes(capsys.readouterr().out)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    held = {}
+    for optim, text in (("pion", optim_args), ("adamw_torch", None)):
+        args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", optim=optim, optim_args=text)
+        optimizer = Trainer(model=model, args=args).create_optimizer()
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        # Step counters, four bytes a tensor, are left out of the plan.
+        entries = [
+            (k, v) for state in optimizer.state.values() for k, v in state.items() if isinstance(v, torch.Tensor)
+        ]
+        held[optim] = sum(v.numel() * v.element_size() for k, v in entries if k != "step")
+    assert planned == held
+
+
+def test_plan_follows_the_recipe_without_training(recipe, tmp_path, capsys):
+    # A recipe for a GPU: there need be none to plan with it, nor any data.
+    path = recipe(bf16=True, use_cpu=None, dataset_name=None, optim_target_modules="mlp")
+    main(["plan", "--config", path, "--routing_file", str(tmp_path / "plan.json")])
+    printed = capsys.readouterr().out
+    record = json.loads((tmp_path / "plan.json").read_text())
+    by_rule: dict[str, int] = {}
+    for row in record["summary"]:
+        by_rule[row["rule"]] = by_rule.get(row["rule"], 0) + row["parameters"]
+        assert f"{row['parameters']:,}" in printed
+        assert row["lr"] == {"pion": 1e-2, "adamw": 1e-3}[row["rule"]]
+    sizes = {n: p.numel() for n, p in toy_llama().named_parameters()}
+    assert by_rule["pion"] == sum(size for n, size in sizes.items() if "mlp" in n)
+    assert by_rule["adamw"] == sum(size for n, size in sizes.items() if "mlp" not in n)
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan_takes_the_dtype_of_the_checkpoint(tmp_path, capsys):
+    toy_llama().to(torch.bfloat16).save_pretrained(tmp_path)
+    adamw = {}
+    for dtype in ("auto", "bfloat16", "float32"):
+        main(["plan", "--model_name_or_path", str(tmp_path), "--dtype", dtype])
+        adamw[dtype] = planned_bytes(capsys.readouterr().out)["adamw_torch"]
+    assert adamw["auto"] == adamw["bfloat16"] == adamw["float32"] / 2
+
+
+# -- what is refused --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["sft", "plan"])
+@pytest.mark.parametrize(
+    ("changes", "flags", "message"),
+    [
+        ({"learning_rat": 1e-3}, [], "'learning_rat' is not a known key. Did you mean 'learning_rate'"),
+        ({"optim_hald": 0.1}, [], "Did you mean 'optim_hold'"),
+        ({"optim": "pin"}, [], "'pin' is not a known optimizer. Did you mean 'pion'"),
+        ({"optim_metric": "ambiant"}, [], "'ambiant' is not a known value of optim_metric. Did you mean 'ambient'"),
+        ({"optim_momentum": "lye"}, [], "'lye' is not a known value of momentum. Did you mean 'lie'"),
+        ({"learning_rate": "fast"}, [], "--learning_rate/--learning-rate: invalid float value: 'fast'"),
+        ({"optim_hold": [0.1]}, [], "hold must be of type float, got [0.1]"),
+        ({"optim_args": "beta=(0.9,0.95)"}, [], "Did you mean 'betas'"),
+        ({}, ["--optim_hald", "0.1"], "'optim_hald' is not a known flag. Did you mean 'optim_hold'"),
+        ({}, ["--learning-rat=1e-3x"], "invalid float value: '1e-3x'"),
+        ({}, ["--optim_side", "inn"], "'inn' is not a known value. Did you mean 'in'"),
+        ({}, ["--optim_polar_steps", "2.5"], "invalid int value: '2.5'"),
+        ({}, ["--optim_args", "rms=big"], "rms must be of type float, got 'big'"),
+        ({}, ["recipe.yaml"], "'recipe.yaml' belongs to no flag; a recipe is named by --config FILE"),
+        ({"model_name_or_path": None}, [], "name the model"),
+        ({"use_peft": True}, [], "not LoRA adapters, in this version"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_right_one(command, changes, flags, message, recipe):
+    said = fails(command, "--config", recipe(**changes), *flags)
+    assert said.startswith(f"pion-hf {command}: ")
+    assert message in said
+    assert "\nusage" not in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exact_match_samples": 3, "eval_strategy": "no"}, "exact_match_samples needs evaluation data"),
+        ({"exact_match_samples": -1}, "exact_match_samples must be at least 0, got -1"),
+        ({"other_text_file": "nowhere.txt"}, "other_text_file: there is no file 'nowhere.txt'"),
+    ],
+)
+def test_reports_that_cannot_be_made(changes, message, recipe):
+    assert message in fails("sft", "--config", recipe(**changes))
+
+
+@pytest.mark.parametrize("key", ["dataset_train_split", "dataset_test_split"])
+def test_splits_that_the_data_lacks(key, recipe):
+    assert f"the dataset has no split 'tset': set {key}" in fails("sft", "--config", recipe(**{key: "tset"}))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a list\n", "must hold keys and values (a YAML mapping)"),
+        ("", "must hold keys and values (a YAML mapping)"),
+        ("key: [unclosed\n", "is not YAML"),
+    ],
+)
+def test_recipes_that_are_none(content, message, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content, encoding="utf-8")
+    assert message in fails("sft", "--config", str(path))
+
+
+def test_missing_recipe(tmp_path):
+    assert f"there is no recipe '{tmp_path}/none.yaml'" in fails("sft", "--config", f"{tmp_path}/none.yaml")
+    assert "--config needs the path of a recipe" in fails("plan", "--config")
+
+
+def test_plan_of_what_is_not_there(recipe, tmp_path):
+    for name in (f"{tmp_path}/none", "no/such-model"):
+        assert f"no model config at '{name}'" in fails("plan", "--model_name_or_path", name)
+    assert "plan shows this package's optimizers (pion)" in fails("plan", "--config", recipe(), "--optim", "sgd")
+
+
+def test_sharding_is_refused_before_anything_is_loaded(recipe):
+    said = fails("sft", "--config", recipe(model_name_or_path="no/such-model", fsdp=True))
+    assert "does not run under FSDP2" in said
+
+
+# -- the command itself -----------------------------------------------------------------------------
+
+
+def test_unknown_command():
+    assert "'plam' is not a known command. Did you mean 'plan'" in fails("plam")
+
+
+def test_help_names_every_command(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pion-hf", "--help"])
+    runpy.run_module("pion_hf.cli", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed for name in ("sft", "run", "plan"))
+
+
+def test_sft_help_has_our_flags_and_trls(capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(["sft", "--help"])
+    assert raised.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(flag in printed for flag in ("--optim_hold", "--exact_match_samples", "--dataset_name", "--packing"))
+
+
+@pytest.fixture
+def untouched_interpreter(monkeypatch):
+    """`run` is made to replace the arguments and extend the path of its process: put them back."""
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.mark.usefixtures("untouched_interpreter")
+def test_run_gives_a_script_its_arguments_and_neighbours(tmp_path, capsys):
+    (tmp_path / "neighbour_of_script.py").write_text("NAME = 'neighbour'\n")
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nfrom neighbour_of_script import NAME\nprint(__name__, NAME, sys.argv)\n")
+    main(["run", str(script), "--optim", "pion"])
+    assert capsys.readouterr().out == f"__main__ neighbour {[str(script), '--optim', 'pion']}\n"
+
+
+@pytest.mark.usefixtures("untouched_interpreter")
+def test_run_takes_a_module_of_the_current_folder(tmp_path, capsys, monkeypatch):
+    (tmp_path / "module_to_run.py").write_text("import sys\nprint(__name__, sys.argv[1:])\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    run.main(["-m", "module_to_run", "--flag"])
+    assert capsys.readouterr().out == "__main__ ['--flag']\n"
+
+
+@pytest.mark.usefixtures("untouched_interpreter")
+def test_errors_of_a_script_are_its_own(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("raise ValueError('mine')\n")
+    with pytest.raises(ValueError, match="mine"):
+        main(["run", str(script)])
+
+
+def test_run_without_a_script(capsys):
+    assert "there is no script 'nowhere.py'" in fails("run", "nowhere.py")
+    assert "usage: pion-hf run SCRIPT" in fails("run", "-m")
+    main(["run"])
+    assert "usage: pion-hf run SCRIPT" in capsys.readouterr().out

@@ -1,0 +1,377 @@
+"""Pion: reference trajectories, the spectrum, options, and what it refuses."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from pion_hf.linalg.spectrum import singular_values, spectral_drift
+from pion_hf.optim import Pion
+
+DATA = Path(__file__).parent / "data"
+CASES = json.loads((DATA / "pion_teon_cases.json").read_text())
+PAPER = {"direction": "gradient", "metric": "lie", "scale": "rms", "hold": 0.0}
+
+# Every rule, at the learning rate 1e-2 of the spectrum test.
+RULES = {
+    "default": {},
+    "paper with an exact retraction": {**PAPER, "momentum": "lie"},
+    "lie momentum, second moment": {**PAPER, "momentum": "lie", "second_moment": True},
+    "gradient": PAPER,
+    "gradient, both sides": {**PAPER, "side": "both"},
+    "gradient, second moment": {**PAPER, "second_moment": True},
+    "gradient, ambient momentum": {**PAPER, "momentum": "ambient"},
+    "msign": {**PAPER, "direction": "msign"},
+    "polar": {**PAPER, "direction": "polar"},
+    "polar, ambient": {**PAPER, "direction": "polar", "metric": "ambient"},
+    "adam, ambient": {**PAPER, "direction": "adam", "metric": "ambient", "scale": "none"},
+    "adam, ambient, hold": {**PAPER, "direction": "adam", "metric": "ambient", "scale": "none", "hold": 0.1},
+    "adam, lie": {**PAPER, "direction": "adam"},
+    "natural, ambient": {**PAPER, "direction": "natural", "metric": "ambient"},
+    "natural, lie": {**PAPER, "direction": "natural"},
+    "spectral scale": {**PAPER, "scale": "spectral"},
+    "cayley": {**PAPER, "retraction": "cayley"},
+    "bfloat16 generators": {"generator_dtype": "bfloat16"},
+}
+
+
+@pytest.fixture(scope="module")
+def trajectories():
+    return load_file(DATA / "pion_teon_trajectories.safetensors")
+
+
+def reference_options(config: dict) -> dict:
+    options = {"second_moment" if key == "second" else key: value for key, value in config.items()}
+    return {**PAPER, "rank_tolerance": 0.0, "polar": "svd", "generator_dtype": "float32", **options}
+
+
+@pytest.mark.parametrize("case", range(len(CASES["pion_configs"])))
+@pytest.mark.parametrize("shape", range(len(CASES["pion_shapes"])))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_reference_trajectories(trajectories, shape, case, dtype):
+    options = reference_options(CASES["pion_configs"][case])
+    expected = trajectories[f"pion.{shape}.{case}.trajectory"]
+    p = nn.Parameter(trajectories[f"pion.{shape}.weight"].to(dtype, copy=True))
+    optimizer = Pion([p], **options)
+    tolerance = {("lie", torch.float64): 1e-10, ("ambient", torch.float64): 1e-8}.get(
+        (options["metric"], dtype), 1e-5 if options["metric"] == "lie" else 1e-3
+    )
+    steps = CASES["steps"]
+    for t, grad in enumerate(trajectories[f"pion.{shape}.grads"]):
+        p.grad = grad.to(dtype)
+        optimizer.step()
+        want = expected[len(expected) - steps + t]
+        assert (p.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+def train(p: nn.Parameter, optimizer: Pion, steps: int, seed: int = 7) -> None:
+    """Follow the gradient of a quadratic with noise: a direction that persists, as in training."""
+    draw = torch.Generator().manual_seed(seed)
+    target = torch.randn(p.shape, generator=draw) * p.std().item()
+    for _ in range(steps):
+        p.grad = (p.detach() - target) + 0.3 * p.std() * torch.randn(p.shape, generator=draw)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (48, 20), (20, 48)])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_thousand_steps_keep_the_spectrum(rule, shape):
+    torch.manual_seed(0)
+    w = torch.randn(shape) * 0.05
+    p = nn.Parameter(w.clone())
+    train(p, Pion([p], lr=1e-2, **RULES[rule]), 1000)
+    drift = spectral_drift(singular_values(w), singular_values(p.detach())).item()
+    assert drift < 1e-5
+    assert (p - w).norm() > 0.5 * w.norm(), "the matrix hardly moved: this shows nothing"
+
+
+def test_taylor_of_degree_two_drifts_where_an_exact_retraction_does_not():
+    torch.manual_seed(0)
+    w = torch.randn(32, 32) * 0.05
+    drifts = {}
+    for retraction in ("taylor", "root", "cayley"):
+        p = nn.Parameter(w.clone())
+        train(p, Pion([p], lr=5e-2, retraction=retraction, **PAPER), 1000)
+        drifts[retraction] = spectral_drift(singular_values(w), singular_values(p.detach())).item()
+    assert drifts["root"] < 1e-5
+    assert drifts["cayley"] < 1e-5
+    assert drifts["taylor"] > 1e-2
+
+
+def test_carried_basis_keeps_the_ambient_metric_accurate():
+    """300 steps on a carried basis equal 300 steps with a fresh decomposition in each."""
+    torch.manual_seed(0)
+    w = torch.randn(24, 16, dtype=torch.float64) * 0.1
+    options = {
+        "direction": "adam",
+        "metric": "ambient",
+        "scale": "none",
+        "hold": 0.1,
+        "rank_tolerance": 0.0,
+        "lr": 1e-3,
+    }
+    carried, fresh = nn.Parameter(w.clone()), nn.Parameter(w.clone())
+    first, second = Pion([carried], **options), Pion([fresh], **options)
+    draw = torch.Generator().manual_seed(1)
+    from pion_hf.optim import pion as module
+
+    for _ in range(300):
+        grad = torch.randn(24, 16, dtype=torch.float64, generator=draw)
+        carried.grad = fresh.grad = grad
+        first.step()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "BASIS_REFRESH", 1)
+            second.step()
+    torch.testing.assert_close(carried, fresh, atol=1e-9, rtol=1e-8)
+
+
+def test_batch_equals_slices():
+    """Matrices updated together move as each would alone, also those inside one tensor."""
+    torch.manual_seed(0)
+    stack, grad = torch.randn(3, 10, 6), torch.randn(3, 10, 6)
+    together = nn.Parameter(stack.clone())
+    fused = nn.Parameter(stack.reshape(30, 6).clone())
+    alone = [nn.Parameter(w.clone()) for w in stack]
+    options = {"lr": 1e-2, "generator_dtype": "float32"}
+    optimizers = [
+        Pion([{"params": [together], "rule": "pion"}], **options),
+        Pion([{"params": [fused], "rule": "pion", "layout": "rows=10,10,10"}], **options),
+        Pion(alone, **options),
+    ]
+    together.grad, fused.grad = grad, grad.reshape(30, 6)
+    for p, g in zip(alone, grad, strict=True):
+        p.grad = g
+    for _ in range(4):
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(fused.reshape(3, 10, 6), torch.stack(alone), atol=1e-6, rtol=1e-5)
+
+
+def test_transposed_storage_moves_as_its_transpose():
+    torch.manual_seed(0)
+    w, grad = torch.randn(12, 5), torch.randn(12, 5)
+    plain, stored = nn.Parameter(w.clone()), nn.Parameter(w.T.contiguous())
+    optimizers = Pion([plain], lr=1e-2), Pion([{"params": [stored], "rule": "pion", "layout": "transposed"}], lr=1e-2)
+    plain.grad, stored.grad = grad, grad.T.contiguous()
+    for _ in range(4):
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(plain, stored.T, atol=1e-6, rtol=1e-5)
+
+
+def test_other_groups_are_exactly_torch_adamw():
+    torch.manual_seed(0)
+    ours, theirs = nn.Parameter(torch.randn(7)), None
+    theirs = nn.Parameter(ours.detach().clone())
+    matrix = nn.Parameter(torch.randn(4, 4))
+    settings = {"lr": 3e-3, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
+    optimizer = Pion([{"params": [matrix], "rule": "pion"}, {"params": [ours], "rule": "adamw", **settings}])
+    reference = torch.optim.AdamW([theirs], fused=True, **settings)
+    for _ in range(5):
+        grad = torch.randn(7)
+        ours.grad, theirs.grad, matrix.grad = grad.clone(), grad.clone(), torch.randn(4, 4)
+        optimizer.step()
+        reference.step()
+        assert torch.equal(ours, theirs)
+
+
+def test_bare_tensors_are_divided_and_names_kept():
+    layer = nn.Linear(4, 3)
+    optimizer = Pion(layer.named_parameters())
+    assert [(g["rule"], g["param_names"]) for g in optimizer.param_groups] == [
+        ("pion", ["weight"]),
+        ("adamw", ["bias"]),
+    ]
+    assert len(Pion(layer.parameters()).param_groups) == 2
+
+
+def test_state_is_lazy_and_in_parameter_shape():
+    p = nn.Parameter(torch.randn(6, 4))
+    optimizer = Pion([("w", p)])
+    assert not optimizer.state
+    p.grad = torch.randn(6, 4)
+    optimizer.step()
+    shapes = {k: tuple(v.shape) for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)}
+    assert shapes == {"momentum": (6, 4), "second": (6, 4), "basis.0": (1, 4, 4), "values.0": (1, 4)}
+
+
+@pytest.mark.parametrize("rule", ["default", "gradient", "lie momentum, second moment", "polar, ambient"])
+def test_state_bytes_are_those_of_a_real_step(rule):
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(s)) for s in ((8, 8), (8, 8), (12, 5), (3, 6, 4))]
+    groups = [
+        {"params": params[:3], "rule": "pion"},
+        {"params": params[3:], "rule": "pion", "layout": "transposed;rows=1,3"},
+        {"params": [nn.Parameter(torch.randn(9))], "rule": "adamw"},
+    ]
+    optimizer = Pion(groups, **RULES[rule])
+    planned = optimizer.state_bytes()
+    assert not optimizer.state
+    for group in groups:
+        for p in group["params"]:
+            p.grad = torch.randn_like(p)
+    optimizer.step()
+    held = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor) and v.ndim]
+    assert planned == sum(v.numel() * v.element_size() for v in held)
+
+
+def test_a_resumed_run_continues_exactly():
+    torch.manual_seed(0)
+    grads = torch.randn(8, 6, 6)
+    straight, first = (nn.Parameter(torch.eye(6) + 0.1 * torch.ones(6, 6)) for _ in range(2))
+    whole, half = Pion([("w", straight)], lr=1e-2), Pion([("w", first)], lr=1e-2)
+    for t, grad in enumerate(grads):
+        straight.grad = grad
+        whole.step()
+        if t == 3:
+            second = nn.Parameter(first.detach().clone())
+            saved = half.state_dict()
+            half = Pion([("w", second)], lr=1e-2)
+            half.load_state_dict(saved)
+            first = second
+        first.grad = grad
+        half.step()
+    assert torch.equal(straight, first)
+
+
+def test_non_finite_gradients_skip_the_whole_step_and_are_counted():
+    torch.manual_seed(0)
+    p, q = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+    optimizer = Pion([p, q], lr=1e-2)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        p.grad, q.grad = torch.randn(4, 4), torch.randn(4)
+        q.grad[1] = bad
+        before = p.detach().clone(), q.detach().clone()
+        expectation = pytest.warns(UserWarning, match="not finite") if bad is torch.nan else warnings.catch_warnings()
+        with expectation:
+            if bad is not torch.nan:
+                warnings.simplefilter("error")
+            optimizer.step()
+        assert torch.equal(p, before[0])
+        assert torch.equal(q, before[1])
+        assert not any(optimizer.state.values())
+    assert optimizer.skipped_steps == 3
+    q.grad[1] = 0.0
+    optimizer.step()
+    assert not torch.equal(p, before[0])
+
+
+def test_parameters_without_gradient_are_left_alone():
+    moved, still = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+    before = still.detach().clone()
+    optimizer = Pion([moved, still])
+    moved.grad = torch.randn(4, 4)
+    optimizer.step()
+    assert torch.equal(still, before)
+
+
+def test_closure_and_tf32_setting():
+    p = nn.Parameter(torch.randn(4, 4))
+    optimizer = Pion([p])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (p**2).sum() + p.sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == pytest.approx(((p**2).sum() + p.sum()).item(), rel=0.1)
+
+
+def test_paper_preset_is_the_papers_set_of_choices():
+    group = Pion([nn.Parameter(torch.eye(3))], preset="paper").param_groups[0]
+    paper = {
+        "momentum": "lie",
+        "direction": "gradient",
+        "metric": "lie",
+        "hold": 0.0,
+        "scale": "rms",
+        "side": "alternate",
+        "retraction": "taylor",
+        "degree": 2,
+        "second_moment": False,
+    }
+    assert {key: group[key] for key in paper} == paper
+
+
+MATRIX = [nn.Parameter(torch.eye(3))]
+BAD_OPTIONS = [
+    ({"side": "inn"}, "Did you mean 'in'"),
+    ({"direction": "adamw"}, "Did you mean 'adam'"),
+    ({"metric": "ambiant"}, "Did you mean 'ambient'"),
+    ({"momentum": "transport"}, "Did you mean 'transported'"),
+    ({"retraction": "caley"}, "Did you mean 'cayley'"),
+    ({"preset": "papers"}, "Did you mean 'paper'"),
+    ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
+    ({"lr": float("nan")}, "lr must be at least 0"),
+    ({"betas": (0.9, 1.0)}, "betas must be two numbers"),
+    ({"betas": (0.9,)}, "betas must be two numbers"),
+    ({"eps": -1e-8}, "eps must be"),
+    ({"rms": 0.0}, "rms must be above 0"),
+    ({"hold": 1.0}, r"hold must be in \[0, 1\)"),
+    ({"rank_tolerance": 1.0}, "rank_tolerance must be"),
+    ({"damping": 0.0}, "damping must be"),
+    ({"degree": 0}, "degree must be in"),
+    ({"polar_steps": 0}, "polar_steps must be in"),
+    ({"weight_decay": -0.1}, "weight_decay must be"),
+    ({"side": "both", "metric": "ambient", "hold": 0.0}, "side='both' is not for metric='ambient'"),
+    ({**PAPER, "momentum": "lie", "direction": "adam"}, "momentum='lie' averages generators"),
+    ({"momentum": "lie", "metric": "ambient", "direction": "gradient"}, "metric='lie'"),
+    ({**PAPER, "hold": 0.1}, "hold needs metric='ambient'"),
+    ({"second_moment": True, "direction": "adam"}, "second_moment=True needs direction='gradient'"),
+    ({"direction": "msign", "metric": "ambient"}, "direction='msign'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[str(o) for o, _ in BAD_OPTIONS])
+def test_wrong_options_name_the_way_out(options, message):
+    with pytest.raises(ValueError, match=message):
+        Pion(MATRIX, **options)
+
+
+def test_wrong_groups_and_parameters_are_refused():
+    with pytest.raises(ValueError, match="Did you mean 'rms'"):
+        Pion([{"params": MATRIX, "rmss": 0.1}])
+    with pytest.raises(ValueError, match="Did you mean 'pion'"):
+        Pion([{"params": MATRIX, "rule": "pionn"}])
+    with pytest.raises(ValueError, match="no matrix"):
+        Pion([nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match="no parameters"):
+        Pion([])
+    with pytest.raises(ValueError, match="complex"):
+        Pion([nn.Parameter(torch.eye(3, dtype=torch.complex64))])
+    with pytest.raises(ValueError, match="sparse"):
+        Pion([nn.Parameter(torch.eye(3).to_sparse())])
+    with pytest.raises(ValueError, match="sum to 5"):
+        Pion([{"params": [nn.Parameter(torch.randn(4, 4))], "rule": "pion", "layout": "rows=2,3"}])
+    with pytest.raises(ValueError, match="FSDP1"):
+        flat = nn.Parameter(torch.eye(3))
+        flat._is_flat_param = True
+        Pion([flat])
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"), [(torch.zeros(3, 3), "zero matrix"), (torch.full((3, 3), torch.nan), "not finite")]
+)
+def test_matrices_that_cannot_rotate_are_named(matrix, message):
+    p = nn.Parameter(matrix)
+    optimizer = Pion([("layers.0.q_proj.weight", p)])
+    p.grad = torch.ones(3, 3)
+    with pytest.raises(ValueError, match=rf"layers\.0\.q_proj\.weight.*{message}"):
+        optimizer.step()
+
+
+def test_sparse_gradients_are_refused():
+    table = nn.Embedding(5, 3, sparse=True)
+    matrix = nn.Parameter(torch.eye(3))
+    optimizer = Pion(
+        [{"params": [("w", matrix)], "rule": "pion"}, {"params": [("table", table.weight)], "rule": "adamw"}]
+    )
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match="table is sparse"):
+        optimizer.step()

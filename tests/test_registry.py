@@ -1,0 +1,196 @@
+"""`--optim pion` in transformers: registration, what the handler builds, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import re
+
+import pytest
+import torch
+import transformers
+from transformers import Trainer, TrainingArguments, trainer
+from transformers.training_args import OptimizerNames
+
+from pion_hf import Pion, PionTrainingArguments, register
+from pion_hf.integrations.registry import refuse_wrappers
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """transformers' own `TrainingArguments` with given options, on a CPU."""
+
+    def build(optim: str = "pion", **options) -> TrainingArguments:
+        return TrainingArguments(output_dir=str(tmp_path), optim=optim, use_cpu=True, report_to="none", **options)
+
+    return build
+
+
+def optimizer_of(args: TrainingArguments, model) -> torch.optim.Optimizer:
+    return Trainer(model=model, args=args).create_optimizer()
+
+
+def groups_by_rule(optimizer) -> dict[str, list[dict]]:
+    found = {}
+    for group in optimizer.param_groups:
+        found.setdefault(group["rule"], []).append(group)
+    return found
+
+
+def test_the_name_is_a_full_member():
+    member = OptimizerNames("pion")
+    assert member is OptimizerNames.PION
+    assert member is OptimizerNames["PION"]
+    assert member == "pion"
+    assert list(OptimizerNames).count(member) == 1
+    assert pickle.loads(pickle.dumps(member)) is member
+    assert copy.deepcopy(member) is member
+
+
+def test_registering_again_changes_nothing():
+    members, lookup = list(OptimizerNames), Trainer.get_optimizer_cls_and_kwargs
+    handlers = dict(trainer._OPTIMIZER_HANDLERS)
+    register()
+    assert list(OptimizerNames) == members
+    assert Trainer.get_optimizer_cls_and_kwargs is lookup
+    assert handlers == trainer._OPTIMIZER_HANDLERS
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (trainer, "_OPTIMIZER_HANDLERS"),
+        (transformers.trainer_optimizer, "OptimizerContext"),
+        (transformers.training_args, "OptimizerNames"),
+        (Trainer, "get_optimizer_cls_and_kwargs"),
+    ],
+)
+def test_other_internals_are_a_clear_error(owner, name, monkeypatch):
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(RuntimeError, match=rf"cannot add its optimizers to transformers {transformers.__version__}"):
+        register()
+
+
+def test_another_signature_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda self: None)
+    with pytest.raises(RuntimeError, match=r"does not take \(args, model\)"):
+        register()
+
+
+def test_handler_routes_the_model(arguments, model, tmp_path):
+    args = arguments(learning_rate=1e-3, weight_decay=0.1, adam_beta2=0.97, adam_epsilon=1e-7)
+    optimizer = optimizer_of(args, model)
+    assert type(optimizer) is Pion
+    groups = groups_by_rule(optimizer)
+    rotated = {name for group in groups["pion"] for name in group["param_names"]}
+    assert rotated == {n for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
+    assert all(g["lr"] == 1e-3 and g["weight_decay"] == 0 for g in groups["pion"])
+    decay = {name: g["weight_decay"] for g in groups["adamw"] for name in g["param_names"]}
+    assert decay["model.embed_tokens.weight"] == 0.1
+    assert {decay[n] for n, p in model.named_parameters() if p.ndim == 1} == {0.0}
+    assert all((g["lr"], g["betas"], g["eps"]) == (1e-3, (0.9, 0.97), 1e-7) for g in groups["adamw"])
+    record = json.loads((tmp_path / "routing.json").read_text())
+    assert {r["name"]: r["rule"] for r in record["parameters"]} == {
+        n: "pion" if n in rotated else "adamw" for n, _ in model.named_parameters()
+    }
+
+
+def test_optim_args_reach_the_optimizer(arguments, model):
+    text = "betas=(0.8, 0.9), adamw_lr=2e-3, adamw_betas=[0.7,0.8], exclude=[q_proj, k_proj], scale=none,"
+    groups = groups_by_rule(optimizer_of(arguments(optim_args=text), model))
+    assert all(g["betas"] == (0.8, 0.9) and g["scale"] == "none" for g in groups["pion"])
+    assert all(g["lr"] == 2e-3 and g["betas"] == (0.7, 0.8) for g in groups["adamw"])
+    taken = {name for g in groups["adamw"] for name in g["param_names"]}
+    assert sum("q_proj" in n or "k_proj" in n for n in taken) == 4
+
+
+def test_optim_args_win_over_typed_fields(model, tmp_path):
+    args = PionTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, optim_hold=0.3, optim_eps=1e-5, optim_args="hold=0.1"
+    )
+    (group, *_) = groups_by_rule(optimizer_of(args, model))["pion"]
+    assert (group["hold"], group["eps"]) == (0.1, 1e-5)
+
+
+def test_target_modules_choose_the_matrices(arguments, model):
+    groups = groups_by_rule(optimizer_of(arguments(optim_target_modules=["mlp"]), model))
+    assert all("mlp" in name for g in groups["pion"] for name in g["param_names"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim_args": "beta=(0.9,0.95)"}, "Did you mean 'betas'"),
+        ({"optim_args": "side=inn"}, "Did you mean 'in'"),
+        ({"optim_args": "side=both"}, "do not combine"),
+        ({"optim_args": "exclude=[q_prj]"}, "Did you mean 'q_proj'"),
+        ({"optim_target_modules": ["q_prj"]}, "Did you mean 'q_proj'"),
+    ],
+)
+def test_wrong_options_fail_when_the_optimizer_is_built(options, message, arguments, model):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimizer_of(arguments(**options), model)
+
+
+def test_misspelt_constructor_values_name_the_right_one():
+    with pytest.raises(ValueError, match="Did you mean 'cayley'"):
+        Pion([torch.eye(3)], retraction="caley")
+
+
+def test_no_model(arguments):
+    with pytest.raises(ValueError, match="it needs the model"):
+        Trainer.get_optimizer_cls_and_kwargs(arguments())
+
+
+def test_unknown_optimizer_lists_ours(arguments):
+    with pytest.raises(ValueError, match=r"pin is not a valid OptimizerNames.*'pion'"):
+        arguments(optim="pin")
+
+
+def test_other_optimizers_see_no_difference(arguments):
+    lookup = Trainer.get_optimizer_cls_and_kwargs
+    for args in (
+        arguments("adamw_torch"),
+        arguments("sgd", optim_args="momentum=0.9"),
+        arguments("adamw_torch", optim_args="fused=False"),
+        arguments("rmsprop", optim_args="alpha=0.9"),
+    ):
+        assert lookup(args) == lookup.__wrapped__(args)
+    # What transformers refuses stays refused: it would otherwise be ignored.
+    for text in ("betas=(0.9,0.95)", "momentum=0.9,"):
+        with pytest.raises(ValueError, match="unpack"):
+            lookup(arguments("adamw_torch", optim_args=text))
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "what", "instead"),
+    [
+        ({"fsdp": True}, {}, "FSDP2", "DDP"),
+        ({"fsdp": True, "fsdp_config": {"version": 2}}, {}, "FSDP2", "DDP"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, {}, "FSDP1", "DDP"),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP1", "DDP"),
+        ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "FSDP2", "DDP"),
+        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed", "DDP"),
+    ],
+)
+def test_sharding_is_refused_with_the_alternative(options, environment, what, instead, arguments, monkeypatch, model):
+    args = arguments(**options)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for refused in (lambda: refuse_wrappers(args), lambda: Trainer.get_optimizer_cls_and_kwargs(args, model)):
+        with pytest.raises(ValueError, match=f"under {what}") as raised:
+            refused()
+        assert instead in str(raised.value)
+        assert "adamw_torch" in str(raised.value)
+
+
+def test_a_deepspeed_config_is_refused(arguments):
+    args = arguments()
+    args.deepspeed = {"zero_optimization": {"stage": 1}}  # TrainingArguments takes it only where deepspeed is installed
+    with pytest.raises(ValueError, match="under DeepSpeed: ZeRO keeps flat shards"):
+        refuse_wrappers(args)
+
+
+def test_one_process_is_not_refused(arguments):
+    refuse_wrappers(arguments())

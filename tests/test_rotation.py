@@ -1,0 +1,162 @@
+"""Generators, retractions and their low-rank forms, against literal float64 formulas."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pion_hf.linalg.rotation import (
+    RETRACTIONS,
+    SERIES_ANGLES,
+    SKEW_BLOCK,
+    Generator,
+    Increment,
+    cayley,
+    dense_flops,
+    factored_flops,
+    full_float32,
+    generator,
+    root,
+    skew,
+    solve,
+    taylor,
+)
+
+EYE = torch.eye
+
+
+def random_skew(n: int, angle: float, *, batch: int = 2, dtype=torch.float64, seed: int = 0) -> torch.Tensor:
+    x = skew(torch.randn(batch, n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+    return (x * (angle / torch.linalg.matrix_norm(x, 2, keepdim=True))).to(dtype)
+
+
+def orthogonality_defect(increment: torch.Tensor) -> float:
+    e = increment.double() + EYE(increment.shape[-1], dtype=torch.float64)
+    return (e.mT @ e - EYE(e.shape[-1], dtype=torch.float64)).abs().max().item()
+
+
+@pytest.mark.parametrize("n", [3, 2 * SKEW_BLOCK - 1, 2 * SKEW_BLOCK + 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_skew_is_exact(n, dtype):
+    x = torch.randn(2, n, n).to(dtype)
+    assert torch.equal(skew(x), x - x.mT)
+    assert torch.equal(skew(x), -skew(x).mT)
+
+
+def test_solve_takes_batches():
+    a, b = EYE(7) + 0.1 * torch.randn(2, 3, 7, 7), torch.randn(2, 3, 7, 4)
+    torch.testing.assert_close(a @ solve(a, b), b)
+
+
+def test_cayley_is_the_cayley_transform():
+    x = random_skew(9, 1.3)
+    expected = torch.linalg.solve(EYE(9, dtype=x.dtype) - x / 2, EYE(9, dtype=x.dtype) + x / 2)
+    torch.testing.assert_close(cayley(x) + EYE(9, dtype=x.dtype), expected, atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("angle", [1e-3, 0.03, 0.3, 1.0, 3.0])
+def test_cayley_and_root_are_orthogonal_at_any_angle(angle):
+    x = random_skew(12, angle)
+    assert orthogonality_defect(cayley(x)) < 1e-13
+    # The series is cut for float32: theta^8 is what its last step leaves.
+    assert orthogonality_defect(root(x, angle=angle)) < 1e-9 * max(1.0, angle / 0.05)
+    x32 = x.float()
+    assert orthogonality_defect(cayley(x32)) < 3e-6
+    assert orthogonality_defect(root(x32, angle=angle)) < 3e-6
+
+
+@pytest.mark.parametrize(("angle", "terms"), SERIES_ANGLES)
+def test_series_is_orthogonal_to_float32_rounding_up_to_its_angle(angle, terms):
+    """The few-rows form, at the largest angle it is used for: a thousand steps may add up to 1e-6."""
+    increment = Increment(random_skew(16, angle), terms=terms)
+    e = increment.rotate(EYE(16, dtype=torch.float64).expand(2, 16, 16))
+    assert (e.mT @ e - EYE(16, dtype=torch.float64)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("angle", [1e-3, 0.03, 0.06])
+def test_few_rows_form_equals_the_matrix(angle):
+    x, rows = random_skew(20, angle), torch.randn(2, 5, 20, dtype=torch.float64)
+    formed = rows + rows @ root(x, angle=1.5 * angle)
+    applied = Generator(x).increment(1.0, retraction="root", rows=5)
+    assert applied.terms
+    # Fewer terms at small angles: the two differ by what float32 cannot see.
+    torch.testing.assert_close(applied.rotate(rows), formed, atol=2**-24, rtol=0)
+
+
+def test_root_has_the_documented_closed_form():
+    x = random_skew(8, 0.08, batch=1)[0]
+    square = x @ x
+    values, vectors = torch.linalg.eigh(EYE(8, dtype=x.dtype) + square / 4)
+    expected = square / 2 + x @ (vectors * values.sqrt()) @ vectors.mT
+    torch.testing.assert_close(root(x, angle=0.08), expected, atol=1e-10, rtol=0)
+
+
+def test_taylor_of_degree_two_grows_singular_values_as_documented():
+    theta = 0.2
+    plane = torch.tensor([[0.0, -theta], [theta, 0.0]], dtype=torch.float64)
+    e = taylor(plane, degree=2) + EYE(2, dtype=torch.float64)
+    assert torch.linalg.svdvals(e)[0].item() == pytest.approx(1 + theta**4 / 8, abs=theta**8)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 6])
+def test_taylor_is_the_truncated_exponential(degree):
+    x = random_skew(6, 0.7)
+    expected = sum(torch.linalg.matrix_power(x, k) / math.factorial(k) for k in range(1, degree + 1))
+    torch.testing.assert_close(taylor(x, degree=degree), expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    k=st.integers(1, 6),
+    n=st.integers(2, 40),
+    m=st.integers(1, 8),
+    seed=st.integers(0, 99),
+    retraction=st.sampled_from(RETRACTIONS),
+    side=st.sampled_from(["in", "out"]),
+)
+def test_low_rank_rotation_equals_the_dense_one(k, n, m, seed, retraction, side):
+    draw = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(2, k, n, dtype=torch.float64, generator=draw) / n for _ in range(2))
+    rows = torch.randn(2, m, n, dtype=torch.float64, generator=draw)
+    factored, dense = generator(left, right, dense=False), generator(left, right, dense=True)
+    torch.testing.assert_close(dense.core, -skew(left.mT @ right))
+    torch.testing.assert_close(factored.act(rows), dense.act(rows), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(factored.act_norm(rows), dense.act_norm(rows), atol=1e-12, rtol=1e-6)
+    # The root of a low-rank generator is taken by Cayley (see Generator.increment): compare like with like.
+    exact = "cayley" if retraction == "root" else retraction
+    x = rows if side == "in" else rows.mT.contiguous()
+    low = factored.increment(0.3, retraction=retraction).rotate(x, side=side)
+    high = dense.increment(0.3, retraction=exact).rotate(x, side=side)
+    torch.testing.assert_close(low, high, atol=1e-12, rtol=1e-12)
+
+
+def test_rotating_from_the_other_side_is_the_transposed_view():
+    x, w = random_skew(6, 0.02), torch.randn(2, 6, 4, dtype=torch.float64)
+    for rows in (None, 4):
+        increment = Generator(x).increment(1.0, retraction="root", rows=rows)
+        torch.testing.assert_close(increment.rotate(w, side="out"), increment.rotate(w.mT.contiguous()).mT)
+
+
+def test_spectral_norm_estimate():
+    for n in (2, 5, 40):
+        x = random_skew(n, 0.7, batch=3)
+        estimate = Generator(x).spectral_norm()
+        assert ((estimate > 0.6) & (estimate <= 0.7 + 1e-12)).all()
+
+
+def test_flop_counts_choose_the_low_rank_form_for_adapters():
+    assert factored_flops(16, 4096, 32) < dense_flops(16, 4096, 32) / 1000
+    assert generator(torch.randn(16, 512), torch.randn(16, 512), rows=32).factor is not None
+    assert generator(torch.randn(64, 64), torch.randn(64, 64), rows=128).factor is None
+
+
+def test_full_float32_puts_the_setting_back():
+    torch.set_float32_matmul_precision("high")
+    try:
+        with full_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -1,0 +1,119 @@
+"""Singular values, bases, and the ambient metric against its defining least-squares problem."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pion_hf.linalg.polar import polar_factor
+from pion_hf.linalg.rotation import skew
+from pion_hf.linalg.spectrum import ambient_generator, numerical_zero, singular_basis, singular_values, spectral_drift
+
+SHAPES = [(9, 9), (14, 6), (6, 14), (2, 5)]
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def dense(generator):
+    """The n x n matrix of a `Generator`."""
+    n = generator.core.shape[-1] if generator.factor is None else generator.factor.shape[-1]
+    return generator.act(torch.eye(n, dtype=generator.core.dtype).expand(*generator.core.shape[:-2], n, n))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_singular_values_against_svd(shape):
+    w = draw(3, *shape)
+    torch.testing.assert_close(singular_values(w), torch.linalg.svdvals(w), atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_singular_basis_diagonalises(shape, dtype):
+    w = draw(2, *shape, dtype=dtype)
+    rows, values = singular_basis(w)
+    k = min(shape)
+    gram = w.mT @ w if shape[0] >= shape[1] else w @ w.mT
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    scale = values[..., :1].square().unsqueeze(-1)
+    torch.testing.assert_close(
+        rows @ gram @ rows.mT / scale, torch.diag_embed(values.square()) / scale, atol=tolerance, rtol=0
+    )
+    torch.testing.assert_close(rows @ rows.mT, torch.eye(k, dtype=dtype).expand(2, k, k), atol=tolerance, rtol=0)
+
+
+def test_spectral_drift_is_relative_to_the_norm():
+    before = torch.tensor([[4.0, 2.0], [10.0, 1.0]])
+    after = torch.tensor([[4.0, 2.4], [11.0, 1.0]])
+    torch.testing.assert_close(spectral_drift(before, after), torch.tensor([0.1, 0.1]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ambient_generator_solves_its_equation(shape):
+    w, d = draw(2, *shape), draw(2, *shape, seed=1)
+    for x, g in ((w, d), (w.mT, d.mT)):
+        right = x.shape[-2] >= x.shape[-1] if shape[0] != shape[1] else x is w
+        a = dense(ambient_generator(x, g, singular_basis(w), right=right))
+        torch.testing.assert_close(a, -a.mT, atol=1e-12, rtol=0)
+        c = x.mT @ x
+        torch.testing.assert_close(c @ a + a @ c, -skew(x.mT @ g), atol=1e-10, rtol=1e-8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 10**6))
+def test_ambient_generator_is_the_nearest_rotation(shape, seed):
+    """No other skew matrix comes nearer to -D."""
+    w, d, other = draw(1, *shape, seed=seed), draw(1, *shape, seed=seed + 1), draw(1, shape[1], shape[1], seed=seed + 2)
+    a = dense(ambient_generator(w, d, singular_basis(w), right=shape[0] >= shape[1]))
+    best = (w @ a + d).norm()
+    for size in (1e-3, 1e-1):
+        assert (w @ (a + size * skew(other)) + d).norm() >= best - 1e-9
+
+
+def test_hold_leaves_the_leading_directions_alone():
+    for shape in ((12, 8), (8, 12), (10, 10)):
+        w, d = draw(1, *shape), draw(1, *shape, seed=1)
+        u, s, vh = torch.linalg.svd(w[0], full_matrices=False)
+        a = dense(ambient_generator(w, d, singular_basis(w), right=shape[0] >= shape[1], hold=0.25))[0]
+        held = int(0.25 * min(shape))
+        assert held == 2
+        assert (vh[:held] @ a).abs().max() < 1e-10 * a.abs().max()
+        assert (vh[held:] @ a).abs().max() > 0.01 * a.abs().max()
+
+
+def test_zero_singular_values_do_not_rotate_among_themselves():
+    for shape in ((10, 8), (8, 10)):
+        w = draw(10, 3)[: shape[0]] @ draw(3, shape[1], seed=2)
+        d = draw(1, *shape, seed=1)
+        basis = singular_basis(w[None])
+        assert numerical_zero(basis.values).sum() == min(shape) - 3
+        a = dense(ambient_generator(w[None], d, basis, right=shape[0] >= shape[1]))
+        assert torch.isfinite(a).all()
+        vh = torch.linalg.svd(w)[2]
+        assert (vh[3:] @ a[0] @ vh[3:].mT).abs().max() < 1e-9 * a.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 12), (12, 40)])
+def test_polar_express_and_quintic_against_svd(shape):
+    u, _, vh = torch.linalg.svd(draw(3, *shape, dtype=torch.float32), full_matrices=False)
+    x = (u * torch.logspace(0, -1.5, min(shape))) @ vh
+    torch.testing.assert_close(polar_factor(x, method="svd"), u @ vh, atol=2e-5, rtol=0)
+    for method, low, high in (("express", 0.85, 1.15), ("quintic", 0.5, 1.3)):
+        values = torch.linalg.svdvals(polar_factor(x, method=method))
+        assert low < values.min() <= values.max() < high
+
+
+def test_polar_factor_of_a_skew_matrix_is_skew():
+    x = skew(draw(2, 12, 12))
+    for method in ("svd", "express"):
+        q = polar_factor(x, method=method)
+        torch.testing.assert_close(q, -q.mT, atol=1e-9, rtol=0)
+
+
+def test_polar_of_zero_is_zero_and_bad_arguments_raise():
+    assert not polar_factor(torch.zeros(2, 4, 3)).any()
+    with pytest.raises(ValueError, match="express"):
+        polar_factor(torch.eye(3), method="expres")
+    with pytest.raises(ValueError, match="1..10"):
+        polar_factor(torch.eye(3), steps=0)
