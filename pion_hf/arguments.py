@@ -64,9 +64,6 @@ class PionOptions:
     optim_direction: Literal["gradient", "adam", "natural", "polar", "msign"] | None = field(
         default=None, metadata=_help("Pion: the step without the constraint.")
     )
-    optim_damping: float | None = field(
-        default=None, metadata=_help("Pion: added to the second moment under direction=natural, relative to its mean.")
-    )
     optim_metric: Literal["lie", "ambient"] | None = field(
         default=None, metadata=_help("Pion: which rotation stands for the direction.")
     )

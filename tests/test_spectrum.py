@@ -74,7 +74,7 @@ def test_ambient_generator_is_the_nearest_rotation(shape, seed):
 def test_hold_leaves_the_leading_directions_alone():
     for shape in ((12, 8), (8, 12), (10, 10)):
         w, d = draw(1, *shape), draw(1, *shape, seed=1)
-        u, s, vh = torch.linalg.svd(w[0], full_matrices=False)
+        vh = torch.linalg.svd(w[0], full_matrices=False)[2]
         a = dense(ambient_generator(w, d, singular_basis(w), right=shape[0] >= shape[1], hold=0.25))[0]
         held = int(0.25 * min(shape))
         assert held == 2
@@ -115,5 +115,5 @@ def test_polar_of_zero_is_zero_and_bad_arguments_raise():
     assert not polar_factor(torch.zeros(2, 4, 3)).any()
     with pytest.raises(ValueError, match="express"):
         polar_factor(torch.eye(3), method="expres")
-    with pytest.raises(ValueError, match="1..10"):
+    with pytest.raises(ValueError, match=r"1\.\.10"):
         polar_factor(torch.eye(3), steps=0)

@@ -20,7 +20,7 @@ RETRACTIONS = ("root", "cayley", "taylor")
 # Angles (radians) up to which 2, 3 and 5 terms of the root series are orthogonal to float32 rounding:
 # E^T E - I is theta^4 / 4, theta^6 / 64 and 5 theta^8 / 512.
 SERIES_ANGLES = ((0.006, 2), (0.05, 3), (0.1, 5))
-# Side of the blocks in which a large CPU matrix is skewed: a strided transposed read of the whole costs as much as a product.
+# Side of the blocks in which a large CPU matrix is skewed: reading the whole transposed costs as much as a product.
 SKEW_BLOCK = 256
 
 

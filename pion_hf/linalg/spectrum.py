@@ -110,9 +110,9 @@ def ambient_generator(
 
 
 def _between(seen: Tensor, values: Tensor, held: int) -> Tensor:
-    """`A` between singular directions, `(..., k, k)`, from `seen = U^T D V`: `-(s_i D_ij - s_j D_ji) / (s_i^2 + s_j^2)`.
+    """`A` between singular directions, `(..., k, k)`, from `seen = U^T D V`.
 
-    0 where both singular values are zero or a direction is held.
+    `-(s_i D_ij - s_j D_ji) / (s_i^2 + s_j^2)`, 0 where both singular values are zero or a direction is held.
     """
     squared = values.square()
     sums = squared.unsqueeze(-1) + squared.unsqueeze(-2)

@@ -141,7 +141,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """The rule: the new weights `(b, m, n)` of a batch of matrices of one shape, in working precision.
 
         `state` is empty at a matrix's first step and afterwards holds what the rule put there, each entry
-        with the batch dimension first; the rule replaces or adds entries. `step` counts from 1.
+        with the batch dimension first; the rule replaces, adds or changes entries. `weight` and `grad` may be the
+        parameter's own memory: the rule leaves them as they are. `step` counts from 1.
         """
         raise NotImplementedError
 
@@ -223,7 +224,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if name == "step" or (index and int(index) != first.index):
                 continue
             if index:
-                state[name] = torch.cat([self.state[b.param][f"{name}.{b.index}"] for b in chunk])
+                state[name] = _concatenate([self.state[b.param][f"{name}.{b.index}"] for b in chunk])
             else:
                 state[name] = _stack([blocks.split(self.state[b.param][name], layout)[b.index] for b in chunk], dtype)
         return state
@@ -239,9 +240,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     if name not in kept:
                         kept[name] = torch.zeros_like(block.param, dtype=part.dtype)
                     view = blocks.split(kept[name], layout)[block.index]
-                    view.copy_(part.view(view.shape))
+                    if view.data_ptr() != part.data_ptr():  # a lone view was updated in place
+                        view.copy_(part.view(view.shape))
                 else:
-                    kept[f"{name}.{block.index}"] = part.clone()
+                    kept[f"{name}.{block.index}"] = part if len(chunk) == 1 else part.clone()
 
     per_block_state: frozenset[str] = frozenset()
     """State whose shape may happen to equal the weight's, and is kept by block all the same."""
@@ -293,10 +295,12 @@ def _named(group: dict) -> Iterator[tuple[str, Tensor]]:
 
 
 def _stack(views: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """`(b, m, n)` from views `(E, h, d, n)`; always a copy, so that a rule may work in place."""
-    merged = [blocks.merge_rows(v) for v in views]
-    stacked = torch.cat(merged)
-    return stacked.to(dtype)
+    """`(b, m, n)` from views `(E, h, d, n)`; a lone view in `dtype` is not copied."""
+    return _concatenate([blocks.merge_rows(v) for v in views]).to(dtype)
+
+
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -335,5 +339,6 @@ def _check_parameter(name: str, p: Tensor) -> None:
         )
     if hasattr(p, "device_mesh"):
         raise ValueError(
-            f"{name} is a DTensor (FSDP2 or tensor parallel), which this version does not update: use DDP or one process."
+            f"{name} is a DTensor (FSDP2 or tensor parallel), which this version does not update: use DDP or one "
+            "process."
         )

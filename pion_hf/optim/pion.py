@@ -64,7 +64,6 @@ class Pion(MatrixOptimizer):
         direction: the step without the constraint: `gradient`, `adam` (AdamW's step), `natural` (the gradient divided
             by its second moment, not by the root: a diagonal natural gradient), `polar` (Muon's step), or `msign` (as
             `gradient`, but each generator is replaced by its polar factor).
-        damping: added to the second moment under `natural`, relative to its mean over the matrix.
         metric: which rotation stands for the direction: `lie` (steepest descent in the generators, the paper's) or
             `ambient` (the rotation whose first-order effect is nearest to the direction).
         scale: `rms`, `none` (`alpha = lr`), or `spectral` (the largest rotation angle is `lr`).
@@ -99,7 +98,6 @@ class Pion(MatrixOptimizer):
         momentum: Literal["transported", "lie", "ambient"] = "transported",
         second_moment: bool = False,
         direction: Literal["gradient", "adam", "natural", "polar", "msign"] = "adam",
-        damping: float = 0.01,
         metric: Literal["lie", "ambient"] = "ambient",
         scale: Literal["rms", "none", "spectral"] = "none",
         hold: float = 0.02,
@@ -112,27 +110,26 @@ class Pion(MatrixOptimizer):
         weight_decay: float = 0.0,
         preset: Literal["paper"] | None = None,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            rms=rms,
-            side=side,
-            momentum=momentum,
-            second_moment=second_moment,
-            direction=direction,
-            damping=damping,
-            metric=metric,
-            scale=scale,
-            hold=hold,
-            rank_tolerance=rank_tolerance,
-            polar=polar,
-            polar_steps=polar_steps,
-            retraction=retraction,
-            degree=degree,
-            generator_dtype=generator_dtype,
-            weight_decay=weight_decay,
-        )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "rms": rms,
+            "side": side,
+            "momentum": momentum,
+            "second_moment": second_moment,
+            "direction": direction,
+            "metric": metric,
+            "scale": scale,
+            "hold": hold,
+            "rank_tolerance": rank_tolerance,
+            "polar": polar,
+            "polar_steps": polar_steps,
+            "retraction": retraction,
+            "degree": degree,
+            "generator_dtype": generator_dtype,
+            "weight_decay": weight_decay,
+        }
         if preset is not None:
             if preset not in PRESETS:
                 raise unknown("preset", preset, PRESETS)
@@ -145,7 +142,6 @@ class Pion(MatrixOptimizer):
                 raise unknown(f"value of {option}", group[option], known)
         _check_range("rms", group["rms"], group["rms"] > 0, "above 0")
         _check_range("hold", group["hold"], 0 <= group["hold"] < 1, "in [0, 1)")
-        _check_range("damping", group["damping"], group["damping"] > 0, "above 0")
         _check_range("rank_tolerance", group["rank_tolerance"], 0 <= group["rank_tolerance"] < 1, "in [0, 1)")
         _check_range("polar_steps", group["polar_steps"], 1 <= group["polar_steps"] <= 10, "in 1..10")
         _check_range("degree", group["degree"], 1 <= group["degree"] <= 20, "in 1..20")
@@ -259,9 +255,7 @@ def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int
         return momentum / (1 - beta1**step) / root
     if group["direction"] == "natural":
         second = _average(state, "second", grad.square(), beta2)
-        # Both bias corrections are one factor of the whole matrix; the damping is relative, so that it needs none.
-        damped = second + group["damping"] * second.mean((-2, -1), keepdim=True) + torch.finfo(second.dtype).tiny
-        return momentum / damped * ((1 - beta2**step) / (1 - beta1**step))
+        return momentum / (1 - beta1**step) / (second / (1 - beta2**step) + group["eps"] ** 2)
     if group["second_moment"]:
         return momentum / (_average(state, "second", momentum.square(), beta2).sqrt() + group["eps"])
     return momentum

@@ -1,0 +1,137 @@
+"""Which rule learns most and forgets least: the sweep that sets Pion's defaults.
+
+Every run is the demo's recipe (recipes/smollm2-135m/sft/full.yaml: same model, data, seed, batch, schedule) with
+another rule or learning rate for the hidden matrices; embeddings and norms get AdamW at the recipe's own rate in all
+of them, the AdamW baseline included. Prints new-task loss and loss on unrelated documentation text, and beside every
+rule what AdamW forgets at the same task loss, interpolated between its learning rates.
+
+Finished runs are kept in results/rules.json and not repeated (`--only` runs a part, `--show` none).
+"""
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from rich.console import Console
+from rich.table import Table
+
+from pion_hf import param_groups
+from pion_hf.cli.sft import parser as sft_parser
+from pion_hf.evaluation import text_loss
+from pion_hf.integrations.trl import PionSFTTrainer
+
+RECIPE = "recipes/smollm2-135m/sft/full.yaml"
+RESULTS = Path(__file__).parent / "results" / "rules.json"
+
+ADAM_AMBIENT = {"direction": "adam", "metric": "ambient", "scale": "none", "hold": 0.0}
+# rule -> its options and the learning rates tried; None is torch's AdamW on the same matrices.
+RULES = {
+    "adamw": (None, (5e-5, 1e-4, 2e-4, 3e-4)),
+    "paper": ({"preset": "paper"}, (1e-4, 3e-4, 6e-4)),
+    "gradient, ambient": ({"direction": "gradient", "metric": "ambient", "scale": "rms", "hold": 0.0}, (3e-4,)),
+    "polar, ambient": ({"direction": "polar", "metric": "ambient", "scale": "rms", "hold": 0.0}, (3e-4, 6e-4)),
+    "adam, ambient": (ADAM_AMBIENT, (1.4e-4, 2.8e-4)),
+    "adam, ambient, hold 0.02": ({**ADAM_AMBIENT, "hold": 0.02}, (1.4e-4, 2.8e-4, 4e-4)),
+    "adam, ambient, hold 0.1": ({**ADAM_AMBIENT, "hold": 0.1}, (2.8e-4, 4e-4)),
+}
+
+
+def trainer_for(rule: str, options: dict | None, lr: float) -> PionSFTTrainer:
+    """The recipe's trainer, its optimizer replaced for the AdamW baseline."""
+    given = {f"--optim_{key}": str(value) for key, value in (options or {}).items()}
+    argv = ["--config", RECIPE, "--learning_rate", str(lr), *(word for pair in given.items() for word in pair)]
+    script, args, model, _, _ = sft_parser().parse_recipe(argv)
+    args.output_dir = f"runs/rules/{rule.replace(', ', '-').replace(' ', '')}-{lr:g}"
+    args.model_init_kwargs = {"dtype": model.dtype}
+    args.disable_tqdm = True
+    data = load_dataset(script.dataset_name)
+    trainer = PionSFTTrainer(
+        model.model_name_or_path,
+        args=args,
+        train_dataset=data[script.dataset_train_split],
+        eval_dataset=data[script.dataset_test_split],
+    )
+    if options is None:
+        groups = param_groups(trainer.model, lr=lr, adamw_lr=args.optim_adamw_lr)
+        plain = [{"params": [p for _, p in g["params"]], "lr": g["lr"]} for g in groups]
+        betas = (args.adam_beta1, args.adam_beta2)
+        trainer.optimizer = torch.optim.AdamW(plain, lr=lr, betas=betas, weight_decay=0.0, fused=True)
+    return trainer
+
+
+def measure(trainer: PionSFTTrainer, text: str) -> dict[str, float]:
+    return {
+        "task": trainer.evaluate()["eval_loss"],
+        "other": text_loss(trainer.model, trainer.processing_class, text),
+    }
+
+
+def run(rule: str, options: dict | None, lr: float, text: str) -> dict:
+    trainer = trainer_for(rule, options, lr)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    summary = {key: trainer.spectrum.summary.get(key) for key in ("spectrum_drift", "optimizer_share")}
+    return {"rule": rule, "lr": lr, **measure(trainer, text), **summary, "seconds": seconds, "seed": trainer.args.seed}
+
+
+def adamw_other_loss(task: float, rows: list[dict]) -> float | None:
+    """AdamW's loss on other text at `task`, interpolated along its frontier; None outside it."""
+    frontier = sorted((r["task"], r["other"]) for r in rows if r["rule"] == "adamw")
+    for (low, a), (high, b) in itertools.pairwise(frontier):
+        if low <= task <= high:
+            return a + (b - a) * (task - low) / (high - low)
+    return None
+
+
+def table(record: dict) -> Table:
+    rows, before = record["runs"], record["before"]
+    table = Table(title=f"Before training: task {before['task']:.3f}, other text {before['other']:.4f}")
+    columns = ("rule", "lr", "task loss", "other text", "AdamW's there", "drift", "optimizer share", "seconds")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "rule" else "right")
+    order = {rule: i for i, rule in enumerate(RULES)}
+    for r in sorted(rows, key=lambda r: (order.get(r["rule"], len(order)), r["lr"])):
+        theirs = None if r["rule"] == "adamw" else adamw_other_loss(r["task"], rows)
+        table.add_row(
+            r["rule"],
+            f"{r['lr']:g}",
+            f"{r['task']:.3f}",
+            f"{r['other']:.4f}",
+            f"{theirs:.4f}" if theirs else "",
+            f"{r['spectrum_drift']:.0e}" if r["spectrum_drift"] is not None else "",
+            f"{r['optimizer_share']:.0%}" if r["optimizer_share"] is not None else "",
+            f"{r['seconds']:.0f}",
+        )
+    return table
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--only", nargs="+", choices=RULES, help="rules to run")
+    arguments.add_argument("--show", action="store_true", help="print the table of finished runs")
+    chosen = arguments.parse_args()
+    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
+    text = Path("data/python_docs.txt").read_text(encoding="utf-8")
+    if "before" not in record:
+        record["before"] = measure(trainer_for("before", RULES["paper"][0], 1e-4), text)
+    todo = [] if chosen.show else (chosen.only or RULES)
+    for rule in todo:
+        options, rates = RULES[rule]
+        for lr in rates:
+            if any(r["rule"] == rule and r["lr"] == lr for r in record["runs"]):
+                continue
+            record["runs"].append(run(rule, options, lr, text))
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(record, indent=1))
+            Console().print(table(record))
+    if chosen.show:
+        Console().print(table(record))
+
+
+if __name__ == "__main__":
+    main()
