@@ -75,7 +75,18 @@ def test_series_is_orthogonal_to_float32_rounding_up_to_its_angle(angle, terms):
     assert (e.mT @ e - EYE(16, dtype=torch.float64)).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("angle", [1e-3, 0.03, 0.06])
+@pytest.mark.parametrize("angle", [1e-4, 3e-3, 0.02, 0.1, 0.3, 0.49])
+@pytest.mark.parametrize("rows", [None, 8])
+def test_a_low_precision_tail_leaves_the_rotation_orthogonal(angle, rows):
+    x = random_skew(64, angle, dtype=torch.float32)
+    identity = EYE(64).expand(2, 64, 64)
+    increment = Generator(x).increment(1.0, retraction="root", rows=rows, dtype=torch.bfloat16)
+    e = increment.rotate(identity).double()
+    # The float32 identity itself is stored to 6e-8: errors of that size are what any float32 rotation makes.
+    assert (e.mT @ e - identity.double()).abs().max() < 3e-7
+
+
+@pytest.mark.parametrize("angle", [1e-3, 0.03, 0.06, 0.12, 0.2, 0.3])
 def test_few_rows_form_equals_the_matrix(angle):
     x, rows = random_skew(20, angle), torch.randn(2, 5, 20, dtype=torch.float64)
     formed = rows + rows @ root(x, angle=1.5 * angle)
@@ -83,6 +94,15 @@ def test_few_rows_form_equals_the_matrix(angle):
     assert applied.terms
     # Fewer terms at small angles: the two differ by what float32 cannot see.
     torch.testing.assert_close(applied.rotate(rows), formed, atol=2**-24, rtol=0)
+
+
+def test_a_generator_of_any_size_is_applied_without_overflow():
+    """Directions carry no scale of their own: a step's alpha may be 1e-12 and the generator 1e12."""
+    x, rows = random_skew(20, 0.3, dtype=torch.float32), torch.randn(2, 5, 20)
+    small = Generator(x).increment(1.0, retraction="root", rows=5)
+    large = Generator(x * 1e12).increment(torch.full((2, 1, 1), 1e-12), retraction="root", rows=5)
+    assert large.terms > 7
+    torch.testing.assert_close(large.rotate(rows), small.rotate(rows), atol=1e-5, rtol=0)
 
 
 def test_root_has_the_documented_closed_form():

@@ -27,22 +27,56 @@ from pion_hf.integrations.trl import PionSFTTrainer
 RECIPE = "recipes/smollm2-135m/sft/full.yaml"
 RESULTS = Path(__file__).parent / "results" / "rules.json"
 
-ADAM_AMBIENT = {"direction": "adam", "metric": "ambient", "scale": "none", "hold": 0.0}
-# rule -> its options and the learning rates tried; None is torch's AdamW on the same matrices.
+ADAM_AMBIENT = {"direction": "adam", "metric": "ambient", "scale": "none"}
+NATURAL_AMBIENT = {"direction": "natural", "metric": "ambient", "scale": "rms"}
+# rule -> its options and the learning rates tried. The two names are unconstrained steps on the same matrices.
 RULES = {
-    "adamw": (None, (5e-5, 1e-4, 2e-4, 3e-4)),
-    "paper": ({"preset": "paper"}, (1e-4, 3e-4, 6e-4)),
-    "gradient, ambient": ({"direction": "gradient", "metric": "ambient", "scale": "rms", "hold": 0.0}, (3e-4,)),
-    "polar, ambient": ({"direction": "polar", "metric": "ambient", "scale": "rms", "hold": 0.0}, (3e-4, 6e-4)),
-    "adam, ambient": (ADAM_AMBIENT, (1.4e-4, 2.8e-4)),
-    "adam, ambient, hold 0.02": ({**ADAM_AMBIENT, "hold": 0.02}, (1.4e-4, 2.8e-4, 4e-4)),
-    "adam, ambient, hold 0.1": ({**ADAM_AMBIENT, "hold": 0.1}, (2.8e-4, 4e-4)),
+    "adamw": ("adamw", (1e-4, 2e-4, 4e-4)),
+    "adam, ambient, hold 0.02": ({**ADAM_AMBIENT, "hold": 0.02}, (2e-4, 4e-4)),
+    "natural, ambient": ({**NATURAL_AMBIENT, "hold": 0.0}, (7e-4, 1.4e-3)),
+    "natural, unconstrained": ("natural", (5e-4, 1e-3)),
+    "natural, ambient, hold 0.02": ({**NATURAL_AMBIENT, "hold": 0.02}, (1.4e-3,)),
+    "paper": ({"preset": "paper"}, (1e-4, 3e-4)),
+    "polar, ambient": ({"direction": "polar", "metric": "ambient", "scale": "rms", "hold": 0.0}, (6e-4,)),
 }
 
 
-def trainer_for(rule: str, options: dict | None, lr: float) -> PionSFTTrainer:
-    """The recipe's trainer, its optimizer replaced for the AdamW baseline."""
-    given = {f"--optim_{key}": str(value) for key, value in (options or {}).items()}
+class Natural(torch.optim.Optimizer):
+    """`W <- W - lr 0.2 D / rms(D)` with Pion's natural direction `D` and no rotation: what the direction does alone."""
+
+    def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.95)) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                state = self.state[p]
+                t = state["step"] = state.get("step", 0) + 1
+                m = state.setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - beta1)
+                v = state.setdefault("second", torch.zeros_like(p)).lerp_(p.grad.square(), 1 - beta2)
+                d = m / (1 - beta1**t) / (v / (1 - beta2**t) + 1e-16)
+                p.sub_(d, alpha=group["lr"] * 0.2 / d.square().mean().sqrt().item())
+
+
+class Both(torch.optim.Optimizer):
+    """Two optimizers as one: the matrices', then AdamW for the rest."""
+
+    def __init__(self, matrices: torch.optim.Optimizer, rest: torch.optim.Optimizer) -> None:
+        self.parts = (matrices, rest)
+        super().__init__([p for part in self.parts for g in part.param_groups for p in g["params"]], {})
+        self.param_groups = [g for part in self.parts for g in part.param_groups]
+
+    def step(self, closure=None) -> None:
+        for part in self.parts:
+            part.step()
+
+
+def trainer_for(rule: str, options: dict | str, lr: float) -> PionSFTTrainer:
+    """The recipe's trainer, its optimizer replaced for the unconstrained steps."""
+    constrained = options if isinstance(options, dict) else {}
+    given = {f"--optim_{key}": str(value) for key, value in constrained.items()}
     argv = ["--config", RECIPE, "--learning_rate", str(lr), *(word for pair in given.items() for word in pair)]
     script, args, model, _, _ = sft_parser().parse_recipe(argv)
     args.output_dir = f"runs/rules/{rule.replace(', ', '-').replace(' ', '')}-{lr:g}"
@@ -55,12 +89,23 @@ def trainer_for(rule: str, options: dict | None, lr: float) -> PionSFTTrainer:
         train_dataset=data[script.dataset_train_split],
         eval_dataset=data[script.dataset_test_split],
     )
-    if options is None:
-        groups = param_groups(trainer.model, lr=lr, adamw_lr=args.optim_adamw_lr)
-        plain = [{"params": [p for _, p in g["params"]], "lr": g["lr"]} for g in groups]
-        betas = (args.adam_beta1, args.adam_beta2)
-        trainer.optimizer = torch.optim.AdamW(plain, lr=lr, betas=betas, weight_decay=0.0, fused=True)
+    if isinstance(options, str):
+        trainer.optimizer = unconstrained(options, trainer.model, lr, args)
     return trainer
+
+
+def unconstrained(name: str, model: torch.nn.Module, lr: float, args) -> torch.optim.Optimizer:
+    """AdamW, or the natural direction, on the matrices that Pion would rotate; AdamW on the rest."""
+    split = {"pion": [], "adamw": []}
+    for group in param_groups(model):
+        split[group["rule"]] += [p for _, p in group["params"]]
+    betas = (args.adam_beta1, args.adam_beta2)
+    rest = torch.optim.AdamW(split["adamw"], lr=args.optim_adamw_lr, betas=betas, weight_decay=0.0, fused=True)
+    if name == "adamw":
+        matrices = torch.optim.AdamW(split["pion"], lr=lr, betas=betas, weight_decay=0.0, fused=True)
+    else:
+        matrices = Natural(split["pion"], lr=lr)
+    return Both(matrices, rest)
 
 
 def measure(trainer: PionSFTTrainer, text: str) -> dict[str, float]:
@@ -70,7 +115,7 @@ def measure(trainer: PionSFTTrainer, text: str) -> dict[str, float]:
     }
 
 
-def run(rule: str, options: dict | None, lr: float, text: str) -> dict:
+def run(rule: str, options: dict | str, lr: float, text: str) -> dict:
     trainer = trainer_for(rule, options, lr)
     started = time.perf_counter()
     trainer.train()

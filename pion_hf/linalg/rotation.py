@@ -17,9 +17,11 @@ from torch import Tensor
 
 RETRACTIONS = ("root", "cayley", "taylor")
 
-# Angles (radians) up to which 2, 3 and 5 terms of the root series are orthogonal to float32 rounding:
-# E^T E - I is theta^4 / 4, theta^6 / 64 and 5 theta^8 / 512.
-SERIES_ANGLES = ((0.006, 2), (0.05, 3), (0.1, 5))
+# Angles (radians) up to which so many terms of the root series are orthogonal to float32 rounding: with odd terms up to
+# x^(2j - 1), E^T E - I is 2 |c| theta^(2j + 2), c the next coefficient; with two terms it is theta^4 / 4.
+SERIES_ANGLES = ((0.006, 2), (0.05, 3), (0.1, 5), (0.2, 7), (0.35, 9), (0.5, 11))
+# Coefficients of x^2, x^3, ... in E(x) - I (those of even powers above 2 are 0): x^2/2 + x (1 + x^2/4)^(1/2).
+ROOT_SERIES = {2: 1 / 2, 3: 1 / 8, 5: -1 / 128, 7: 1 / 1024, 9: -5 / 32768, 11: 7 / 262144}
 # Side of the blocks in which a large CPU matrix is skewed: reading the whole transposed costs as much as a product.
 SKEW_BLOCK = 256
 
@@ -97,30 +99,47 @@ def taylor(x: Tensor, gram: Tensor | None = None, *, degree: int = 2) -> Tensor:
     return out
 
 
-def root(x: Tensor, *, angle: float) -> Tensor:
+def root(x: Tensor, *, angle: float, dtype: torch.dtype | None = None) -> Tensor:
     """`E(x) - I` of `E(x) = I + x^2/2 + x (I + x^2/4)^(1/2)`, orthogonal for skew `x` up to angles of 2 rad.
 
-    The even part is exact, so the odd part's short series, `x (I + x^2/8 - x^4/128)`, leaves `E^T E - I` of order
-    `theta^8`: two or three products instead of a decomposition. Larger angles are halved first and the rotation is
-    squared, `(I + F)^2 - I = 2F + F^2`.
+    The even part is exact, so a short series of the odd part leaves it orthogonal to rounding: two to five products
+    instead of a decomposition. Angles above 0.5 are halved first, the rotation squared: `(I + F)^2 - I = 2F + F^2`.
 
-    angle: an upper estimate of the largest rotation angle, `||x||_2`; it chooses the cost, not the result.
+    angle: an upper estimate of the largest rotation angle, `||x||_2`, which chooses how many terms are needed;
+    dtype: a lower one in which powers below the rounding of the result may be multiplied.
     """
     halvings = root_halvings(angle)
     if halvings:
         x = x / 2**halvings
     square = x @ x
-    if x.dtype == torch.float64 or root_terms(angle / 2**halvings) == 5:
-        increment = square / 2 + x + x @ (square / 8 - (square @ square) / 128)
-    else:
-        increment = square / 2 + x + x @ (square / 8)
+    terms = SERIES_ANGLES[-1][1] if x.dtype == torch.float64 else max(3, root_terms(angle / 2**halvings))
+    exact = exact_root_terms(angle / 2**halvings)
+    odd = _odd_series(square, terms, dtype=dtype if exact < 5 else None)
+    increment = square / 2 + x + matmul(x, odd, dtype=dtype if exact < 3 else None)
     for _ in range(halvings):
         increment = 2 * increment + increment @ increment
     return increment
 
 
-# Coefficients of x^2, x^3, x^5 in E(x) - I; those of x and x^4 are 1 and 0.
-ROOT_SERIES = {2: 1 / 2, 3: 1 / 8, 5: -1 / 128}
+def _odd_series(square: Tensor, terms: int, *, dtype: torch.dtype | None) -> Tensor:
+    """`(I + z/4)^(1/2) - I` of `z = square`, as many coefficients as `terms` of `ROOT_SERIES` have, Horner in `z^2`."""
+    coefficients = [0.0, *(ROOT_SERIES[k] for k in range(3, terms + 1, 2))]
+    coefficients += [0.0] * (len(coefficients) % 2)
+    pairs = list(zip(coefficients[::2], coefficients[1::2], strict=True))
+    total = _linear(square, *pairs[-1])
+    if len(pairs) > 1:
+        fourth = matmul(square, square, dtype=dtype)
+        for pair in reversed(pairs[:-1]):
+            total = _linear(square, *pair) + matmul(fourth, total, dtype=dtype)
+    return total
+
+
+def _linear(z: Tensor, constant: float, slope: float) -> Tensor:
+    """`constant I + slope z`."""
+    out = z * slope
+    if constant:
+        out.diagonal(dim1=-2, dim2=-1).add_(constant)
+    return out
 
 
 def root_halvings(angle: float) -> int:
@@ -134,6 +153,12 @@ def root_terms(angle: float) -> int:
     return next((terms for limit, terms in SERIES_ANGLES if angle <= limit), SERIES_ANGLES[-1][1])
 
 
+def exact_root_terms(angle: float) -> int:
+    """The last power of the root series whose rounding to 8 bits a float32 result would notice at `angle`."""
+    noticed = [k for k, c in ROOT_SERIES.items() if abs(c) * angle**k > 2**-16]
+    return max(noticed, default=1)
+
+
 def matmul(a: Tensor, b: Tensor, *, dtype: torch.dtype | None) -> Tensor:
     """`a b`, multiplied in `dtype` (None: their own) and returned in `a`'s."""
     if dtype is None or dtype == a.dtype:
@@ -145,14 +170,15 @@ class Increment(NamedTuple):
     """`E - I` of one rotation, `(..., n, n)`: `right` itself, or `left right` with `left` `(..., n, r)`.
 
     With `terms` the matrix is never formed: `right` is a generator, and so many terms of the root series of
-    `alpha right` act on the rows one after another, which is cheaper for fewer rows than `n`. All but the first may be
-    multiplied in `tail_dtype`.
+    `alpha right` act on the rows one after another, which is cheaper for fewer rows than `n`. Powers above
+    `exact_terms` are below the rounding of the result and may be multiplied in `tail_dtype`.
     """
 
     right: Tensor
     left: Tensor | None = None
     terms: int = 0
     alpha: Tensor | float = 1.0
+    exact_terms: int = 0
     tail_dtype: torch.dtype | None = None
 
     def rotate(self, x: Tensor, *, side: str = "in", dtype: torch.dtype | None = None) -> Tensor:
@@ -161,20 +187,29 @@ class Increment(NamedTuple):
         power = _product(power, self.right, side, dtype)
         if not self.terms:
             return x + power
-        scale = self.alpha
-        total = x + power * scale if isinstance(scale, Tensor) else x.add(power, alpha=scale)
-        for term in range(2, self.terms + 1):
-            power = _product(power, self.right, side, dtype or self.tail_dtype)
-            scale = scale * self.alpha
+        # Each power takes its share of alpha at once: the generator itself may be of any size.
+        power = power * self.alpha
+        total = x + power
+        low = None if self.tail_dtype is None else self.right.to(self.tail_dtype)
+        # What is rounded anyway needs no more terms than show in half precision.
+        terms = self.terms if dtype is None else min(self.terms, 3)
+        for term in range(2, terms + 1):
+            exact = dtype is None and (low is None or term <= self.exact_terms)
+            power = _product(power, self.right if exact or low is None else low, side, None if exact else dtype)
+            power = power.mul_(self.alpha)
             if term in ROOT_SERIES:
-                weight = scale * ROOT_SERIES[term]
-                total = total + power * weight if isinstance(weight, Tensor) else total.add_(power, alpha=weight)
+                total.add_(power, alpha=ROOT_SERIES[term])
         return total
 
 
 def _product(x: Tensor, factor: Tensor, side: str, dtype: torch.dtype | None) -> Tensor:
-    """`x factor`, or `factor^T x` for `side="out"`: the same on transposed views, without transposed memory."""
-    return matmul(x, factor, dtype=dtype) if side == "in" else matmul(factor.mT, x, dtype=dtype)
+    """`x factor`, or `factor^T x` for `side="out"`: the same on transposed views, without transposed memory.
+
+    Multiplied in `dtype` (None: that of `factor`), returned in that of `x`.
+    """
+    dtype = dtype or factor.dtype
+    factor, low = factor.to(dtype), x.to(dtype)
+    return (low @ factor if side == "in" else factor.mT @ low).to(x.dtype)
 
 
 class Generator(NamedTuple):
@@ -221,7 +256,7 @@ class Generator(NamedTuple):
             v = v / torch.linalg.matrix_norm(v, keepdim=True).clamp_min(tiny)
             u = small.act(v)
             norm = torch.linalg.matrix_norm(u, keepdim=True)
-            v = small.act(u)
+            v = small.act(u / norm.clamp_min(tiny))
         return norm
 
     def increment(
@@ -259,9 +294,10 @@ class Generator(NamedTuple):
         angle = 0.0 if angles.is_meta else 1.5 * angles.max().item()
         terms = root_terms(angle)
         few_rows = self.factor is None and rows is not None and rows < self.core.shape[-1]
-        if few_rows and not root_halvings(angle):
-            return Increment(self.core, terms=terms, alpha=alpha, tail_dtype=dtype if terms == 2 else None)
-        return self._with_factor(root(self.core * alpha, angle=angle))
+        if few_rows and angle <= SERIES_ANGLES[-1][0]:
+            exact = exact_root_terms(angle)
+            return Increment(self.core, terms=terms, alpha=alpha, exact_terms=exact, tail_dtype=dtype)
+        return self._with_factor(root(self.core * alpha, angle=angle, dtype=dtype))
 
 
 def generator(

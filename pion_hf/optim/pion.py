@@ -101,7 +101,7 @@ class Pion(MatrixOptimizer):
         metric: Literal["lie", "ambient"] = "ambient",
         scale: Literal["rms", "none", "spectral"] = "none",
         hold: float = 0.02,
-        rank_tolerance: float = 1e-3,
+        rank_tolerance: float = 0.02,
         polar: Literal["express", "quintic", "svd"] = "express",
         polar_steps: int = 5,
         retraction: Literal["root", "cayley", "taylor"] = "root",
@@ -184,7 +184,7 @@ class Pion(MatrixOptimizer):
                 state["basis"], state["values"] = singular_basis(weight)
             generators = {side: _generator(weight, direction, state, side=side, group=group) for side in sides}
         if group["direction"] == "msign":
-            generators = {side: Generator(_polar(a.core, group)) for side, a in generators.items()}
+            generators = {side: Generator(skew(_polar(a.core, group)) / 2) for side, a in generators.items()}
         alpha = _step_size(weight, generators, group=group)
         dtype = _product_dtype(weight, group)
         for side, a in generators.items():
@@ -231,7 +231,8 @@ def _product_dtype(weight: Tensor, group: dict) -> torch.dtype | None:
 
 
 def _polar(x: Tensor, group: dict) -> Tensor:
-    return polar_factor(x, method=group["polar"], steps=group["polar_steps"])
+    low = None if group["polar"] == "svd" else _product_dtype(x, group)
+    return polar_factor(x.to(low or x.dtype), method=group["polar"], steps=group["polar_steps"]).to(x.dtype)
 
 
 def _average(state: dict[str, Tensor], key: str, value: Tensor, beta: float) -> Tensor:
@@ -244,7 +245,7 @@ def _average(state: dict[str, Tensor], key: str, value: Tensor, beta: float) -> 
 
 
 def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
-    """`D` of DESIGN 3.1: the step one would take without the constraint, `(b, m, n)`."""
+    """`D`, the step one would take without the constraint, `(b, m, n)`."""
     beta1, beta2 = group["betas"]
     momentum = _average(state, "momentum", grad, beta1)
     if group["direction"] == "polar":
