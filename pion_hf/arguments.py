@@ -217,13 +217,13 @@ def _closing_bracket(value: str) -> int | None:
 def _convert(key: str, value: Any, wanted: Any) -> Any:
     """`value` as `wanted`, or a ValueError that names the option, the value and what it should be."""
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if type(None) in arguments:  # Optional
+        (wanted,) = (a for a in arguments if a is not type(None))
+        if value is None and "none" not in typing.get_args(wanted):
+            return None
+        return _convert(key, value, wanted)
     if value is None and "none" in arguments:
         return "none"  # scale=none: the option's own word, which also reads as a literal
-    if type(None) in arguments:  # Optional
-        if value is None:
-            return None
-        (wanted,) = (a for a in arguments if a is not type(None))
-        return _convert(key, value, wanted)
     if origin is Literal:
         if value not in arguments:
             raise unknown(f"value of {key}", value, arguments)

@@ -31,13 +31,12 @@ ADAM_AMBIENT = {"direction": "adam", "metric": "ambient", "scale": "none"}
 NATURAL_AMBIENT = {"direction": "natural", "metric": "ambient", "scale": "rms"}
 # rule -> its options and the learning rates tried. The two names are unconstrained steps on the same matrices.
 RULES = {
-    "adamw": ("adamw", (1e-4, 2e-4, 4e-4)),
-    "adam, ambient, hold 0.02": ({**ADAM_AMBIENT, "hold": 0.02}, (2e-4, 4e-4)),
-    "natural, ambient": ({**NATURAL_AMBIENT, "hold": 0.0}, (7e-4, 1.4e-3)),
-    "natural, unconstrained": ("natural", (5e-4, 1e-3)),
-    "natural, ambient, hold 0.02": ({**NATURAL_AMBIENT, "hold": 0.02}, (1.4e-3,)),
-    "paper": ({"preset": "paper"}, (1e-4, 3e-4)),
-    "polar, ambient": ({"direction": "polar", "metric": "ambient", "scale": "rms", "hold": 0.0}, (6e-4,)),
+    "adamw": ("adamw", (5e-5, 1e-4, 2e-4)),
+    "natural, ambient": ({**NATURAL_AMBIENT, "hold": 0.0}, (7e-4, 1.2e-3)),
+    "adam, ambient, hold 0.02": ({**ADAM_AMBIENT, "hold": 0.02}, (1.4e-4,)),
+    "natural, unconstrained": ("natural", (5e-4,)),
+    "paper": ({"preset": "paper"}, (1e-4,)),
+    "natural, ambient, hold 0.02": ({**NATURAL_AMBIENT, "hold": 0.02}, (1.2e-3,)),
 }
 
 

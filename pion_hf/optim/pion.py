@@ -39,6 +39,9 @@ PRESETS = {
     }
 }
 
+# Default of `hold` in the ambient metric, set by examples/benchmarks/rules.py.
+HOLD = 0.02
+
 # Steps between fresh decompositions of the carried singular bases; in between they only collect rounding errors.
 BASIS_REFRESH = 500
 
@@ -66,8 +69,9 @@ class Pion(MatrixOptimizer):
             `gradient`, but each generator is replaced by its polar factor).
         metric: which rotation stands for the direction: `lie` (steepest descent in the generators, the paper's) or
             `ambient` (the rotation whose first-order effect is nearest to the direction).
-        scale: `rms`, `none` (`alpha = lr`), or `spectral` (the largest rotation angle is `lr`).
-        hold: fraction of leading singular directions left alone (`metric="ambient"` only).
+        scale: `rms`, `none` (`alpha = lr`), or `spectral` (the largest rotation angle is `lr`). Default: `none` for
+            `adam` in the ambient metric, which carries AdamW's scale; `rms` for everything else.
+        hold: fraction of leading singular directions left alone (`metric="ambient"` only; default there `HOLD`).
         rank_tolerance: singular values below this fraction of the largest count as zero in the ambient metric: pairs of
             them would turn by large angles to move almost nothing.
         polar: `express`, `quintic` or `svd`, for `polar` and `msign`; polar_steps: its iterations.
@@ -99,8 +103,8 @@ class Pion(MatrixOptimizer):
         second_moment: bool = False,
         direction: Literal["gradient", "adam", "natural", "polar", "msign"] = "adam",
         metric: Literal["lie", "ambient"] = "ambient",
-        scale: Literal["rms", "none", "spectral"] = "none",
-        hold: float = 0.02,
+        scale: Literal["rms", "none", "spectral"] | None = None,
+        hold: float | None = None,
         rank_tolerance: float = 0.02,
         polar: Literal["express", "quintic", "svd"] = "express",
         polar_steps: int = 5,
@@ -137,6 +141,11 @@ class Pion(MatrixOptimizer):
         super().__init__(params, defaults)
 
     def check_options(self, group: dict) -> None:
+        ambient = group["metric"] == "ambient"
+        if group["scale"] is None:
+            group["scale"] = "none" if ambient and group["direction"] == "adam" else "rms"
+        if group["hold"] is None:
+            group["hold"] = HOLD if ambient else 0.0
         for option, known in CHOICES.items():
             if group[option] not in known:
                 raise unknown(f"value of {option}", group[option], known)
@@ -145,7 +154,7 @@ class Pion(MatrixOptimizer):
         _check_range("rank_tolerance", group["rank_tolerance"], 0 <= group["rank_tolerance"] < 1, "in [0, 1)")
         _check_range("polar_steps", group["polar_steps"], 1 <= group["polar_steps"] <= 10, "in 1..10")
         _check_range("degree", group["degree"], 1 <= group["degree"] <= 20, "in 1..20")
-        lie, ambient = group["momentum"] == "lie", group["metric"] == "ambient"
+        lie = group["momentum"] == "lie"
         clashes = {
             "momentum='lie' averages generators: it needs direction='gradient' or 'msign'": lie
             and group["direction"] not in ("gradient", "msign"),
