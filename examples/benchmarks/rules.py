@@ -32,11 +32,10 @@ NATURAL_AMBIENT = {"direction": "natural", "metric": "ambient", "scale": "rms"}
 # rule -> its options and the learning rates tried. The two names are unconstrained steps on the same matrices.
 RULES = {
     "adamw": ("adamw", (5e-5, 1e-4, 2e-4)),
+    "natural, unconstrained": ("natural", (1e-3,)),
     "natural, ambient": ({**NATURAL_AMBIENT, "hold": 0.0}, (7e-4, 1.2e-3)),
     "adam, ambient, hold 0.02": ({**ADAM_AMBIENT, "hold": 0.02}, (1.4e-4,)),
-    "natural, unconstrained": ("natural", (5e-4,)),
     "paper": ({"preset": "paper"}, (1e-4,)),
-    "natural, ambient, hold 0.02": ({**NATURAL_AMBIENT, "hold": 0.02}, (1.2e-3,)),
 }
 
 

@@ -109,7 +109,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             raise unknown(f"rule of {type(self).__name__}", rule, rules)
 
     def check_options(self, group: dict) -> None:
-        """Raise ValueError for options that are wrong or do not combine; settle defaults that depend on others."""
+        """Raise ValueError for options of this algorithm that are wrong or do not combine."""
 
     # -- the step -------------------------------------------------------------------------------
 

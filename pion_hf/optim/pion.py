@@ -39,9 +39,6 @@ PRESETS = {
     }
 }
 
-# Default of `hold` in the ambient metric, set by examples/benchmarks/rules.py.
-HOLD = 0.02
-
 # Steps between fresh decompositions of the carried singular bases; in between they only collect rounding errors.
 BASIS_REFRESH = 500
 
@@ -69,9 +66,9 @@ class Pion(MatrixOptimizer):
             `gradient`, but each generator is replaced by its polar factor).
         metric: which rotation stands for the direction: `lie` (steepest descent in the generators, the paper's) or
             `ambient` (the rotation whose first-order effect is nearest to the direction).
-        scale: `rms`, `none` (`alpha = lr`), or `spectral` (the largest rotation angle is `lr`). Default: `none` for
-            `adam` in the ambient metric, which carries AdamW's scale; `rms` for everything else.
-        hold: fraction of leading singular directions left alone (`metric="ambient"` only; default there `HOLD`).
+        scale: `rms`, `none` (`alpha = lr`, for `adam`, which carries a scale of its own), or `spectral` (the largest
+            rotation angle is `lr`).
+        hold: fraction of leading singular directions left alone (`metric="ambient"` only).
         rank_tolerance: singular values below this fraction of the largest count as zero in the ambient metric: pairs of
             them would turn by large angles to move almost nothing.
         polar: `express`, `quintic` or `svd`, for `polar` and `msign`; polar_steps: its iterations.
@@ -101,10 +98,10 @@ class Pion(MatrixOptimizer):
         side: Literal["alternate", "in", "out", "both"] = "alternate",
         momentum: Literal["transported", "lie", "ambient"] = "transported",
         second_moment: bool = False,
-        direction: Literal["gradient", "adam", "natural", "polar", "msign"] = "adam",
+        direction: Literal["gradient", "adam", "natural", "polar", "msign"] = "natural",
         metric: Literal["lie", "ambient"] = "ambient",
-        scale: Literal["rms", "none", "spectral"] | None = None,
-        hold: float | None = None,
+        scale: Literal["rms", "none", "spectral"] = "rms",
+        hold: float = 0.0,
         rank_tolerance: float = 0.02,
         polar: Literal["express", "quintic", "svd"] = "express",
         polar_steps: int = 5,
@@ -141,11 +138,6 @@ class Pion(MatrixOptimizer):
         super().__init__(params, defaults)
 
     def check_options(self, group: dict) -> None:
-        ambient = group["metric"] == "ambient"
-        if group["scale"] is None:
-            group["scale"] = "none" if ambient and group["direction"] == "adam" else "rms"
-        if group["hold"] is None:
-            group["hold"] = HOLD if ambient else 0.0
         for option, known in CHOICES.items():
             if group[option] not in known:
                 raise unknown(f"value of {option}", group[option], known)
@@ -154,24 +146,30 @@ class Pion(MatrixOptimizer):
         _check_range("rank_tolerance", group["rank_tolerance"], 0 <= group["rank_tolerance"] < 1, "in [0, 1)")
         _check_range("polar_steps", group["polar_steps"], 1 <= group["polar_steps"] <= 10, "in 1..10")
         _check_range("degree", group["degree"], 1 <= group["degree"] <= 20, "in 1..20")
-        lie = group["momentum"] == "lie"
-        clashes = {
-            "momentum='lie' averages generators: it needs direction='gradient' or 'msign'": lie
-            and group["direction"] not in ("gradient", "msign"),
-            "momentum='lie' averages generators of the lie metric: it needs metric='lie'": lie and ambient,
-            "side='both' is not for metric='ambient' (each side alone comes as near to the direction as it can, "
-            "their sum overshoots): use side='alternate'": ambient and group["side"] == "both",
-            "hold needs metric='ambient': the lie metric knows no singular directions; set hold=0": group["hold"] > 0
-            and not ambient,
-            "second_moment=True needs direction='gradient'; direction='adam' has a second moment of its own": group[
-                "second_moment"
-            ]
-            and group["direction"] != "gradient",
-            "direction='msign' replaces each generator by its polar factor: it needs metric='lie'": group["direction"]
-            == "msign"
-            and ambient,
-        }
-        for message, clash in clashes.items():
+        lie, ambient = group["momentum"] == "lie", group["metric"] == "ambient"
+        gradient, msign = group["direction"] == "gradient", group["direction"] == "msign"
+        clashes = (
+            (
+                lie and not (gradient or msign),
+                "momentum='lie' averages generators: set direction='gradient' or 'msign'",
+            ),
+            (lie and ambient, "momentum='lie' averages generators of the lie metric: set metric='lie'"),
+            (
+                ambient and group["side"] == "both",
+                "side='both' is not for metric='ambient', where each side alone comes as near to the direction as it "
+                "can and their sum overshoots: set side='alternate'",
+            ),
+            (
+                group["hold"] > 0 and not ambient,
+                "hold needs metric='ambient', which knows singular directions: set hold=0",
+            ),
+            (
+                group["second_moment"] and not gradient,
+                "second_moment=True is a variant of direction='gradient'; 'adam' and 'natural' have one of their own",
+            ),
+            (msign and ambient, "direction='msign' replaces generators of the lie metric: set metric='lie'"),
+        )
+        for clash, message in clashes:
             if clash:
                 raise ValueError(f"These options do not combine: {message}.")
 
