@@ -1,8 +1,8 @@
 """Which rule learns most and forgets least: the sweep that sets Pion's defaults.
 
-Every run is the demo's recipe (recipes/smollm2-135m/sft/full.yaml: same model, data, seed, batch, schedule) with
-another rule or learning rate for the hidden matrices; embeddings and norms get AdamW at the recipe's own rate in all
-of them, the AdamW baseline included. Prints new-task loss and loss on unrelated documentation text, and beside every
+Every run is the demo's recipe (recipes/smollm2-135m/sft/full.yaml: same model, data, seed, batch, schedule), in float32
+throughout and 24 steps long, with another rule or learning rate for the hidden matrices; embeddings and norms get AdamW
+at the recipe's own rate in all of them, the AdamW baseline included. Prints new-task loss and loss on unrelated documentation text, and beside every
 rule what AdamW forgets at the same task loss, interpolated between its learning rates.
 
 Finished runs are kept in results/rules.json and not repeated (`--only` runs a part, `--show` none).
@@ -24,6 +24,7 @@ from pion_hf.cli.sft import parser as sft_parser
 from pion_hf.evaluation import text_loss
 from pion_hf.integrations.trl import PionSFTTrainer
 
+STEPS = 24
 RECIPE = "recipes/smollm2-135m/sft/full.yaml"
 RESULTS = Path(__file__).parent / "results" / "rules.json"
 
@@ -75,7 +76,8 @@ def trainer_for(rule: str, options: dict | str, lr: float) -> PionSFTTrainer:
     """The recipe's trainer, its optimizer replaced for the unconstrained steps."""
     constrained = options if isinstance(options, dict) else {}
     given = {f"--optim_{key}": str(value) for key, value in constrained.items()}
-    argv = ["--config", RECIPE, "--learning_rate", str(lr), *(word for pair in given.items() for word in pair)]
+    fixed = ["--max_steps", str(STEPS), "--bf16", "false", "--learning_rate", str(lr)]
+    argv = ["--config", RECIPE, *fixed, *(word for pair in given.items() for word in pair)]
     script, args, model, _, _ = sft_parser().parse_recipe(argv)
     args.output_dir = f"runs/rules/{rule.replace(', ', '-').replace(' ', '')}-{lr:g}"
     args.model_init_kwargs = {"dtype": model.dtype}
