@@ -2,8 +2,9 @@
 
 Every run is the demo's recipe (recipes/smollm2-135m/sft/full.yaml: same model, data, seed, batch, schedule), in float32
 throughout and 24 steps long, with another rule or learning rate for the hidden matrices; embeddings and norms get AdamW
-at the recipe's own rate in all of them, the AdamW baseline included. Prints new-task loss and loss on unrelated documentation text, and beside every
-rule what AdamW forgets at the same task loss, interpolated between its learning rates.
+at the recipe's own rate in all of them, the AdamW baseline included. Prints new-task loss and loss on unrelated
+documentation text, and beside every rule what AdamW forgets at the same task loss, interpolated between its learning
+rates.
 
 Finished runs are kept in results/rules.json and not repeated (`--only` runs a part, `--show` none).
 """
