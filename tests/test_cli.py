@@ -15,11 +15,11 @@ import pytest
 import torch
 import trl.scripts.sft
 import yaml
-from conftest import toy_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from pion_hf import run
 from pion_hf.cli import main
+from tests.conftest import toy_llama
 
 COMMAND = [str(Path(sysconfig.get_path("scripts")) / "pion-hf")]
 TWO_STEPS = ["--optim", "pion", "--max_steps=2", "--learning_rate=1e-2", "--use_cpu", "--report_to=none"]

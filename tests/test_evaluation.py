@@ -5,11 +5,11 @@ from __future__ import annotations
 import evaluate
 import pytest
 import torch
-from conftest import chat_rows
 from torch import nn
 
 from pion_hf.evaluation import exact_match, prompts_and_answers, text_loss
 from pion_hf.metrics import EXACT_MATCH
+from tests.conftest import chat_rows
 
 
 class Student(nn.Module):

@@ -8,12 +8,12 @@ import datasets
 import peft
 import pytest
 import torch
-from conftest import chat_rows, toy_llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from pion_hf import Pion, PionTrainer, PionTrainerMixin, PionTrainingArguments
 from pion_hf.integrations.trl import PionSFTConfig, PionSFTTrainer
+from tests.conftest import chat_rows, toy_llama
 
 QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
 
