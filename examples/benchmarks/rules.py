@@ -127,10 +127,13 @@ def run(rule: str, options: dict | str, lr: float, text: str) -> dict:
 
 def adamw_other_loss(task: float, rows: list[dict]) -> float | None:
     """AdamW's loss on other text at `task`, interpolated along its frontier; None outside it."""
-    frontier = sorted((r["task"], r["other"]) for r in rows if r["rule"] == "adamw")
-    for (low, a), (high, b) in itertools.pairwise(frontier):
+    frontier: list[tuple[float, float]] = []
+    for point in sorted((r["other"], r["task"]) for r in rows if r["rule"] == "adamw"):
+        if not frontier or point[1] < frontier[-1][1]:  # forgetting more must have bought something
+            frontier.append(point)
+    for (a, high), (b, low) in itertools.pairwise(frontier):
         if low <= task <= high:
-            return a + (b - a) * (task - low) / (high - low)
+            return a + (b - a) * (high - task) / (high - low)
     return None
 
 
@@ -174,9 +177,9 @@ def main() -> None:
             record["runs"].append(run(rule, options, lr, text))
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(record, indent=1))
-            Console().print(table(record))
+            Console(width=110).print(table(record))
     if chosen.show:
-        Console().print(table(record))
+        Console(width=110).print(table(record))
 
 
 if __name__ == "__main__":
