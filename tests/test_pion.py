@@ -322,6 +322,7 @@ BAD_OPTIONS = [
     ({"momentum": "transport"}, "Did you mean 'transported'"),
     ({"retraction": "caley"}, "Did you mean 'cayley'"),
     ({"preset": "papers"}, "Did you mean 'paper'"),
+    ({"preset": "paper", "retraction": "cayley"}, "preset='paper' sets retraction='taylor'"),
     ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
     ({"lr": float("nan")}, "lr must be at least 0"),
     ({"betas": (0.9, 1.0)}, "betas must be two numbers"),

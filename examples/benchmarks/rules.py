@@ -35,7 +35,7 @@ NATURAL_AMBIENT = {"direction": "natural", "metric": "ambient", "scale": "rms"}
 RULES = {
     "adamw": ("adamw", (5e-5, 1e-4, 2e-4)),
     "natural, unconstrained": ("natural", (1e-3,)),
-    "natural, ambient": ({**NATURAL_AMBIENT, "hold": 0.0}, (7e-4, 1.2e-3)),
+    "natural, ambient": ({**NATURAL_AMBIENT, "hold": 0.0}, (7e-4, 1.2e-3, 2e-3)),
     "adam, ambient, hold 0.02": ({**ADAM_AMBIENT, "hold": 0.02}, (1.4e-4,)),
     "paper": ({"preset": "paper"}, (1e-4,)),
 }

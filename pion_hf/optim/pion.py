@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Literal
 
@@ -132,9 +133,7 @@ class Pion(MatrixOptimizer):
             "weight_decay": weight_decay,
         }
         if preset is not None:
-            if preset not in PRESETS:
-                raise unknown("preset", preset, PRESETS)
-            defaults.update(PRESETS[preset])
+            defaults.update(_preset_options(preset, defaults))
         super().__init__(params, defaults)
 
     def check_options(self, group: dict) -> None:
@@ -205,6 +204,20 @@ class Pion(MatrixOptimizer):
             if "basis" in state and side == _basis_side(weight):
                 state["basis"] = increment.rotate(state["basis"])
         return weight
+
+
+def _preset_options(preset: str, given: dict) -> dict:
+    """The options of `preset`; a ValueError where another value than the default was given for one of them."""
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    signature = inspect.signature(Pion.__init__).parameters
+    for option, value in PRESETS[preset].items():
+        if given[option] not in (value, signature[option].default):
+            raise ValueError(
+                f"preset={preset!r} sets {option}={value!r}, but {option}={given[option]!r} was given: "
+                "leave out one of the two."
+            )
+    return PRESETS[preset]
 
 
 def _check_range(option: str, value: float, ok: bool, wanted: str) -> None:
