@@ -24,8 +24,6 @@ from pion_hf.optim.blocks import Layout, split
 
 OPTIMIZERS = ("pion",)
 
-ROLES = ("matrix", "embedding", "head", "router", "norm", "bias", "other")
-
 # Fused projections of attention modules whose class does not say how they are put together.
 # Interleaved: head by head, (heads, 3, head_dim) output rows. Falcon and GPTBigCode do so without multi_query only.
 INTERLEAVED_QKV = {

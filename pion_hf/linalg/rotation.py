@@ -215,8 +215,7 @@ def _product(x: Tensor, factor: Tensor, side: str, dtype: torch.dtype | None) ->
 class Generator(NamedTuple):
     """A skew matrix `A`, `(..., n, n)`: `core` itself, or `factor^T core factor`.
 
-    core: `(..., n, n)` or `(..., r, r)`, skew. factor: `(..., r, n)`. gram: `factor factor^T`, None where it is
-    the identity (orthonormal rows).
+    core: `(..., n, n)` or `(..., r, r)`, skew. factor: `(..., r, n)`. gram: `factor factor^T`.
     """
 
     core: Tensor
@@ -235,8 +234,6 @@ class Generator(NamedTuple):
         if self.factor is None:
             return torch.linalg.matrix_norm(matmul(x, self.core, dtype=dtype), keepdim=True)
         coefficients = matmul(matmul(x, self.factor.mT, dtype=dtype), self.core, dtype=dtype)
-        if self.gram is None:
-            return torch.linalg.matrix_norm(coefficients, keepdim=True)
         squared = (matmul(coefficients, self.gram, dtype=dtype) * coefficients).sum((-2, -1), keepdim=True)
         return squared.clamp_min(0).sqrt()
 
@@ -245,18 +242,16 @@ class Generator(NamedTuple):
 
         Power iteration on `A^T A` from a fixed random start: a lower bound, within a few percent.
         """
-        # With orthonormal rows the core has the same singular values.
-        small = Generator(self.core) if self.gram is None else self
-        n = small.core.shape[-1] if small.factor is None else small.factor.shape[-1]
+        n = (self.core if self.factor is None else self.factor).shape[-1]
         seed = torch.Generator().manual_seed(0)
         v = torch.randn(1, n, generator=seed, dtype=torch.float64).to(self.core).expand(*self.core.shape[:-2], 1, n)
         norm = torch.zeros_like(v[..., :1])
         tiny = torch.finfo(v.dtype).tiny
         for _ in range(iterations):
             v = v / torch.linalg.matrix_norm(v, keepdim=True).clamp_min(tiny)
-            u = small.act(v)
+            u = self.act(v)
             norm = torch.linalg.matrix_norm(u, keepdim=True)
-            v = small.act(u / norm.clamp_min(tiny))
+            v = self.act(u / norm.clamp_min(tiny))
         return norm
 
     def increment(
@@ -273,7 +268,7 @@ class Generator(NamedTuple):
         rows: how many rows it will act on in full precision, if that is known to be few; dtype: a lower one that
         terms below the rounding of the result may be multiplied in.
         """
-        if retraction == "root" and self.gram is None:
+        if retraction == "root" and self.factor is None:
             return self._root_increment(alpha, rows, dtype)
         x = self.core * alpha
         if retraction == "taylor":
@@ -283,21 +278,18 @@ class Generator(NamedTuple):
             core = cayley(x, self.gram)
         else:
             raise ValueError(f"retraction must be one of {RETRACTIONS}, got {retraction!r}")
-        return self._with_factor(core)
-
-    def _with_factor(self, core: Tensor) -> Increment:
         return Increment(core) if self.factor is None else Increment(core @ self.factor, self.factor.mT)
 
     def _root_increment(self, alpha: Tensor | float, rows: int | None, dtype: torch.dtype | None) -> Increment:
-        angles = Generator(self.core).spectral_norm(iterations=4) * alpha
+        angles = self.spectral_norm(iterations=4) * alpha
         # Power iteration is a lower bound. Meta tensors (a plan without weights) have shapes and no angle.
         angle = 0.0 if angles.is_meta else 1.5 * angles.max().item()
         terms = root_terms(angle)
-        few_rows = self.factor is None and rows is not None and rows < self.core.shape[-1]
+        few_rows = rows is not None and rows < self.core.shape[-1]
         if few_rows and angle <= SERIES_ANGLES[-1][0]:
             exact = exact_root_terms(angle)
             return Increment(self.core, terms=terms, alpha=alpha, exact_terms=exact, tail_dtype=dtype)
-        return self._with_factor(root(self.core * alpha, angle=angle, dtype=dtype))
+        return Increment(root(self.core * alpha, angle=angle, dtype=dtype))
 
 
 def generator(
