@@ -1,9 +1,10 @@
 """Pion and TEON for Hugging Face users. Importing this package registers its optimizers with transformers."""
 
 from pion_hf._version import __version__
+from pion_hf.initialization import spectral_init_
 from pion_hf.integrations.registry import register
 from pion_hf.integrations.trainer import PionTrainer, PionTrainerMixin, PionTrainingArguments
-from pion_hf.optim import Pion
+from pion_hf.optim import Pion, Teon
 from pion_hf.routing import param_groups, routing_table
 
 __all__ = [
@@ -11,10 +12,12 @@ __all__ = [
     "PionTrainer",
     "PionTrainerMixin",
     "PionTrainingArguments",
+    "Teon",
     "__version__",
     "param_groups",
     "register",
     "routing_table",
+    "spectral_init_",
 ]
 
 register()

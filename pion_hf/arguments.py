@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import math
 import typing
 from dataclasses import dataclass, field, fields
@@ -16,13 +17,16 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from pion_hf.errors import unknown
-from pion_hf.optim import Pion
+from pion_hf.optim import Pion, Teon
+from pion_hf.schedules import SCHEDULES, check_options
 
 logger = logging.get_logger(__name__)
 
-OPTIMIZER_CLASSES = {"pion": Pion}
+OPTIMIZER_CLASSES = {"pion": Pion, "teon": Teon, "muon": Teon}
+# Muon is TEON with stacks of one.
+FIXED_OPTIONS = {"muon": {"stack": 1}}
 
-# Options of the groups rather than of the constructor (see `pion_hf.param_groups`).
+# Options of the routing and its groups rather than of the constructor (see `pion_hf.param_groups`).
 GROUP_OPTIONS = {
     "adamw_lr": float,
     "adamw_betas": tuple[float, float],
@@ -30,6 +34,8 @@ GROUP_OPTIONS = {
     "targets": list[str],
     "exclude": list[str],
 }
+
+STACK_OPTIONS = {"stack": int, "stack_targets": list[str]}
 
 # What TrainingArguments already has a field for.
 TRAINER_FIELDS = {"lr": "learning_rate", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}
@@ -60,7 +66,10 @@ class PionOptions:
     optim_preset: Literal["paper"] | None = field(
         default=None, metadata={"help": "Pion: 'paper' sets the options of arXiv 2605.12492."}
     )
-    optim_momentum: str | None = field(default=None, metadata=_help("Pion: transported, lie or ambient."))
+    optim_momentum: str | None = field(
+        default=None,
+        metadata=_help("Pion: transported, lie or ambient. TEON and Muon: a number, decay of the momentum."),
+    )
     optim_direction: Literal["gradient", "adam", "natural", "polar", "msign"] | None = field(
         default=None, metadata=_help("Pion: the step without the constraint.")
     )
@@ -70,7 +79,9 @@ class PionOptions:
     optim_side: Literal["alternate", "in", "out", "both"] | None = field(
         default=None, metadata=_help("Pion: the side(s) rotated in a step.")
     )
-    optim_scale: str | None = field(default=None, metadata=_help("Pion: rms, none or spectral."))
+    optim_scale: str | None = field(
+        default=None, metadata=_help("Pion: rms, none or spectral. TEON and Muon: rms, paper or original.")
+    )
     optim_hold: float | None = field(
         default=None, metadata=_help("Pion: fraction of leading singular directions left alone (ambient metric).")
     )
@@ -91,6 +102,19 @@ class PionOptions:
         default=None, metadata=_help("Orthogonalisation method.")
     )
     optim_polar_steps: int | None = field(default=None, metadata=_help("Iterations of the orthogonalisation."))
+    optim_polar_dtype: Literal["auto", "float32", "bfloat16"] | None = field(
+        default=None, metadata=_help("TEON and Muon: precision of the orthogonalisation.")
+    )
+    optim_nesterov: bool | None = field(
+        default=None, metadata=_help("TEON and Muon: look ahead by a step of momentum.")
+    )
+    optim_stack: int | None = field(
+        default=None, metadata=_help("TEON: consecutive layers whose matrices are orthogonalised together.")
+    )
+    optim_stack_targets: list[str] | None = field(
+        default=None,
+        metadata=_help("TEON: which matrices are stacked: q, k, v, or regular expressions over parameter names."),
+    )
     optim_retraction: Literal["root", "cayley", "taylor"] | None = field(
         default=None, metadata=_help("Pion: how a generator becomes a rotation.")
     )
@@ -110,7 +134,13 @@ class PionOptions:
         elif given:
             owners = ", ".join(OPTIMIZER_CLASSES)
             logger.warning(f"optim={optim!r} ignores options that only {owners} has: {', '.join(given)}.")
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{error.doc!r} is not JSON: {error}") from None
+        schedule = self.lr_scheduler_type.value
+        if schedule in SCHEDULES:  # its options were a JSON string until now
+            check_options(schedule, self.lr_scheduler_kwargs, self.max_steps if self.max_steps > 0 else None)
 
     def given_options(self) -> dict[str, Any]:
         """The options that were set, by the constructor's names."""
@@ -123,8 +153,9 @@ def option_types(optim: str) -> dict[str, Any]:
     """Every option of an optimizer and its type, constructor's and groups'."""
     constructor = OPTIMIZER_CLASSES[optim].__init__
     hints = typing.get_type_hints(constructor)
-    names = [n for n in inspect.signature(constructor).parameters if n not in ("self", "params", *TRAINER_FIELDS)]
-    return {**{n: hints[n] for n in names}, **GROUP_OPTIONS}
+    elsewhere = {"self", "params", *TRAINER_FIELDS, *STACK_OPTIONS}
+    own = {name: hints[name] for name in inspect.signature(constructor).parameters if name not in elsewhere}
+    return {**own, **GROUP_OPTIONS, **(STACK_OPTIONS if optim == "teon" else {})}
 
 
 def parse_optim_args(text: str | None) -> dict[str, Any]:
@@ -161,10 +192,17 @@ def resolve_options(optim: str, *sources: dict[str, Any]) -> tuple[dict[str, Any
             if key in TRAINER_FIELDS:
                 raise ValueError(f"optim_args: {key!r} is set by --{TRAINER_FIELDS[key]}, not here.")
             if key not in types:
-                raise unknown(f"option of optim={optim!r}", key, types)
+                raise _not_an_option(key, optim, types)
             merged[key] = _convert(key, value, types[key])
-    groups = {key: merged.pop(key) for key in GROUP_OPTIONS if key in merged}
-    return merged, groups
+    groups = {key: merged.pop(key) for key in (*GROUP_OPTIONS, *STACK_OPTIONS) if key in merged}
+    return {**merged, **FIXED_OPTIONS.get(optim, {})}, groups
+
+
+def _not_an_option(key: str, optim: str, types: dict[str, Any]) -> ValueError:
+    owners = [name for name in OPTIMIZER_CLASSES if key in option_types(name)]
+    if owners:
+        return ValueError(f"{key!r} is an option of optim={' and '.join(map(repr, owners))}, not of optim={optim!r}.")
+    return unknown(f"option of optim={optim!r}", key, types)
 
 
 def _split_top_level(text: str) -> list[str]:
@@ -240,6 +278,8 @@ def _convert(key: str, value: Any, wanted: Any) -> Any:
         return value
     if wanted is str:
         return str(value)
+    if wanted in (int, float) and isinstance(value, str) and value:
+        value = _literal(value)  # a field that is a word for one optimizer and a number for another
     if wanted in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
         whole = math.isfinite(value) and int(value) == value
         if wanted is float or whole:

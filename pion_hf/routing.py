@@ -6,40 +6,24 @@ Names serve for overrides only (`targets`, `exclude`).
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 import re
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from pion_hf.errors import unknown
-from pion_hf.optim.blocks import Layout, split
+from pion_hf.optim.blocks import Layout, name_of
+from pion_hf.patterns import Patterns, spellings_of
+from pion_hf.stacking import Stacks, find_stacks
+from pion_hf.structure import Structure
 
-OPTIMIZERS = ("pion",)
-
-# Fused projections of attention modules whose class does not say how they are put together.
-# Interleaved: head by head, (heads, 3, head_dim) output rows. Falcon and GPTBigCode do so without multi_query only.
-INTERLEAVED_QKV = {
-    "GPTNeoXAttention",
-    "BloomAttention",
-    "PersimmonAttention",
-    "GPTNeoXJapaneseAttention",
-    "MiniMaxLightningAttention",
-    "FalconAttention",
-    "GPTBigCodeAttention",
-}
-CODEGEN_SHARDS = 4  # CodeGenAttention.forward: `mp_num`, each shard holds its heads' queries, values and keys
-QKV_NAMES = {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv"}
-GATE_UP_NAMES = {"gate_up_proj", "gate_up"}
-# Experts stored (E, in, out) that carry no `is_transposed`.
-TRANSPOSED_EXPERTS = {"Llama4TextExperts"}
+OPTIMIZERS = ("pion", "teon", "muon")
+DEFAULT_STACK = 2
+NO_STACKS = Stacks()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +40,13 @@ class Route:
     @property
     def decays(self) -> bool:
         """Decay never touches biases and norms; a rotated matrix has none either."""
-        return self.rule == "adamw" and self.role not in ("norm", "bias")
+        return self.rule != "pion" and self.role not in ("norm", "bias")
+
+    @property
+    def matrix_names(self) -> list[str]:
+        """One name for every view of the parameter (experts in one tensor are one view)."""
+        count = Layout.parse(self.layout).pieces
+        return [name_of(self.name, i, count) for i in range(count)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +55,8 @@ class Routing:
 
     routes: tuple[Route, ...]
     frozen: int
+    stack: int = 1
+    stacks: Stacks = NO_STACKS
 
     def __iter__(self) -> Iterator[Route]:
         return iter(self.routes)
@@ -74,35 +66,44 @@ class Routing:
         return tuple(r for r in self.routes if r.rule != "adamw")
 
     def rows(self, learning_rates: dict[str, float]) -> list[dict[str, Any]]:
-        """One row per role and rule: role, rule, tensors, matrices, parameters, lr (`learning_rates` is by rule)."""
+        """One row per role and rule: role, rule, tensors, matrices, stacks, parameters, lr; `learning_rates` by rule."""
         collected: dict[tuple, Counter] = defaultdict(Counter)
+        first = {names[0] for names in self.stacks.stacks}
         for r in self.routes:
             role = _matrix_role(r) if r.rule != "adamw" else r.role
             row = collected[role, r.rule]
             row["tensors"] += 1
             row["matrices"] += r.matrices
+            row["stacks"] += sum(name in first for name in r.matrix_names)
             row["parameters"] += r.parameter.numel()
+        roles = [role for role, _ in collected]  # what is left over of a role stands beside its stacks
         return [
             {"role": role, "rule": rule, **counts, "lr": learning_rates.get(rule)}
-            for (role, rule), counts in collected.items()
+            for (role, rule), counts in sorted(collected.items(), key=lambda item: roles.index(item[0][0]))
         ]
 
     def table(self, learning_rates: dict[str, float]) -> Any:
         """The rows as a `rich.table.Table`."""
         from rich.table import Table
 
+        stacked = bool(self.stacks.stacks)
+        counts = ("tensors", "matrices", "stacks", "parameters") if stacked else ("tensors", "matrices", "parameters")
         table = Table(title="Which rule updates what")
         for column in ("role", "rule"):
             table.add_column(column)
-        for column in ("tensors", "matrices", "parameters", "lr"):
+        for column in (*counts, "lr"):
             table.add_column(column, justify="right")
         for row in self.rows(learning_rates):
             lr = "" if row["lr"] is None else f"{row['lr']:g}"
-            table.add_row(
-                row["role"], row["rule"], f"{row['tensors']:,}", f"{row['matrices']:,}", f"{row['parameters']:,}", lr
-            )
+            table.add_row(row["role"], row["rule"], *(f"{row[c]:,}" for c in counts), lr)
         if self.frozen:
-            table.add_row("(frozen)", "-", "", "", f"{self.frozen:,}", "")
+            table.add_row("(frozen)", "-", *("" for _ in counts[:-1]), f"{self.frozen:,}", "")
+        if stacked:
+            table.caption = f"Stacks of {self.stack} consecutive layers."
+            if self.stacks.alone:
+                some = ", ".join(self.stacks.alone[:3])
+                more = f" and {len(self.stacks.alone) - 3} more" if len(self.stacks.alone) > 3 else ""
+                table.caption += f" Left over, each alone: {some}{more}."
         return table
 
     def save(self, path: str | os.PathLike, learning_rates: dict[str, float]) -> None:
@@ -110,6 +111,8 @@ class Routing:
         record = {
             "summary": self.rows(learning_rates),
             "frozen_parameters": self.frozen,
+            "stacks": [list(names) for names in self.stacks.stacks],
+            "left_over": list(self.stacks.alone),
             "parameters": [
                 {
                     "name": r.name,
@@ -133,6 +136,8 @@ def routing_table(
     *,
     targets: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    stack: int | None = None,
+    stack_targets: str | Iterable[str] | None = None,
 ) -> Routing:
     """Route every trainable parameter of `model`.
 
@@ -141,9 +146,12 @@ def routing_table(
             a parameter is tied): only matrices of hidden layers that match are given to the matrix rule, the rest
             goes to AdamW. `"all-linear"` (the default) means all.
         exclude: regular expressions of parameters that AdamW takes in any case.
+        stack, stack_targets: of `teon` only: how many consecutive layers are orthogonalised together (default 2), and
+            which of their matrices, `q`, `k`, `v` (the default) or regular expressions; see `stacking.find_stacks`.
 
     Raises:
-        ValueError: no trainable parameter, no matrix matched, an expression that is malformed or matches nothing.
+        ValueError: no trainable parameter, no matrix matched, an expression that is malformed or matches nothing, a
+            stack that no matrices fill.
 
     Warns:
         UserWarning: one of several targets matches embeddings, heads, norms or biases only, and so has no effect.
@@ -152,15 +160,17 @@ def routing_table(
         raise unknown("optimizer", optim, OPTIMIZERS)
     if targets is not None and not isinstance(targets, str):
         targets = list(targets)
+    if optim != "teon" and (stack is not None or stack_targets is not None):
+        raise ValueError(f"stack and stack_targets are options of optim='teon', not of optim={optim!r}.")
     if targets in ("all-linear", "all_linear", ["all-linear"], ["all_linear"]):
         targets = None
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError("the model has no trainable parameter: every requires_grad is False.")
     _refuse_adapters(model, optim)
-    structure = _Structure(model)
-    wanted, unwanted = _Patterns("optim_target_modules", targets), _Patterns("optim_exclude_modules", exclude)
-    spellings = _spellings(model)
+    structure = Structure(model)
+    wanted, unwanted = Patterns("optim_target_modules", targets), Patterns("optim_exclude_modules", exclude)
+    spellings = spellings_of(model)
     routes = []
     for name, p in named:
         role, layout = structure.classify(name, p)
@@ -176,6 +186,8 @@ def routing_table(
     unwanted.require_all_used(names)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     routing = Routing(tuple(routes), frozen)
+    if optim == "teon" and routing.matrices:
+        return _stacked(routing, model, DEFAULT_STACK if stack is None else stack, stack_targets)
     if not routing.matrices:
         if not any(r.role == "matrix" for r in routes):
             hint = " Use AdamW for this model: it trains no weight of an nn.Linear in a hidden layer."
@@ -185,6 +197,20 @@ def routing_table(
             hint = " The expressions in optim_target_modules match only embeddings, heads, norms or biases."
         raise ValueError(f"no trainable matrix of a hidden layer was found for optim={optim!r}.{hint}")
     return routing
+
+
+def _stacked(routing: Routing, model: nn.Module, stack: int, targets: str | Iterable[str] | None) -> Routing:
+    """Rule `teon` for parameters that take part in a stack, `muon` for all other matrices."""
+    parameters = [(r.name, r.parameter, r.layout) for r in routing.matrices]
+    stacks = find_stacks(model, parameters, stack=stack, targets=targets)
+    if stack == 1:
+        stacks = NO_STACKS
+    stacked = {name for names in stacks.stacks for name in names}
+    routes = [
+        dataclasses.replace(r, rule="muon") if r.rule == "teon" and not stacked.intersection(r.matrix_names) else r
+        for r in routing
+    ]
+    return dataclasses.replace(routing, routes=tuple(routes), stack=stack, stacks=stacks)
 
 
 def param_groups(
@@ -198,21 +224,25 @@ def param_groups(
     adamw_eps: float | None = None,
     targets: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    stack: int | None = None,
+    stack_targets: str | Iterable[str] | None = None,
     routing: Routing | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for the optimizer's constructor, one per rule, layout and decay; names in `param_names`.
 
     Args:
-        lr: of the matrices. weight_decay: of AdamW's embeddings, heads and other matrices.
+        lr: of the matrices. weight_decay: of every matrix that is not rotated, embeddings and heads included.
         adamw_lr, adamw_betas, adamw_eps: of the AdamW groups (default: `lr` and the optimizer's own).
-        targets, exclude: see `routing_table`. routing: its result, if it is at hand.
+        targets, exclude, stack, stack_targets: see `routing_table`. routing: its result, if it is at hand.
 
     Raises:
-        ValueError: as `routing_table`; `targets` or `exclude` beside a `routing`, which they could not change.
+        ValueError: as `routing_table`; one of its options beside a `routing`, which it could not change.
     """
-    if routing is not None and (targets or exclude):
-        raise ValueError("targets and exclude have no effect on a finished routing: give them to routing_table.")
-    routing = routing or routing_table(model, optim, targets=targets, exclude=exclude)
+    choices = {"targets": targets, "exclude": exclude, "stack": stack, "stack_targets": stack_targets}
+    given = [name for name, value in choices.items() if value is not None]
+    if routing is not None and given:
+        raise ValueError(f"{', '.join(given)} can have no effect on a finished routing: give it to routing_table.")
+    routing = routing or routing_table(model, optim, **choices)
     adamw_options = {"lr": lr if adamw_lr is None else adamw_lr}
     if adamw_betas is not None:
         adamw_options["betas"] = tuple(adamw_betas)
@@ -222,13 +252,15 @@ def param_groups(
     for r in sorted(routing, key=lambda r: r.rule == "adamw"):
         key = (r.rule, r.layout, r.decays)
         if key not in groups:
-            options = (
-                {**adamw_options, "weight_decay": weight_decay if r.decays else 0.0}
-                if r.rule == "adamw"
-                else {"lr": lr, "weight_decay": 0.0}
-            )
-            groups[key] = {"params": [], "rule": r.rule, "layout": r.layout, **options}
+            options = adamw_options if r.rule == "adamw" else {"lr": lr}
+            decay = weight_decay if r.decays else 0.0
+            groups[key] = {"params": [], "rule": r.rule, "layout": r.layout, **options, "weight_decay": decay}
+            if r.rule == "teon":
+                groups[key].update(stack=routing.stack, stacks=[])
         groups[key]["params"].append((r.name, r.parameter))
+    group_of = {name: groups[r.rule, r.layout, r.decays] for r in routing.matrices for name in r.matrix_names}
+    for names in routing.stacks.stacks:
+        group_of[names[0]]["stacks"].append(list(names))
     return list(groups.values())
 
 
@@ -242,60 +274,6 @@ def _count(p: Tensor, layout: Layout) -> int:
     return (p.shape[0] if p.ndim == 3 else 1) * layout.pieces
 
 
-class _Patterns:
-    """Regular expressions, remembered by what they matched."""
-
-    def __init__(self, option: str, patterns: str | Iterable[str] | None) -> None:
-        self.option = option
-        patterns = [patterns] if isinstance(patterns, str) else list(patterns or ())
-        self.compiled = []
-        for pattern in patterns:
-            try:
-                self.compiled.append(re.compile(pattern))
-            except re.error as error:
-                raise ValueError(f"{option}: {pattern!r} is not a regular expression: {error}") from None
-        self.unused = {c.pattern for c in self.compiled}
-
-    def __bool__(self) -> bool:
-        return bool(self.compiled)
-
-    def match(self, spellings: list[str]) -> bool:
-        hits = [c.pattern for c in self.compiled if any(map(c.search, spellings))]
-        self.unused.difference_update(hits)
-        return bool(hits)
-
-    def require_all_used(self, names: list[str]) -> None:
-        ineffective = []
-        for pattern in sorted(self.unused):
-            if not any(re.search(pattern, n) for n in names):
-                what = f"parameter name ({self.option} matches no trainable parameter)"
-                raise unknown(what, pattern, _candidates(pattern, names))
-            ineffective.append(pattern)
-        if ineffective and len(ineffective) < len(self.compiled):  # if none has an effect, the caller raises
-            warnings.warn(
-                f"{self.option}: {', '.join(map(repr, ineffective))} match embeddings, heads, norms or biases only, "
-                "which AdamW updates in any case.",
-                stacklevel=3,
-            )
-
-
-def _spellings(model: nn.Module) -> dict[int, list[str]]:
-    """By parameter: all its names (a tied one has several), and the module's name beside each `.weight`."""
-    spellings: dict[int, list[str]] = defaultdict(list)
-    for name, p in model.named_parameters(remove_duplicate=False):
-        spellings[id(p)] += [name, name.removesuffix(".weight")] if name.endswith(".weight") else [name]
-    return spellings
-
-
-def _candidates(pattern: str, names: list[str]) -> list[str]:
-    """What `pattern` may have meant: ends of names with as many dots as it has, or else their last parts."""
-    for depth in (pattern.count(".") + 1, 1):
-        ends = list(dict.fromkeys(".".join(n.removesuffix(".weight").split(".")[-depth:]) for n in names))
-        if difflib.get_close_matches(pattern, ends, n=1, cutoff=0.5):
-            break
-    return ends
-
-
 def _refuse_adapters(model: nn.Module, optim: str) -> None:
     for name, p in model.named_parameters():
         if p.requires_grad and re.search(r"\.lora_(embedding_)?[AB]\.", name):
@@ -303,161 +281,3 @@ def _refuse_adapters(model: nn.Module, optim: str) -> None:
                 f"{name} is a LoRA factor: a fresh adapter has B = 0, which no rotation can move. optim={optim!r} "
                 "trains whole matrices; train adapters with adamw_torch in this version."
             )
-
-
-class _Structure:
-    """What the model's modules say about a parameter."""
-
-    def __init__(self, model: nn.Module) -> None:
-        # The outermost transformers model, inside whatever wraps it (peft, DDP, a module of the user's).
-        inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
-        self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.config = getattr(inner, "config", None)
-        self.inputs = _parameters_of(inner, "get_input_embeddings")
-        self.outputs = _parameters_of(inner, "get_output_embeddings")
-        base = getattr(inner, "base_model", inner)
-        self.outside = {id(m) for m in inner.modules()} - {id(m) for m in base.modules()}
-
-    def classify(self, name: str, p: Tensor) -> tuple[str, Layout]:
-        path, _, leaf = name.rpartition(".")
-        module = self.modules[path]
-        owner_path, _, child = path.rpartition(".")
-        owner, child = self._unwrapped(owner_path, child)
-        none = Layout()
-        if leaf == "bias" or leaf.endswith("_bias"):
-            return "bias", none
-        if id(p) in self.inputs or isinstance(module, nn.Embedding):
-            return "embedding", none
-        if _is_norm(module):
-            return "norm", none
-        if p.ndim < 2:
-            return "other", none
-        if id(p) in self.outputs or id(module) in self.outside:
-            return "head", none
-        if isinstance(module, (nn.Linear, Conv1D)) and leaf == "weight":
-            if self._is_router(owner_path, owner, p):
-                return "router", none
-            layout = self._linear_layout(module, owner, child, p)
-            return ("matrix" if _is_rotatable(p, layout) else "other"), layout
-        if p.ndim == 3 and _looks_like_experts(module, p):
-            layout = _expert_layout(module, leaf, p)
-            return ("matrix" if _is_rotatable(p, layout) else "other"), layout
-        if isinstance(module, nn.MultiheadAttention) and leaf.endswith("proj_weight"):
-            layout = Layout(rows=(p.shape[0] // 3,) * 3) if leaf == "in_proj_weight" else none
-            return ("matrix" if _is_rotatable(p, layout) else "other"), layout
-        if p.ndim == 2 and self._is_router(owner_path, owner, p):
-            return "router", none
-        return "other", none
-
-    def _unwrapped(self, path: str, child: str) -> tuple[nn.Module | None, str]:
-        """The owner and attribute name of a module, seen through peft's `ModulesToSaveWrapper`."""
-        owner = self.modules.get(path)
-        if child and (path.endswith(".modules_to_save") or path == "modules_to_save"):
-            wrapper_path = path.rpartition(".")[0]
-            grand, _, child = wrapper_path.rpartition(".")
-            owner = self.modules.get(grand)
-        return owner, child
-
-    def _linear_layout(self, module: nn.Module, owner: nn.Module | None, child: str, p: Tensor) -> Layout:
-        transposed = isinstance(module, Conv1D)
-        width, out = p.shape if transposed else p.shape[::-1]
-        if child in QKV_NAMES:
-            return self._qkv_layout(owner, out, width, transposed)
-        if child in GATE_UP_NAMES and out % 2 == 0:
-            return Layout(transposed, rows=(out // 2,) * 2)
-        return Layout(transposed)
-
-    def _qkv_layout(self, owner: nn.Module | None, out: int, width: int, transposed: bool) -> Layout:
-        """Rows of q, k and v; one matrix where neither class nor shapes say how they lie."""
-        # The vision part of a model has other heads than the text part: an attention's own config comes first.
-        config = getattr(owner, "config", None) or self.config
-        heads = _attribute(config, "num_attention_heads") or _attribute(config, "num_heads")
-        kv = _attribute(config, "num_key_value_heads") or heads
-        kind = type(owner).__name__
-        if kind == "CodeGenAttention" and out % (CODEGEN_SHARDS * 3) == 0:
-            return Layout(transposed, interleaved=(CODEGEN_SHARDS, 3))
-        if getattr(owner, "new_decoder_architecture", False):  # Falcon's groups (queries, key, value) of unequal size
-            return Layout(transposed)
-        if getattr(owner, "multi_query", False):
-            kv = 1
-        elif kind in INTERLEAVED_QKV and not hasattr(owner, "q_attn"):
-            return Layout(transposed, interleaved=(heads, 3) if heads and out % (3 * heads) == 0 else None)
-        dim = getattr(owner, "head_dim", None) or _attribute(config, "head_dim") or (heads and width // heads)
-        if heads and dim and out == (heads + 2 * kv) * dim:
-            return Layout(transposed, rows=(heads * dim, kv * dim, kv * dim))
-        if out == 3 * width:
-            return Layout(transposed, rows=(width,) * 3)
-        if out == 2 * width and hasattr(owner, "q_attn"):  # GPT-2's cross-attention: keys and values
-            return Layout(transposed, rows=(width,) * 2)
-        return Layout(transposed)
-
-    def _is_router(self, path: str, owner: nn.Module | None, p: Tensor) -> bool:
-        """It has one row per expert and sits beside them, itself or inside a module that is nothing but a router."""
-        if owner is not None and re.search(r"rout|gat(e|ing)$", type(owner).__name__.lower()):
-            beside, _ = self._unwrapped(*_parent(path))
-            if p.shape[0] == _expert_count(beside):
-                return True
-        return p.shape[0] == _expert_count(owner)
-
-
-def _parent(path: str) -> tuple[str, str]:
-    owner, _, child = path.rpartition(".")
-    return owner, child
-
-
-def _attribute(config: Any, name: str) -> Any:
-    if config is None:
-        return None
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, name, None)
-
-
-def _parameters_of(model: nn.Module, getter: str) -> set[int]:
-    """Of the module that `getter` returns; empty where the model has none."""
-    try:
-        module = getattr(model, getter)() if hasattr(model, getter) else None
-    except (NotImplementedError, AttributeError):  # models without one raise rather than return None
-        module = None
-    return {id(p) for p in module.parameters()} if module is not None else set()
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower() and not isinstance(module, (nn.Linear, Conv1D))
-
-
-def _is_rotatable(p: Tensor, layout: Layout) -> bool:
-    """A vector has no plane to rotate in: both sides need two dimensions or more."""
-    return all(min(v.shape[1] * v.shape[2], v.shape[3]) > 1 for v in split(p, layout))
-
-
-def _expert_count(owner: nn.Module | None) -> int | None:
-    """How many experts `owner` chooses between: a child list of modules, or 3-D parameters of a child."""
-    for child in owner.children() if owner is not None else ():
-        child = getattr(child, "original_module", child)  # peft's ModulesToSaveWrapper
-        if isinstance(child, nn.ModuleList) and len(child) > 1 and all(map(_is_plain_mlp, child)):
-            return len(child)
-        for p in child.parameters(recurse=False):
-            if p.ndim == 3 and _looks_like_experts(child, p):
-                return p.shape[0]
-    return None
-
-
-def _is_plain_mlp(module: nn.Module) -> bool:
-    """Its children are projections and activations: an expert, not a whole layer."""
-    children = list(module.children())
-    return bool(children) and all(isinstance(c, nn.Linear) or next(c.parameters(), None) is None for c in children)
-
-
-def _looks_like_experts(module: nn.Module, p: Tensor) -> bool:
-    return p.ndim == 3 and (getattr(module, "num_experts", None) == p.shape[0] or hasattr(module, "is_transposed"))
-
-
-def _expert_layout(module: nn.Module, leaf: str, p: Tensor) -> Layout:
-    """transformers' experts say how they store their weights (`use_experts_implementation`)."""
-    transposed = bool(getattr(module, "is_transposed", type(module).__name__ in TRANSPOSED_EXPERTS))
-    out = p.shape[2] if transposed else p.shape[1]
-    if leaf in GATE_UP_NAMES and out % 2 == 0:
-        if getattr(module, "is_concatenated", True):
-            return Layout(transposed, rows=(out // 2,) * 2)
-        return Layout(transposed, interleaved=(out // 2, 2))
-    return Layout(transposed)

@@ -10,7 +10,15 @@ import pytest
 from transformers import HfArgumentParser
 
 from pion_hf import PionTrainingArguments, param_groups
-from pion_hf.arguments import GROUP_OPTIONS, PionOptions, option_types, parse_optim_args, resolve_options
+from pion_hf.arguments import (
+    GROUP_OPTIONS,
+    OPTIMIZER_CLASSES,
+    STACK_OPTIONS,
+    PionOptions,
+    option_types,
+    parse_optim_args,
+    resolve_options,
+)
 
 
 @pytest.fixture
@@ -108,18 +116,51 @@ def test_later_sources_win():
     assert resolve_options("pion", {"rms": 0.1, "hold": 0.1}, {"rms": 0.2}) == ({"rms": 0.2, "hold": 0.1}, {})
 
 
-def test_every_option_has_a_typed_field_of_its_type():
-    types, hints = option_types("pion"), typing.get_type_hints(PionOptions)
+@pytest.mark.parametrize("optim", OPTIMIZER_CLASSES)
+def test_every_option_has_a_typed_field_of_its_type(optim):
+    types, hints = option_types(optim), typing.get_type_hints(PionOptions)
     options = {"exclude" if f == "optim_exclude_modules" else f.removeprefix("optim_"): f for f in hints}
     # The field of `targets` is TrainingArguments' own optim_target_modules.
-    assert set(options) == set(types) - {"targets"}
-    for option, name in options.items():
+    assert set(types) - {"targets"} <= set(options)
+    for option in set(types) - {"targets"}:
         wanted = _without_none(types[option])
-        given = _without_none(hints[name])
+        given = _without_none(hints[options[option]])
         if typing.get_origin(wanted) is tuple:
             wanted = list[typing.get_args(wanted)[0]]  # argparse reads several values as a list
-        # Words that other optimizers will understand differently are strings, checked against the constructor.
-        assert given == wanted or given is str, f"{name}: {given}, the constructor has {wanted}"
+        # What the optimizers understand differently is a string, checked against the constructor.
+        assert given == wanted or given is str, f"{options[option]}: {given}, the constructor has {wanted}"
+
+
+def test_every_typed_field_is_an_option_of_some_optimizer():
+    known = set().union(*map(option_types, OPTIMIZER_CLASSES))
+    fields = typing.get_type_hints(PionOptions)
+    assert {"exclude" if f == "optim_exclude_modules" else f.removeprefix("optim_") for f in fields} <= known
+
+
+def test_fields_that_differ_between_optimizers_reach_each_in_its_own_type(arguments):
+    for optim, given, wanted in (("pion", "lie", "lie"), ("teon", "0.9", 0.9), ("muon", "0.9", 0.9)):
+        resolved, _ = resolve_options(optim, arguments(optim="adamw_torch", optim_momentum=given).given_options())
+        assert resolved["momentum"] == wanted
+
+
+def test_muon_is_teon_without_stacks():
+    assert resolve_options("muon", {"rms": 0.1}) == ({"rms": 0.1, "stack": 1}, {})
+    assert resolve_options("teon", {"stack": 3, "stack_targets": "q"}) == ({}, {"stack": 3, "stack_targets": ["q"]})
+
+
+@pytest.mark.parametrize(
+    ("optim", "option", "message"),
+    [
+        ("teon", {"hold": 0.1}, "'hold' is an option of optim='pion', not of optim='teon'"),
+        ("muon", {"stack": 2}, "'stack' is an option of optim='teon', not of optim='muon'"),
+        ("pion", {"nesterov": True}, "'nesterov' is an option of optim='teon' and 'muon', not of optim='pion'"),
+        ("teon", {"momentum": "lie"}, "momentum must be of type float, got 'lie'"),
+        ("teon", {"stak": 2}, "Did you mean 'stack'"),
+    ],
+)
+def test_options_of_another_optimizer_are_named(optim, option, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve_options(optim, option)
 
 
 def _without_none(hint):
@@ -169,4 +210,4 @@ def test_fields_that_the_optimizer_ignores_are_named(arguments, monkeypatch):
 
 
 def test_group_options_are_those_of_param_groups():
-    assert set(GROUP_OPTIONS) <= set(inspect.signature(param_groups).parameters)
+    assert {*GROUP_OPTIONS, *STACK_OPTIONS} <= set(inspect.signature(param_groups).parameters)

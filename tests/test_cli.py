@@ -214,7 +214,7 @@ def test_plan_takes_the_dtype_of_the_checkpoint(tmp_path, capsys):
 # -- what is refused --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["sft", "plan"])
+@pytest.mark.parametrize("command", ["sft", "cpt", "plan"])
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
@@ -260,6 +260,14 @@ def test_splits_that_the_data_lacks(key, recipe):
     assert f"the dataset has no split 'tset': set {key}" in fails("sft", "--config", recipe(**{key: "tset"}))
 
 
+@pytest.mark.parametrize("key", ["dataset_name", "model_name_or_path"])
+def test_data_and_models_that_are_not_there(key, recipe):
+    said = fails("sft", "--config", recipe(**{key: "no/such-name"}))
+    assert said.startswith("pion-hf sft: cannot load the data (")
+    assert "(no/such-name)" in said
+    assert "\n" not in said
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -282,7 +290,7 @@ def test_missing_recipe(tmp_path):
 def test_plan_of_what_is_not_there(recipe, tmp_path):
     for name in (f"{tmp_path}/none", "no/such-model"):
         assert f"no model config at '{name}'" in fails("plan", "--model_name_or_path", name)
-    assert "plan shows this package's optimizers (pion)" in fails("plan", "--config", recipe(), "--optim", "sgd")
+    assert "plan shows this package's optimizers (pion, " in fails("plan", "--config", recipe(), "--optim", "sgd")
 
 
 def test_sharding_is_refused_before_anything_is_loaded(recipe):
@@ -301,7 +309,7 @@ def test_help_names_every_command(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pion-hf", "--help"])
     runpy.run_module("pion_hf.cli", run_name="__main__")
     printed = capsys.readouterr().out
-    assert all(f"  {name} " in printed for name in ("sft", "run", "plan"))
+    assert all(f"  {name} " in printed for name in ("sft", "cpt", "run", "plan"))
 
 
 def test_sft_help_has_our_flags_and_trls(capsys):

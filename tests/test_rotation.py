@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pion_hf.linalg.precision import full_float32
 from pion_hf.linalg.rotation import (
     RETRACTIONS,
     SERIES_ANGLES,
@@ -16,7 +17,6 @@ from pion_hf.linalg.rotation import (
     cayley,
     dense_flops,
     factored_flops,
-    full_float32,
     generator,
     root,
     skew,

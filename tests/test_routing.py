@@ -714,6 +714,7 @@ def test_rows_add_up_and_are_what_is_saved(tmp_path):
         "rule": "pion",
         "tensors": LAYERS,
         "matrices": LAYERS * 2 * EXPERTS,
+        "stacks": 0,
         "parameters": LAYERS * EXPERTS * 96 * WIDTH,
         "lr": 1e-3,
     }

@@ -1,20 +1,19 @@
-"""`pion-hf plan`: routing table, parameters per rule, and bytes of optimizer state, without training or weights."""
+"""`pion-hf plan`: routing table, learning rates, and bytes of optimizer state, without training or weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 import torch
-import transformers
-import trl
 from rich.console import Console
 from rich.table import Table
 
 from pion_hf.arguments import OPTIMIZER_CLASSES
+from pion_hf.cli.cpt import ScratchArguments
+from pion_hf.cli.curves import check_plot, learning_rate_curves, save_plot
 from pion_hf.cli.recipe import RecipeParser
-from pion_hf.cli.sft import ReportArguments, check_model
+from pion_hf.cli.training import ARGUMENTS, check_model, model_from_config
 from pion_hf.integrations.registry import groups_from, options_from
-from pion_hf.integrations.trl import PionSFTConfig
 
 
 @dataclass
@@ -22,28 +21,26 @@ class PlanArguments:
     """What `pion-hf plan` writes besides the tables."""
 
     routing_file: str | None = field(default=None, metadata={"help": "Also write the routing as JSON to this file."})
+    plot: str | None = field(
+        default=None,
+        metadata={
+            "help": "Also draw the learning rates of all groups over max_steps to this picture, as in rates.png."
+        },
+    )
 
 
 def main(argv: list[str]) -> None:
     """Build the recipe's model without weights, route it, and print what training would use."""
-    parser = RecipeParser(
-        (
-            trl.ScriptArguments,
-            PionSFTConfig,
-            trl.ModelConfig,
-            trl.DatasetMixtureConfig,
-            ReportArguments,
-            PlanArguments,
-        ),
-        prog="pion-hf plan",
-        description=__doc__,
-    )
+    arguments = (*ARGUMENTS, ScratchArguments, PlanArguments)
+    parser = RecipeParser(arguments, prog="pion-hf plan", description=__doc__)
     # Nothing runs: a recipe for a GPU (bf16) can be planned where there is none.
     _, args, model_args, *_, plan_args = parser.parse_recipe(["--use_cpu", "true", *argv])
     optim = args.optim.value
     if optim not in OPTIMIZER_CLASSES:
         raise ValueError(f"plan shows this package's optimizers ({', '.join(OPTIMIZER_CLASSES)}), not optim={optim!r}")
     check_model(args, model_args)
+    if plan_args.plot:
+        check_plot(args, plan_args.plot)
     # As TRL's script loads it: the state is in the dtype of the weights.
     dtype = (args.model_init_kwargs or {}).get("dtype", model_args.dtype)
     model = model_without_weights(model_args.model_name_or_path, dtype=dtype, trust_remote_code=args.trust_remote_code)
@@ -53,6 +50,8 @@ def main(argv: list[str]) -> None:
     rates = {group["rule"]: group["lr"] for group in groups}
     if plan_args.routing_file:
         routing.save(plan_args.routing_file, rates)
+    if plan_args.plot:
+        save_plot(args, learning_rate_curves(args, optimizer, routing), plan_args.plot)
     console = Console()
     console.print(routing.table(rates))
     console.print(_cost_table(optimizer, optim, [r.parameter for r in routing]))
@@ -65,15 +64,8 @@ def model_without_weights(
 
     `dtype` is as in `from_pretrained`: `"auto"` or None is the checkpoint's own.
     """
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise ValueError(f"no model config at {name!r}: {str(error).splitlines()[0]}") from None
-    dtype = config.dtype if dtype in (None, "auto") else dtype
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype or torch.float32, trust_remote_code=trust_remote_code
-        )
+        model = model_from_config(name, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return model
 

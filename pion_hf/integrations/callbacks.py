@@ -1,4 +1,4 @@
-"""What a run says about its rotated matrices: spectrum drift, skipped steps, the optimizer's share of the time."""
+"""What a run says of itself: spectrum drift, skipped steps, the optimizer's share of the time, all learning rates."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ class SpectrumCallback(TrainerCallback):
     At the end it adds to the logs `spectrum_drift` (the largest change of a singular value relative to its
     matrix's spectral norm), `optimizer_share` (of the time between the first step and the last) and, if there
     were any, `skipped_steps`. A callback cannot log where the loop does not, so the values also stay in `summary`.
+
+    Beside transformers' `learning_rate`, which is the first group's, it logs those of all groups (`learning_rates`).
+    In a Trainer without `PionTrainerMixin` the trackers of `report_to` do not see them: they come first.
     """
 
     def __init__(self) -> None:
         self.summary: dict[str, float] = {}
         self.before: dict[str, Tensor] = {}
+        self.rates: dict[str, float] = {}
         self._optimizer_seconds = 0.0
         self._started = self._entered = 0.0
 
@@ -54,6 +58,13 @@ class SpectrumCallback(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._optimizer_seconds += time.perf_counter() - self._entered
+        # The step just taken: by the time of logging the scheduler has set the next one's.
+        self.rates = learning_rates(optimizer)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        for entry in (logs, state.log_history[-1] if state.log_history else None):
+            if entry and "learning_rate" in entry:
+                entry.update(self.rates)
 
     def on_train_end(self, args, state, control, optimizer=None, **kwargs) -> None:
         inner = unwrap(optimizer)
@@ -61,15 +72,17 @@ class SpectrumCallback(TrainerCallback):
         if elapsed:
             self.summary["optimizer_share"] = self._optimizer_seconds / elapsed
             self.summary["optimizer_seconds"] = self._optimizer_seconds
-        if inner is None or not self.before:
+        if inner is None:
+            return
+        if inner.skipped_steps:
+            self.summary["skipped_steps"] = inner.skipped_steps
+        if not self.before:
             return
         drifts = {
             name: spectral_drift(self.before[name], values).max().item() for name, values in spectra(inner).items()
         }
         self.summary["spectrum_drift"] = max(drifts.values())
         self.summary["rotated_matrices"] = sum(values[..., 0].numel() for values in self.before.values())
-        if inner.skipped_steps:
-            self.summary["skipped_steps"] = inner.skipped_steps
 
 
 def unwrap(optimizer: Any) -> MatrixOptimizer | None:
@@ -77,6 +90,28 @@ def unwrap(optimizer: Any) -> MatrixOptimizer | None:
     while optimizer is not None and not isinstance(optimizer, MatrixOptimizer):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
+
+
+def learning_rates(optimizer: Any) -> dict[str, float]:
+    """The learning rate of every kind of group, as log entries.
+
+    For this package's optimizers `learning_rate/<rule>`; where the groups of a rule differ, one entry for each with
+    its index: `learning_rate/<rule>/<index>`. For others `learning_rate/<index>`, and none if all groups agree.
+    """
+    inner = unwrap(optimizer)
+    kinds: dict[str, dict[int, dict]] = {}
+    for index, group in enumerate(getattr(inner or optimizer, "param_groups", [])):
+        kinds.setdefault(f"/{group['rule']}" if inner else "", {})[index] = group
+    found = {}
+    for kind, groups in kinds.items():
+        # With the rate a schedule starts from: groups that differ keep their names where both are at 0.
+        rates = {i: (float(group["lr"]), float(group.get("initial_lr", group["lr"]))) for i, group in groups.items()}
+        distinct = set(rates.values())
+        if len(distinct) > 1:
+            found.update({f"learning_rate{kind}/{i}": rate for i, (rate, _) in rates.items()})
+        elif inner:
+            found[f"learning_rate{kind}"] = distinct.pop()[0]
+    return found
 
 
 def spectra(optimizer: MatrixOptimizer) -> dict[str, Tensor]:

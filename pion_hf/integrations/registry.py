@@ -14,43 +14,51 @@ from torch import nn
 
 from pion_hf.arguments import OPTIMIZER_CLASSES, PionOptions, parse_optim_args, resolve_options
 from pion_hf.routing import Routing, param_groups, routing_table
+from pion_hf.schedules import SCHEDULES
 
 OPTIMIZER_NAMES = tuple(OPTIMIZER_CLASSES)
 
 
 def register() -> None:
-    """Make this package's optimizers valid `optim` values of `TrainingArguments`. Safe to call again.
+    """Make this package's names valid as `optim` and `lr_scheduler_type` of `TrainingArguments`. Safe to call again.
 
     Raises:
         RuntimeError: transformers' internals differ from those this version was written for.
     """
-    names, handlers, trainer_class, context_class = _host_internals()
+    names, handlers, trainer_class, context_class, scheduler_types, schedulers = _host_internals()
     for name in OPTIMIZER_NAMES:
         if name not in names._value2member_map_:
             _add_member(names, name)
         handlers[names(name)] = _handle
+    for name, schedule in SCHEDULES.items():
+        if name not in scheduler_types._value2member_map_:
+            _add_member(scheduler_types, name)
+        schedulers[scheduler_types(name)] = schedule
     lookup = trainer_class.get_optimizer_cls_and_kwargs
     if not getattr(lookup, "knows_pion_hf", False):
         trainer_class.get_optimizer_cls_and_kwargs = staticmethod(_own_names_first(lookup, context_class))
 
 
-def _host_internals() -> tuple[Any, Any, Any, Any]:
+def _host_internals() -> tuple[Any, Any, Any, Any, Any, Any]:
     try:
         from transformers import Trainer
+        from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
         from transformers.trainer import _OPTIMIZER_HANDLERS
         from transformers.trainer_optimizer import OptimizerContext
+        from transformers.trainer_utils import SchedulerType
         from transformers.training_args import OptimizerNames
 
         if list(inspect.signature(Trainer.get_optimizer_cls_and_kwargs).parameters) != ["args", "model"]:
             raise AttributeError("Trainer.get_optimizer_cls_and_kwargs does not take (args, model)")
-        _ = OptimizerNames._value2member_map_, OptimizerNames._member_map_, OptimizerNames._member_names_
+        for enum in (OptimizerNames, SchedulerType):
+            _ = enum._value2member_map_, enum._member_map_, enum._member_names_
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
             f"pion_hf cannot add its optimizers to transformers {transformers.__version__}: {error}. Install a "
             "version that setup.cfg allows, or pass Trainer(optimizer_cls_and_kwargs=(pion_hf.Pion, {'params': "
             "pion_hf.param_groups(model)}))."
         ) from error
-    return OptimizerNames, _OPTIMIZER_HANDLERS, Trainer, OptimizerContext
+    return OptimizerNames, _OPTIMIZER_HANDLERS, Trainer, OptimizerContext, SchedulerType, TYPE_TO_SCHEDULER_FUNCTION
 
 
 def _add_member(enum: Any, value: str) -> None:
@@ -101,8 +109,9 @@ def options_from(args: Any, optim: str) -> tuple[dict[str, Any], dict[str, Any]]
 def groups_from(args: Any, model: nn.Module, optim: str, options: dict[str, Any]) -> tuple[Routing, list[dict]]:
     """Route `model` and build its groups; AdamW's settings default to those of `TrainingArguments`."""
     options = {"adamw_betas": (args.adam_beta1, args.adam_beta2), "adamw_eps": args.adam_epsilon, **options}
-    targets = options.pop("targets", None) or args.optim_target_modules
-    routing = routing_table(model, optim, targets=targets, exclude=options.pop("exclude", None))
+    choices = {key: options.pop(key, None) for key in ("targets", "exclude", "stack", "stack_targets")}
+    choices["targets"] = choices["targets"] or args.optim_target_modules
+    routing = routing_table(model, optim, **choices)
     groups = param_groups(
         model, optim, lr=args.learning_rate, weight_decay=args.weight_decay, routing=routing, **options
     )

@@ -18,7 +18,7 @@ class PionTrainingArguments(PionOptions, TrainingArguments):
 
 
 class PionTrainerMixin:
-    """Mix into any Trainer: measures what rotations must not change and adds it to the training metrics.
+    """Mix into any Trainer: logs all groups' learning rates, and measures what rotations must not change.
 
     `class MyTrainer(PionTrainerMixin, SomeTrainer): ...`. The optimizer itself comes by name, `args.optim`.
     """
@@ -27,6 +27,12 @@ class PionTrainerMixin:
         super().__init__(*args, **kwargs)
         self.spectrum = SpectrumCallback()
         self.add_callback(self.spectrum)
+
+    def log(self, logs, *args, **kwargs) -> None:
+        """As `Trainer.log`; beside `learning_rate`, the first group's, also those of all groups."""
+        if "learning_rate" in logs:
+            logs.update(self.spectrum.rates)
+        super().log(logs, *args, **kwargs)
 
     def train(self, *args, **kwargs):
         """As `Trainer.train`; the returned metrics also hold `spectrum_drift` and `optimizer_share`."""

@@ -5,57 +5,81 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-POLAR_METHODS = ("express", "quintic", "svd")
+from pion_hf.errors import unknown
 
-# Polar Express (Amsel et al., arXiv 2505.16932), the optimal odd quintics for singular values in
-# [1e-3, 1]; the safety factor 1.01 is applied where they are used, on all but the last.
+POLAR_METHODS = ("express", "quintic", "svd")
+MOST_STEPS = 10
+
+# Polar Express (Amsel et al., arXiv 2505.16932): the optimal odd quintics for singular values in [1e-3, 1]. The first
+# five are the published ones; the sixth is their recursion's next, and from there it is the classical iteration.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115952949, 0.5518191394370137),
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.8913013606620532, -1.2679957755017923, 0.37680408429022894),
+    (15 / 8, -10 / 8, 3 / 8),
 )
+# Keeps a value that rounding has lifted above 1 inside the interval the next polynomial was made for.
 EXPRESS_SAFETY = 1.01
 # Muon (Jordan et al., 2024): one quintic, steep at zero; leaves singular values within about [0.7, 1.2].
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def polar_factor(x: Tensor, *, method: str = "express", steps: int = 5) -> Tensor:
-    """The polar factor of `x`, `(..., m, n)`; odd in `x`, so that a skew matrix stays skew.
+    """The polar factor of `x`, `(..., m, n)`, in its dtype; odd in `x`, so that a skew matrix stays skew.
 
-    method: `express` and `quintic` are `steps` Newton-Schulz-like iterations on the smaller side,
-    `svd` is exact. A zero matrix gives zero.
+    `express` and `quintic` are `steps` iterations on the smaller side, `svd` is exact. A zero matrix gives zero.
+    Singular values of `express`, from a matrix of condition number 1e3 or less: within 0.13 of 1 after 5 steps (no
+    five quintics come nearer than 0.113), within 0.02 after 7, or 8 if most of them are near the largest.
 
     Raises:
         ValueError: unknown method, or `steps` outside 1..10.
     """
+    if method not in POLAR_METHODS:
+        raise unknown("value of polar", method, POLAR_METHODS)
     if method == "svd":
         return _polar_svd(x)
-    if method not in POLAR_METHODS:
-        raise ValueError(f"polar must be one of {POLAR_METHODS}, got {method!r}")
-    if not 1 <= steps <= 10:
-        raise ValueError(f"polar_steps must lie in 1..10, got {steps}")
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"polar_steps must lie in 1..{MOST_STEPS}, got {steps}")
     if x.shape[-2] > x.shape[-1]:
         return polar_factor(x.mT, method=method, steps=steps).mT
-    norm = torch.linalg.matrix_norm(x, keepdim=True)
-    x = x / norm.clamp_min(torch.finfo(x.dtype).tiny)
-    for a, b, c in _coefficients(method, steps):
+    batch = x.reshape(-1, *x.shape[-2:])
+    # On CPU a product of two matrices is faster than a batch of one.
+    start = batch[0] if len(batch) == 1 else batch
+    start = start / torch.linalg.matrix_norm(start, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return (_express(start, steps) if method == "express" else _iterate(start, [QUINTIC] * steps)).reshape(x.shape)
+
+
+def _express(x: Tensor, steps: int) -> Tensor:
+    """The first polynomial needs the largest singular value near 1, and none above: `||(X X^T)^2||_F^(1/4)` bounds it
+    from above, `rank^(1/8)` at most too high, and its product is one that the iteration forms in any case.
+    """
+    table = [POLAR_EXPRESS[min(i, len(POLAR_EXPRESS) - 1)] for i in range(steps)]
+    s = EXPRESS_SAFETY
+    safe = [(a / s, b / s**3, c / s**5) for a, b, c in table[:-1]] + table[-1:]
+    gram = x @ x.mT
+    square = gram @ gram
+    norm = torch.linalg.matrix_norm(square, dtype=torch.promote_types(x.dtype, torch.float32), keepdim=True) ** 0.25
+    norm = norm.clamp_min(1e-4)  # zero stays zero; of any other, the Frobenius norm being 1, it is at least rank^(-3/8)
+    a, b, c = safe[0]
+    x = x / norm.to(x.dtype)
+    polynomial = gram * (b / norm**2).to(x.dtype) + square * (c / norm**4).to(x.dtype)
+    return _iterate(_plus_product(x, polynomial, x, beta=a), safe[1:])
+
+
+def _iterate(x: Tensor, coefficients: list[tuple[float, float, float]]) -> Tensor:
+    """`X <- a X + (b X X^T + c (X X^T)^2) X` for every `(a, b, c)`."""
+    for a, b, c in coefficients:
         gram = x @ x.mT
-        x = (
-            torch.baddbmm(x, b * gram + c * (gram @ gram), x, beta=a)
-            if x.ndim == 3
-            else a * x + (b * gram + c * (gram @ gram)) @ x
-        )
+        x = _plus_product(x, _plus_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
-def _coefficients(method: str, steps: int) -> list[tuple[float, float, float]]:
-    if method == "quintic":
-        return [QUINTIC] * steps
-    table = [POLAR_EXPRESS[min(i, len(POLAR_EXPRESS) - 1)] for i in range(steps)]
-    s = EXPRESS_SAFETY
-    return [(a / s, b / s**3, c / s**5) for a, b, c in table[:-1]] + table[-1:]
+def _plus_product(c: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> Tensor:
+    """`beta C + alpha A B`."""
+    return (torch.addmm if c.ndim == 2 else torch.baddbmm)(c, a, b, beta=beta, alpha=alpha)
 
 
 def _polar_svd(x: Tensor) -> Tensor:

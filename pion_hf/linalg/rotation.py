@@ -7,9 +7,7 @@ views: `-skew(D W^T)`, acting on `W`, is minus the generator of `(W^T, D^T)`, ac
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -40,23 +38,6 @@ def skew(x: Tensor) -> Tensor:
             if rows != columns:
                 out[..., columns, rows] = -difference.mT
     return out
-
-
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Run float32 products in true float32, and put the caller's setting back afterwards.
-
-    With TF32 products Cayley's orthogonality error is 4e-3 instead of 4e-6.
-    """
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def solve(a: Tensor, b: Tensor) -> Tensor:

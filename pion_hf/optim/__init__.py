@@ -2,5 +2,6 @@
 
 from pion_hf.optim.base import MatrixOptimizer
 from pion_hf.optim.pion import Pion
+from pion_hf.optim.teon import Teon
 
-__all__ = ["MatrixOptimizer", "Pion"]
+__all__ = ["MatrixOptimizer", "Pion", "Teon"]

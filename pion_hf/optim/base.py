@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from pion_hf.errors import unknown
-from pion_hf.linalg.rotation import full_float32
+from pion_hf.linalg.precision import full_float32
 from pion_hf.optim import blocks
 
 # Elements of the matrices updated together: bounds the extra memory of a step (a few times as many floats). On a CPU
@@ -23,7 +23,7 @@ CHUNK_ELEMENTS = {"cpu": 2**20}
 CHUNK_ELEMENTS_DEFAULT = 2**25
 
 # Keys that torch, its schedulers or the routing put into a group, besides the options of a rule.
-STRUCTURAL_KEYS = {"params", "param_names", "rule", "layout", "role", "initial_lr"}
+STRUCTURAL_KEYS = {"params", "param_names", "rule", "layout", "role", "stacks", "initial_lr"}
 
 
 class Block(NamedTuple):
@@ -33,6 +33,10 @@ class Block(NamedTuple):
     name: str
     index: int
     view: Tensor
+
+
+Unit = tuple[Block, ...]
+"""Blocks that are updated as one: the matrices of a stack, or a single one."""
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -91,14 +95,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             _check_common(group)
-            self.check_options(group)
-            for name, p in _named(group):
+            for name, p in named_parameters(group):
                 _check_parameter(name, p)
                 if rule != "adamw":
                     try:
                         blocks.split(p, layout)
                     except ValueError as error:
                         raise ValueError(f"parameter {name}, rule {rule!r}: {error}") from None
+            self.check_options(group)
         except Exception:
             self.param_groups.pop()
             raise
@@ -138,13 +142,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return loss
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
-        """The rule: the new weights `(b, m, n)` of a batch of matrices of one shape, in working precision.
+        """The rule: the new weights of a batch of matrices of one shape, in working precision.
 
-        `state` is empty at a matrix's first step and afterwards holds what the rule put there, each entry
-        with the batch dimension first; the rule replaces, adds or changes entries. `weight` and `grad` may be the
-        parameter's own memory: the rule leaves them as they are. `step` counts from 1.
+        `weight` and `grad` are `(b, m, n)`, or `(b, K, m, n)` for stacks of `K` (see `stacks_of`); both may be the
+        parameter's own memory: the rule leaves them as they are. `state` is empty at a matrix's first step and
+        afterwards holds what the rule put there, each entry with the dimensions of the batch first; the rule replaces,
+        adds or changes entries. `step` counts from 1.
         """
         raise NotImplementedError
+
+    def stacks_of(self, group: dict) -> list[list[str]]:
+        """Names (`blocks.name_of`) of the matrices that are updated as one; what none of them names is updated alone."""
+        return []
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state once every parameter has taken a step; takes none, allocates nothing."""
@@ -158,7 +167,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     total += count * 2 * p.numel() * p.element_size()
                     continue
                 for view in blocks.split(p, layout):
-                    weight, state = _stack([view], _working_dtype(dtype)), {}
+                    weight, state = blocks.merge_rows(view).to(_working_dtype(dtype)), {}
                     self.update(weight, torch.empty_like(weight), state, group=group, step=1)
                     total += count * sum(value.numel() * value.element_size() for value in state.values())
         return total
@@ -171,7 +180,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _gradients_are_finite(self) -> bool:
         norms = defaultdict(list)
         for group in self.param_groups:
-            for name, p in _named(group):
+            for name, p in named_parameters(group):
                 if p.grad is None:
                     continue
                 if p.grad.is_sparse:
@@ -185,8 +194,25 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _matrix_step(self, group: dict) -> None:
         layout = blocks.Layout.parse(group["layout"])
-        buckets: dict[tuple, list[Block]] = defaultdict(list)
-        for name, p in _named(group):
+        buckets: dict[tuple, list[Unit]] = defaultdict(list)
+        for unit, step in self._units(group, layout):
+            view = unit[0].view
+            key = (len(unit), view.shape[1] * view.shape[2], view.shape[3], view.dtype, view.device, step)
+            buckets[key].append(unit)
+        for (size, m, n, _, device, step), members in buckets.items():
+            limit = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS_DEFAULT) // (size * m * n)
+            for chunk in _chunks(members, limit=max(1, limit)):
+                self._update_chunk(chunk, layout, group, step)
+
+    def _units(self, group: dict, layout: blocks.Layout) -> Iterator[tuple[Unit, int]]:
+        """What is updated together, and the number of its step: stacks, then all other matrices alone.
+
+        Matrices of a stack that have no gradient are left out of it, and those that have taken fewer steps than
+        others (a layer that was frozen for a while) form a stack of their own.
+        """
+        stacked = {name: i for i, names in enumerate(self.stacks_of(group)) for name in names}
+        units: dict[tuple, list[Block]] = defaultdict(list)
+        for name, p in named_parameters(group):
             if p.grad is None:
                 continue
             state = self.state[p]
@@ -197,51 +223,47 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 state["step"] = 0
             state["step"] += 1
             for index, view in enumerate(views):
-                shape = (view.shape[1] * view.shape[2], view.shape[3])
-                key = (*shape, view.dtype, view.device, state["step"])
-                buckets[key].append(Block(p, name, index, view))
-        for (m, n, _, device, step), members in buckets.items():
-            limit = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS_DEFAULT) // (m * n)
-            for chunk in _chunks(members, limit=max(1, limit)):
-                self._update_chunk(chunk, layout, group, step)
+                own = blocks.name_of(name, index, len(views))
+                units[stacked.get(own, own), state["step"]].append(Block(p, name, index, view))
+        for (_, step), unit in units.items():
+            yield tuple(unit), step
 
-    def _update_chunk(self, chunk: list[Block], layout: blocks.Layout, group: dict, step: int) -> None:
-        sizes = [block.view.shape[0] for block in chunk]
-        dtype = _working_dtype(chunk[0].view.dtype)
-        weight = _stack([block.view for block in chunk], dtype)
-        grad = _stack([blocks.split(block.param.grad, layout)[block.index] for block in chunk], dtype)
+    def _update_chunk(self, chunk: list[Unit], layout: blocks.Layout, group: dict, step: int) -> None:
+        dtype = _working_dtype(chunk[0][0].view.dtype)
+        weight = _gather(chunk, lambda block: block.view, dtype)
+        grad = _gather(chunk, lambda block: blocks.split(block.param.grad, layout)[block.index], dtype)
         state = self._load_state(chunk, layout, dtype) if step > 1 else {}
         new = self.update(weight, grad, state, group=group, step=step)
-        self._store_state(chunk, layout, state, sizes)
-        for block, part in zip(chunk, new.split(sizes), strict=True):
-            block.view.copy_(part.view(block.view.shape))
+        self._store_state(chunk, layout, state)
+        for block, part in _scatter(chunk, new):
+            block.view.copy_(part.reshape(block.view.shape))
 
-    def _load_state(self, chunk: list[Block], layout: blocks.Layout, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _load_state(self, chunk: list[Unit], layout: blocks.Layout, dtype: torch.dtype) -> dict[str, Tensor]:
         """Buffers of the weight's shape are kept whole (`momentum`), others by block (`basis.0`)."""
-        first, state = chunk[0], {}
+        first, state = chunk[0][0], {}
         for key in self.state[first.param]:
             name, _, index = key.partition(".")
             if name == "step" or (index and int(index) != first.index):
                 continue
             if index:
-                state[name] = _concatenate([self.state[b.param][f"{name}.{b.index}"] for b in chunk])
+                state[name] = _concatenate([self.state[b.param][f"{name}.{b.index}"] for (b,) in chunk])
             else:
-                state[name] = _stack([blocks.split(self.state[b.param][name], layout)[b.index] for b in chunk], dtype)
+                state[name] = _gather(
+                    chunk, lambda b, of=name: blocks.split(self.state[b.param][of], layout)[b.index], dtype
+                )
         return state
 
-    def _store_state(
-        self, chunk: list[Block], layout: blocks.Layout, state: dict[str, Tensor], sizes: list[int]
-    ) -> None:
-        matrix_shape = blocks.merge_rows(chunk[0].view).shape[1:]
+    def _store_state(self, chunk: list[Unit], layout: blocks.Layout, state: dict[str, Tensor]) -> None:
+        matrix_shape = blocks.merge_rows(chunk[0][0].view).shape[1:]
         for name, stacked in state.items():
-            for block, part in zip(chunk, stacked.split(sizes), strict=True):
+            for block, part in _scatter(chunk, stacked):
                 kept = self.state[block.param]
                 if part.shape[1:] == matrix_shape and name not in self.per_block_state:
                     if name not in kept:
                         kept[name] = torch.zeros_like(block.param, dtype=part.dtype)
                     view = blocks.split(kept[name], layout)[block.index]
                     if view.data_ptr() != part.data_ptr():  # a lone view was updated in place
-                        view.copy_(part.view(view.shape))
+                        view.copy_(part.reshape(view.shape))
                 else:
                     kept[f"{name}.{block.index}"] = part if len(chunk) == 1 else part.clone()
 
@@ -289,14 +311,45 @@ def _tensor(param: Tensor | tuple[str, Tensor]) -> Tensor:
     return param[1] if isinstance(param, tuple) else param
 
 
-def _named(group: dict) -> Iterator[tuple[str, Tensor]]:
+def named_parameters(group: dict) -> Iterator[tuple[str, Tensor]]:
+    """A group's parameters with their names, or their positions where it has none."""
     names = group.get("param_names") or [f"parameter {i} of its group" for i in range(len(group["params"]))]
     return zip(names, group["params"], strict=True)
 
 
-def _stack(views: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """`(b, m, n)` from views `(E, h, d, n)`; a lone view in `dtype` is not copied."""
-    return _concatenate([blocks.merge_rows(v) for v in views]).to(dtype)
+def average(state: dict[str, Tensor], key: str, value: Tensor, beta: float) -> Tensor:
+    """`average <- beta average + (1 - beta) value`, starting from zero; kept in `state[key]`."""
+    if key in state:
+        state[key].lerp_(value, 1 - beta)
+    else:
+        state[key] = value * (1 - beta)
+    return state[key]
+
+
+def check_choices(group: dict, choices: dict[str, tuple[str, ...]]) -> None:
+    """Raises ValueError for an option that is none of its words, with the nearest."""
+    for option, known in choices.items():
+        if group[option] not in known:
+            raise unknown(f"value of {option}", group[option], known)
+
+
+def check_range(option: str, value: float, ok: bool, wanted: str) -> None:
+    """Raises ValueError unless `ok`."""
+    if not ok:
+        raise ValueError(f"{option} must be {wanted}, got {value}")
+
+
+def _gather(chunk: list[Unit], view_of: Callable[[Block], Tensor], dtype: torch.dtype) -> Tensor:
+    """`(b, m, n)`, or `(b, K, m, n)` of stacks, from views `(E, h, d, n)`; a lone view in `dtype` is not copied."""
+    units = [[blocks.merge_rows(view_of(block)) for block in unit] for unit in chunk]
+    return _concatenate([parts[0] if len(parts) == 1 else torch.stack(parts, dim=1) for parts in units]).to(dtype)
+
+
+def _scatter(chunk: list[Unit], gathered: Tensor) -> Iterator[tuple[Block, Tensor]]:
+    """The inverse of `_gather`: every block with its own part, `(E, ...)`."""
+    sizes = [unit[0].view.shape[0] for unit in chunk]
+    for unit, part in zip(chunk, gathered.split(sizes), strict=True):
+        yield from zip(unit, (part,) if len(unit) == 1 else part.unbind(1), strict=True)
 
 
 def _concatenate(parts: list[Tensor]) -> Tensor:

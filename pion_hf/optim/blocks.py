@@ -89,6 +89,11 @@ def split(tensor: Tensor, layout: Layout) -> list[Tensor]:
     return [x.unsqueeze(1)]
 
 
+def name_of(parameter: str, index: int, count: int) -> str:
+    """The name of one of `count` views of a parameter: its own, with the index where it holds several."""
+    return parameter if count == 1 else f"{parameter}[{index}]"
+
+
 def merge_rows(view: Tensor) -> Tensor:
     """`(E, h, d, in)` to `(E, h * d, in)`; a view where the memory allows it."""
     return view.flatten(1, 2)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from pion_hf.errors import unknown
-from pion_hf.linalg.polar import POLAR_METHODS, polar_factor
+from pion_hf.linalg.polar import MOST_STEPS, POLAR_METHODS, polar_factor
+from pion_hf.linalg.precision import PRODUCT_DTYPES, product_dtype
 from pion_hf.linalg.rotation import RETRACTIONS, Generator, generator, rms_scale, skew
 from pion_hf.linalg.spectrum import Basis, ambient_generator, singular_basis
-from pion_hf.optim.base import MatrixOptimizer
+from pion_hf.optim.base import MatrixOptimizer, average, check_choices, check_range
 
 CHOICES = {
     "momentum": ("transported", "lie", "ambient"),
@@ -23,7 +24,7 @@ CHOICES = {
     "scale": ("rms", "none", "spectral"),
     "polar": POLAR_METHODS,
     "retraction": RETRACTIONS,
-    "generator_dtype": ("auto", "float32", "bfloat16"),
+    "generator_dtype": PRODUCT_DTYPES,
 }
 
 # The set of choices of arXiv 2605.12492.
@@ -137,14 +138,12 @@ class Pion(MatrixOptimizer):
         super().__init__(params, defaults)
 
     def check_options(self, group: dict) -> None:
-        for option, known in CHOICES.items():
-            if group[option] not in known:
-                raise unknown(f"value of {option}", group[option], known)
-        _check_range("rms", group["rms"], group["rms"] > 0, "above 0")
-        _check_range("hold", group["hold"], 0 <= group["hold"] < 1, "in [0, 1)")
-        _check_range("rank_tolerance", group["rank_tolerance"], 0 <= group["rank_tolerance"] < 1, "in [0, 1)")
-        _check_range("polar_steps", group["polar_steps"], 1 <= group["polar_steps"] <= 10, "in 1..10")
-        _check_range("degree", group["degree"], 1 <= group["degree"] <= 20, "in 1..20")
+        check_choices(group, CHOICES)
+        check_range("rms", group["rms"], group["rms"] > 0, "above 0")
+        check_range("hold", group["hold"], 0 <= group["hold"] < 1, "in [0, 1)")
+        check_range("rank_tolerance", group["rank_tolerance"], 0 <= group["rank_tolerance"] < 1, "in [0, 1)")
+        check_range("polar_steps", group["polar_steps"], 1 <= group["polar_steps"] <= MOST_STEPS, f"in 1..{MOST_STEPS}")
+        check_range("degree", group["degree"], 1 <= group["degree"] <= 20, "in 1..20")
         lie, ambient = group["momentum"] == "lie", group["metric"] == "ambient"
         gradient, msign = group["direction"] == "gradient", group["direction"] == "msign"
         clashes = (
@@ -192,7 +191,7 @@ class Pion(MatrixOptimizer):
         if group["direction"] == "msign":
             generators = {side: Generator(skew(_polar(a.core, group)) / 2) for side, a in generators.items()}
         alpha = _step_size(weight, generators, group=group)
-        dtype = _product_dtype(weight, group)
+        dtype = product_dtype(weight, group["generator_dtype"])
         for side, a in generators.items():
             rows = _seen_from(weight, side).shape[-2]
             increment = a.increment(
@@ -220,11 +219,6 @@ def _preset_options(preset: str, given: dict) -> dict:
     return PRESETS[preset]
 
 
-def _check_range(option: str, value: float, ok: bool, wanted: str) -> None:
-    if not ok:
-        raise ValueError(f"{option} must be {wanted}, got {value}")
-
-
 def _sides(side: str, step: int) -> tuple[str, ...]:
     if side == "alternate":
         return ("in",) if step % 2 else ("out",)
@@ -241,59 +235,40 @@ def _basis_side(weight: Tensor) -> str:
     return "in" if weight.shape[-2] >= weight.shape[-1] else "out"
 
 
-def _product_dtype(weight: Tensor, group: dict) -> torch.dtype | None:
-    """Of the products that may be rounded: those that form a generator or carry the momentum, never a weight's own."""
-    if weight.dtype == torch.float64 or group["generator_dtype"] == "float32":
-        return None
-    if group["generator_dtype"] == "bfloat16" or weight.device.type == "cuda":
-        return torch.bfloat16
-    return torch.bfloat16 if weight.device.type == "cpu" and torch.cpu._is_amx_tile_supported() else None
-
-
 def _polar(x: Tensor, group: dict) -> Tensor:
-    low = None if group["polar"] == "svd" else _product_dtype(x, group)
-    return polar_factor(x.to(low or x.dtype), method=group["polar"], steps=group["polar_steps"]).to(x.dtype)
-
-
-def _average(state: dict[str, Tensor], key: str, value: Tensor, beta: float) -> Tensor:
-    """`average <- beta average + (1 - beta) value`, starting from zero."""
-    if key in state:
-        state[key].lerp_(value, 1 - beta)
-    else:
-        state[key] = value * (1 - beta)
-    return state[key]
+    low = x.dtype if group["polar"] == "svd" else product_dtype(x, group["generator_dtype"])
+    return polar_factor(x.to(low), method=group["polar"], steps=group["polar_steps"]).to(x.dtype)
 
 
 def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
     """`D`, the step one would take without the constraint, `(b, m, n)`."""
     beta1, beta2 = group["betas"]
-    momentum = _average(state, "momentum", grad, beta1)
+    momentum = average(state, "momentum", grad, beta1)
     if group["direction"] == "polar":
         return _polar(momentum, group)
     if group["direction"] == "adam":
-        second = _average(state, "second", grad.square(), beta2)
+        second = average(state, "second", grad.square(), beta2)
         root = (second / (1 - beta2**step)).sqrt_().add_(group["eps"])
         return momentum / (1 - beta1**step) / root
     if group["direction"] == "natural":
-        second = _average(state, "second", grad.square(), beta2)
+        second = average(state, "second", grad.square(), beta2)
         return momentum / (1 - beta1**step) / (second / (1 - beta2**step) + group["eps"] ** 2)
     if group["second_moment"]:
-        return momentum / (_average(state, "second", momentum.square(), beta2).sqrt() + group["eps"])
+        return momentum / (average(state, "second", momentum.square(), beta2).sqrt() + group["eps"])
     return momentum
 
 
 def _generator(weight: Tensor, direction: Tensor, state: dict[str, Tensor], *, side: str, group: dict) -> Generator:
     w, d = _seen_from(weight, side), _seen_from(direction, side)
-    dtype = _product_dtype(weight, group)
+    dtype = product_dtype(weight, group["generator_dtype"])
     rows = 2 * w.shape[-2]  # the weight and its momentum
     if group["metric"] == "ambient":
         basis, right = Basis(state["basis"], state["values"]), side == _basis_side(weight)
         return ambient_generator(
             w, d, basis, right=right, hold=group["hold"], tolerance=group["rank_tolerance"], rows=rows, dtype=dtype
         )
-    low = dtype or w.dtype
     return generator(
-        w.to(low), d.to(low), rows=rows, dense=True if group["direction"] == "msign" else None, dtype=w.dtype
+        w.to(dtype), d.to(dtype), rows=rows, dense=True if group["direction"] == "msign" else None, dtype=w.dtype
     )
 
 
@@ -306,11 +281,11 @@ def _lie_momentum_generators(
     for side in ("in", "out"):
         w, g = _seen_from(weight, side), _seen_from(grad, side)
         s = skew(w.mT @ g)
-        average = _average(state, f"lie_{side}", s, beta1)
+        mean = average(state, f"lie_{side}", s, beta1)
         if group["second_moment"]:
-            average = average / (_average(state, f"lie_{side}_sq", s.square(), beta2).sqrt() + group["eps"])
+            mean = mean / (average(state, f"lie_{side}_sq", s.square(), beta2).sqrt() + group["eps"])
         if side in sides:
-            generators[side] = Generator(-average)
+            generators[side] = Generator(-mean)
     return generators
 
 
@@ -322,7 +297,7 @@ def _step_size(weight: Tensor, generators: dict[str, Generator], *, group: dict)
         return group["lr"] / torch.stack(norms).amax(0).clamp_min(1e-12)
     if len(generators) == 1:
         ((side, a),) = generators.items()
-        norm = a.act_norm(_seen_from(weight, side), dtype=_product_dtype(weight, group))
+        norm = a.act_norm(_seen_from(weight, side), dtype=product_dtype(weight, group["generator_dtype"]))
     else:
         moved = sum(_seen_from(a.act(_seen_from(weight, side)), side) for side, a in generators.items())
         norm = torch.linalg.matrix_norm(moved, keepdim=True)

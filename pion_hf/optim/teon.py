@@ -1,0 +1,164 @@
+"""TEON (arXiv 2601.23261): Muon whose orthogonalisation spans consecutive layers; with stacks of one it is Muon."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pion_hf.linalg.polar import MOST_STEPS, POLAR_METHODS, polar_factor
+from pion_hf.linalg.precision import PRODUCT_DTYPES, product_dtype
+from pion_hf.optim import blocks
+from pion_hf.optim.base import MatrixOptimizer, average, check_choices, check_range, named_parameters
+
+CHOICES = {"polar": POLAR_METHODS, "scale": ("rms", "paper", "original"), "polar_dtype": PRODUCT_DTYPES}
+
+
+class Teon(MatrixOptimizer):
+    """Orthogonalised momentum of K consecutive layers at once (rule `teon`), or of every matrix alone (rule `muon`).
+
+    For K matrices `W_k`, `(m, n)`, of one type with gradients `G_k`:
+
+        M_k <- mu M_k + (1 - mu) G_k,  U_k = (1 - mu) G_k + mu M_k  (Nesterov; without, U_k = M_k)
+        Q = polar([U_1 | ... | U_K]),  W_k <- (1 - lr * weight_decay) W_k - lr * f * Q_k
+
+    Groups with rule `adamw` (and tensors that are not 2-D) get torch's AdamW with the group's own `lr`, `betas`, `eps`.
+
+    Args:
+        params: groups from `pion_hf.param_groups(model, "teon")`, which finds the stacks, or `"muon"`. A group of rule
+            `teon` names its own in `stacks`: lists of `stack` parameter names (`name[i]` for the i-th matrix of a
+            parameter that holds several); a matrix in none of them is updated alone. With `stack=1` (Muon), plain
+            tensors or `(name, tensor)` pairs will do.
+        lr: step size. With `scale="rms"` a matrix's update has the RMS `lr * rms`, as a lone one and in a stack.
+        momentum: `mu`. nesterov: look ahead by one step of it.
+        stack: K, layers per stack.
+        polar: how the polar factor is found, `express` or `quintic` (`polar_steps` iterations), or `svd`.
+        polar_dtype: of those iterations; `auto` is bfloat16 where the hardware multiplies it faster.
+        scale: the factor `f`. `rms`: `rms / sqrt(min(m, nK) / (m n K))`, AdamW's learning rates carry over; `paper`:
+            `sqrt(m / n)`; `original`: `sqrt(max(1, m / n))`, as in `torch.optim.Muon`, whose `match_rms_adamw` is `rms`.
+        rms: the update's RMS at `lr = 1` (`scale="rms"`); 0.2 is that of a typical AdamW update.
+        weight_decay: decoupled, of the matrices and of AdamW's groups.
+        adamw_betas, adamw_eps: of AdamW's groups that bring none.
+
+    Raises:
+        ValueError: an unknown option or value, stacks of unequal shapes or of unknown names, non-finite weights.
+    """
+
+    matrix_rules = ("teon", "muon")
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-4,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        stack: int = 2,
+        polar: Literal["express", "quintic", "svd"] = "express",
+        polar_steps: int = 5,
+        polar_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        scale: Literal["rms", "paper", "original"] = "rms",
+        rms: float = 0.2,
+        weight_decay: float = 0.0,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "stack": stack,
+            "polar": polar,
+            "polar_steps": polar_steps,
+            "polar_dtype": polar_dtype,
+            "scale": scale,
+            "rms": rms,
+            "weight_decay": weight_decay,
+            "betas": adamw_betas,
+            "eps": adamw_eps,
+        }
+        super().__init__(params, defaults)
+        usual = inspect.signature(Teon.__init__).parameters["stack"].default
+        found = {group["stack"] for group in self.param_groups if group["rule"] == "teon"} - {stack}
+        if found and stack != usual:
+            raise ValueError(
+                f"stack={stack} was given, but the groups hold stacks of {found.pop()}: give it to one only."
+            )
+
+    def check_options(self, group: dict) -> None:
+        check_choices(group, CHOICES)
+        stack, steps = group["stack"], group["polar_steps"]
+        check_range("momentum", group["momentum"], 0 <= group["momentum"] < 1, "in [0, 1)")
+        check_range("rms", group["rms"], group["rms"] > 0, "above 0")
+        check_range("stack", stack, isinstance(stack, int) and stack >= 1, "a whole number of layers, 1 (Muon) or more")
+        check_range("polar_steps", steps, 1 <= steps <= MOST_STEPS, f"in 1..{MOST_STEPS}")
+        if group["rule"] == "teon":
+            _check_stacks(group)
+        elif "stacks" in group:
+            raise ValueError(f"a group of rule {group['rule']!r} has no stacks: its rule must be 'teon'.")
+
+    def stacks_of(self, group: dict) -> list[list[str]]:
+        return group.get("stacks", [])
+
+    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+        mu, lr = group["momentum"], group["lr"]
+        momentum = average(state, "momentum", grad, mu)
+        direction = grad.lerp(momentum, mu) if group["nesterov"] else momentum
+        factor = _orthogonalised(direction, group)
+        if group["weight_decay"]:
+            weight = weight * (1 - lr * group["weight_decay"])
+        return weight.add(factor, alpha=-lr * _scale(weight.shape, group))
+
+
+def _orthogonalised(x: Tensor, group: dict) -> Tensor:
+    """`(b, m, n)`: each one's polar factor; `(b, K, m, n)`: that of the K side by side, `(m, nK)`, cut apart again."""
+    wide = x.transpose(1, 2).flatten(2) if x.ndim == 4 else x
+    low = x.dtype if group["polar"] == "svd" else product_dtype(x, group["polar_dtype"])
+    factor = polar_factor(wide.to(low), method=group["polar"], steps=group["polar_steps"]).to(x.dtype)
+    return factor.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2) if x.ndim == 4 else factor
+
+
+def _scale(shape: torch.Size, group: dict) -> float:
+    (m, n), k = shape[-2:], shape[1] if len(shape) == 4 else 1
+    if group["scale"] == "rms":
+        return group["rms"] / math.sqrt(min(m, n * k) / (m * n * k))
+    return math.sqrt(m / n if group["scale"] == "paper" else max(1.0, m / n))
+
+
+def _check_stacks(group: dict) -> None:
+    stacks, size = group.get("stacks"), group["stack"]
+    if not stacks:
+        if size == 1:
+            return
+        raise ValueError(
+            f"stack={size}, but the group names no stacks, and which matrices lie in consecutive layers cannot be told "
+            'from tensors: use pion_hf.param_groups(model, "teon"), add stacks=[[name, name], ...] to the group, or set '
+            "stack=1 (Muon)."
+        )
+    layout, shapes = blocks.Layout.parse(group["layout"]), {}
+    for name, p in named_parameters(group):
+        views = blocks.split(p, layout)
+        shapes.update({blocks.name_of(name, i, len(views)): tuple(v.shape) for i, v in enumerate(views)})
+    for names in stacks:
+        missing = [name for name in names if name not in shapes]
+        if missing:
+            raise ValueError(
+                f"stacks: the group has no matrix {missing[0]!r}; it has {', '.join(list(shapes)[:6])} ..."
+            )
+        if len(names) != size:
+            raise ValueError(f"stacks: {names} are {len(names)} matrices, stack is {size}.")
+        if len({shapes[name] for name in names}) > 1:
+            forms = ", ".join(f"{name} {_out_in(shapes[name])}" for name in names)
+            raise ValueError(f"stacks: only matrices of one shape can be stacked, not {forms}.")
+    name, count = Counter(name for names in stacks for name in names).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"stacks: {name} is in {count} places; a matrix can be in one stack only.")
+
+
+def _out_in(view: tuple[int, ...]) -> tuple[int, int]:
+    return view[1] * view[2], view[3]
