@@ -4,15 +4,17 @@ from pion_hf._version import __version__
 from pion_hf.initialization import spectral_init_
 from pion_hf.integrations.registry import register
 from pion_hf.integrations.trainer import PionTrainer, PionTrainerMixin, PionTrainingArguments
-from pion_hf.optim import Pion, Teon
+from pion_hf.optim import Pion, PionLora, Teon, TeonLora
 from pion_hf.routing import param_groups, routing_table
 
 __all__ = [
     "Pion",
+    "PionLora",
     "PionTrainer",
     "PionTrainerMixin",
     "PionTrainingArguments",
     "Teon",
+    "TeonLora",
     "__version__",
     "param_groups",
     "register",

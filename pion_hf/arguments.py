@@ -17,12 +17,12 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from pion_hf.errors import unknown
-from pion_hf.optim import Pion, Teon
+from pion_hf.optim import Pion, PionLora, Teon, TeonLora
 from pion_hf.schedules import SCHEDULES, check_options
 
 logger = logging.get_logger(__name__)
 
-OPTIMIZER_CLASSES = {"pion": Pion, "teon": Teon, "muon": Teon}
+OPTIMIZER_CLASSES = {"pion": Pion, "teon": Teon, "muon": Teon, "pion_lora": PionLora, "teon_lora": TeonLora}
 # Muon is TEON with stacks of one.
 FIXED_OPTIONS = {"muon": {"stack": 1}}
 
@@ -36,6 +36,10 @@ GROUP_OPTIONS = {
 }
 
 STACK_OPTIONS = {"stack": int, "stack_targets": list[str]}
+FACTOR_METHODS = Literal["rotate", "orthogonal", "adamw"]
+LORA_OPTIONS = {"lora_a": FACTOR_METHODS, "lora_b": FACTOR_METHODS}
+# By optimizer, those of the routing that not every one has.
+ROUTING_OPTIONS = {"teon": STACK_OPTIONS, "teon_lora": STACK_OPTIONS, "pion_lora": LORA_OPTIONS}
 
 # What TrainingArguments already has a field for.
 TRAINER_FIELDS = {"lr": "learning_rate", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}
@@ -115,6 +119,12 @@ class PionOptions:
         default=None,
         metadata=_help("TEON: which matrices are stacked: q, k, v, or regular expressions over parameter names."),
     )
+    optim_lora_a: Literal["rotate", "orthogonal", "adamw"] | None = field(
+        default=None, metadata=_help("Pion on LoRA adapters: what the factor A does (of embeddings: B).")
+    )
+    optim_lora_b: Literal["rotate", "orthogonal", "adamw"] | None = field(
+        default=None, metadata=_help("Pion on LoRA adapters: what the factor B does (of embeddings: A).")
+    )
     optim_retraction: Literal["root", "cayley", "taylor"] | None = field(
         default=None, metadata=_help("Pion: how a generator becomes a rotation.")
     )
@@ -155,7 +165,7 @@ def option_types(optim: str) -> dict[str, Any]:
     hints = typing.get_type_hints(constructor)
     elsewhere = {"self", "params", *TRAINER_FIELDS, *STACK_OPTIONS}
     own = {name: hints[name] for name in inspect.signature(constructor).parameters if name not in elsewhere}
-    return {**own, **GROUP_OPTIONS, **(STACK_OPTIONS if optim == "teon" else {})}
+    return {**own, **GROUP_OPTIONS, **ROUTING_OPTIONS.get(optim, {})}
 
 
 def parse_optim_args(text: str | None) -> dict[str, Any]:
@@ -194,7 +204,7 @@ def resolve_options(optim: str, *sources: dict[str, Any]) -> tuple[dict[str, Any
             if key not in types:
                 raise _not_an_option(key, optim, types)
             merged[key] = _convert(key, value, types[key])
-    groups = {key: merged.pop(key) for key in (*GROUP_OPTIONS, *STACK_OPTIONS) if key in merged}
+    groups = {key: merged.pop(key) for key in (*GROUP_OPTIONS, *STACK_OPTIONS, *LORA_OPTIONS) if key in merged}
     return {**merged, **FIXED_OPTIONS.get(optim, {})}, groups
 
 

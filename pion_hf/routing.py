@@ -8,27 +8,33 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+from pion_hf.adapters import Factor, has_adapters, lora_factors
 from pion_hf.errors import unknown
 from pion_hf.optim.blocks import Layout, name_of
 from pion_hf.patterns import Patterns, spellings_of
 from pion_hf.stacking import Stacks, find_stacks
 from pion_hf.structure import Structure
 
-OPTIMIZERS = ("pion", "teon", "muon")
+OPTIMIZERS = ("pion", "teon", "muon", "pion_lora", "teon_lora")
+# What an optimizer becomes on a model with LoRA adapters, and the options that come with it.
+LORA_FORMS = {"pion": ("pion_lora", {}), "teon": ("teon_lora", {}), "muon": ("teon_lora", {"stack": 1})}
+FACTOR_METHODS = ("rotate", "orthogonal", "adamw")
 DEFAULT_STACK = 2
 NO_STACKS = Stacks()
 
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """Where one parameter goes. `matrices` counts what it holds, `decays` says whether weight decay may act."""
+    """Where one parameter goes. `matrices` counts what it holds, `decays` says whether weight decay may act.
+
+    method, reach: of LoRA factors, what they do and how far they step (see `optim.lora`).
+    """
 
     name: str
     parameter: nn.Parameter = dataclasses.field(repr=False, compare=False)
@@ -36,11 +42,13 @@ class Route:
     rule: str
     layout: str = ""
     matrices: int = 0
+    method: str = ""
+    reach: float = 0.0
 
     @property
     def decays(self) -> bool:
         """Decay never touches biases and norms; a rotated matrix has none either."""
-        return self.rule != "pion" and self.role not in ("norm", "bias")
+        return self.rule != "pion" and self.method != "rotate" and self.role not in ("norm", "bias")
 
     @property
     def matrix_names(self) -> list[str]:
@@ -66,7 +74,7 @@ class Routing:
         return tuple(r for r in self.routes if r.rule != "adamw")
 
     def rows(self, learning_rates: dict[str, float]) -> list[dict[str, Any]]:
-        """One row per role and rule: role, rule, tensors, matrices, stacks, parameters, lr; `learning_rates` by rule."""
+        """One row per role and rule: role, rule, tensors, matrices, stacks, parameters, lr (from `learning_rates`)."""
         collected: dict[tuple, Counter] = defaultdict(Counter)
         first = {names[0] for names in self.stacks.stacks}
         for r in self.routes:
@@ -120,6 +128,7 @@ class Routing:
                     "rule": r.rule,
                     "layout": r.layout,
                     "matrices": r.matrices,
+                    **({"method": r.method, "reach": r.reach} if r.method else {}),
                     "shape": list(r.parameter.shape),
                 }
                 for r in self.routes
@@ -138,6 +147,8 @@ def routing_table(
     exclude: str | Iterable[str] | None = None,
     stack: int | None = None,
     stack_targets: str | Iterable[str] | None = None,
+    lora_a: str | None = None,
+    lora_b: str | None = None,
 ) -> Routing:
     """Route every trainable parameter of `model`.
 
@@ -146,12 +157,15 @@ def routing_table(
             a parameter is tied): only matrices of hidden layers that match are given to the matrix rule, the rest
             goes to AdamW. `"all-linear"` (the default) means all.
         exclude: regular expressions of parameters that AdamW takes in any case.
-        stack, stack_targets: of `teon` only: how many consecutive layers are orthogonalised together (default 2), and
-            which of their matrices, `q`, `k`, `v` (the default) or regular expressions; see `stacking.find_stacks`.
+        stack, stack_targets: of `teon` and `teon_lora`: how many consecutive layers are orthogonalised together
+            (default 2), and which of their matrices, `q`, `k`, `v` (the default of `teon`; of `teon_lora` all) or
+            regular expressions; see `stacking.find_stacks`.
+        lora_a, lora_b: of `pion_lora`: what the two factors do, `rotate` (the default of `A`), `orthogonal` (of `B`) or
+            `adamw`. In embeddings, where peft starts `A` at zero instead of `B`, they change places.
 
     Raises:
         ValueError: no trainable parameter, no matrix matched, an expression that is malformed or matches nothing, a
-            stack that no matrices fill.
+            stack that no matrices fill, adapters where there should be none or none where there should be.
 
     Warns:
         UserWarning: one of several targets matches embeddings, heads, norms or biases only, and so has no effect.
@@ -160,24 +174,28 @@ def routing_table(
         raise unknown("optimizer", optim, OPTIMIZERS)
     if targets is not None and not isinstance(targets, str):
         targets = list(targets)
-    if optim != "teon" and (stack is not None or stack_targets is not None):
-        raise ValueError(f"stack and stack_targets are options of optim='teon', not of optim={optim!r}.")
+    _check_choices(optim, stack=stack, stack_targets=stack_targets, lora_a=lora_a, lora_b=lora_b)
     if targets in ("all-linear", "all_linear", ["all-linear"], ["all_linear"]):
         targets = None
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError("the model has no trainable parameter: every requires_grad is False.")
-    _refuse_adapters(model, optim)
+    factors = _factors(model, optim)
+    methods = {False: lora_a or "rotate", True: lora_b or "orthogonal"}
     structure = Structure(model)
     wanted, unwanted = Patterns("optim_target_modules", targets), Patterns("optim_exclude_modules", exclude)
     spellings = spellings_of(model)
     routes = []
     for name, p in named:
-        role, layout = structure.classify(name, p)
-        is_matrix = role == "matrix" and (not wanted or wanted.match(spellings[id(p)]))
+        factor = factors.get(id(p))
+        role, layout = (factor.role, factor.layout) if factor else structure.classify(name, p)
+        candidate = p.ndim == 2 if factor else role == "matrix" and not factors
+        is_matrix = candidate and (not wanted or wanted.match(spellings[id(p)]))
         if unwanted and unwanted.match(spellings[id(p)]):
             is_matrix = False
-        if is_matrix:
+        if is_matrix and factor:
+            routes.append(_factor_route(factor, optim, methods[factor.grows]))
+        elif is_matrix:
             routes.append(Route(name, p, role, optim, str(layout), _count(p, layout)))
         else:
             routes.append(Route(name, p, role, "adamw", matrices=0))
@@ -186,8 +204,12 @@ def routing_table(
     unwanted.require_all_used(names)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     routing = Routing(tuple(routes), frozen)
-    if optim == "teon" and routing.matrices:
+    if optim in ("teon", "teon_lora") and routing.matrices:
         return _stacked(routing, model, DEFAULT_STACK if stack is None else stack, stack_targets)
+    if not routing.matrices and factors:
+        raise ValueError(
+            "every LoRA factor is left to AdamW: set lora_a='rotate' or lora_b='orthogonal', or train with adamw_torch."
+        )
     if not routing.matrices:
         if not any(r.role == "matrix" for r in routes):
             hint = " Use AdamW for this model: it trains no weight of an nn.Linear in a hidden layer."
@@ -199,9 +221,57 @@ def routing_table(
     return routing
 
 
+def _check_choices(optim: str, *, stack: Any, stack_targets: Any, lora_a: Any, lora_b: Any) -> None:
+    """Raise ValueError for options that this optimizer would ignore, or methods that do not exist."""
+    if optim not in ("teon", "teon_lora") and (stack is not None or stack_targets is not None):
+        raise ValueError(
+            f"stack and stack_targets are options of optim='teon' and 'teon_lora', not of optim={optim!r}."
+        )
+    for name, method in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if method is None:
+            continue
+        if optim != "pion_lora":
+            raise ValueError(f"{name} is an option of optim='pion_lora', not of optim={optim!r}.")
+        if method not in FACTOR_METHODS:
+            raise unknown(f"value of {name}", method, FACTOR_METHODS)
+
+
+def _factors(model: nn.Module, optim: str) -> dict[int, Factor]:
+    """The model's LoRA factors by parameter, if the optimizer is one for adapters."""
+    if optim in LORA_FORMS:
+        if has_adapters(model):
+            form, _ = LORA_FORMS[optim]
+            raise ValueError(
+                f"the model has LoRA adapters, and optim={optim!r} is for whole matrices (a fresh adapter has B = 0, "
+                f"which no rotation can move): use optim={form!r}."
+            )
+        return {}
+    factors = {id(f.parameter): f for f in lora_factors(model)}
+    if not factors:
+        whole = next(name for name, (form, _) in LORA_FORMS.items() if form == optim)
+        raise ValueError(
+            f"optim={optim!r} trains LoRA adapters, and the model has none that is trainable: add one "
+            f"(peft.get_peft_model, use_peft), or use optim={whole!r} for whole matrices."
+        )
+    return factors
+
+
+def _factor_route(factor: Factor, optim: str, method: str) -> Route:
+    if optim == "teon_lora":
+        method = "orthogonal"
+    if method == "adamw":
+        return Route(factor.name, factor.parameter, factor.role, "adamw")
+    layout = str(factor.layout)
+    return Route(
+        factor.name, factor.parameter, factor.role, optim, layout, factor.matrices, method=method, reach=factor.reach
+    )
+
+
 def _stacked(routing: Routing, model: nn.Module, stack: int, targets: str | Iterable[str] | None) -> Routing:
-    """Rule `teon` for parameters that take part in a stack, `muon` for all other matrices."""
+    """Rule `teon` for parameters that take part in a stack, `muon` for other matrices; LoRA factors keep theirs."""
     parameters = [(r.name, r.parameter, r.layout) for r in routing.matrices]
+    if targets is None and any(r.method for r in routing.matrices):
+        targets = r"\.lora_"
     stacks = find_stacks(model, parameters, stack=stack, targets=targets)
     if stack == 1:
         stacks = NO_STACKS
@@ -226,6 +296,8 @@ def param_groups(
     exclude: str | Iterable[str] | None = None,
     stack: int | None = None,
     stack_targets: str | Iterable[str] | None = None,
+    lora_a: str | None = None,
+    lora_b: str | None = None,
     routing: Routing | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for the optimizer's constructor, one per rule, layout and decay; names in `param_names`.
@@ -233,12 +305,13 @@ def param_groups(
     Args:
         lr: of the matrices. weight_decay: of every matrix that is not rotated, embeddings and heads included.
         adamw_lr, adamw_betas, adamw_eps: of the AdamW groups (default: `lr` and the optimizer's own).
-        targets, exclude, stack, stack_targets: see `routing_table`. routing: its result, if it is at hand.
+        targets, exclude, stack, stack_targets, lora_a, lora_b: see `routing_table`. routing: its result, if at hand.
 
     Raises:
         ValueError: as `routing_table`; one of its options beside a `routing`, which it could not change.
     """
     choices = {"targets": targets, "exclude": exclude, "stack": stack, "stack_targets": stack_targets}
+    choices |= {"lora_a": lora_a, "lora_b": lora_b}
     given = [name for name, value in choices.items() if value is not None]
     if routing is not None and given:
         raise ValueError(f"{', '.join(given)} can have no effect on a finished routing: give it to routing_table.")
@@ -250,34 +323,37 @@ def param_groups(
         adamw_options["eps"] = adamw_eps
     groups: dict[tuple, dict[str, Any]] = {}
     for r in sorted(routing, key=lambda r: r.rule == "adamw"):
-        key = (r.rule, r.layout, r.decays)
+        key = _group_key(r)
         if key not in groups:
             options = adamw_options if r.rule == "adamw" else {"lr": lr}
             decay = weight_decay if r.decays else 0.0
             groups[key] = {"params": [], "rule": r.rule, "layout": r.layout, **options, "weight_decay": decay}
-            if r.rule == "teon":
+            if r.rule in ("teon", "teon_lora"):
                 groups[key].update(stack=routing.stack, stacks=[])
+            if r.method:
+                groups[key].update(method=r.method, reach=[])
         groups[key]["params"].append((r.name, r.parameter))
-    group_of = {name: groups[r.rule, r.layout, r.decays] for r in routing.matrices for name in r.matrix_names}
+        if r.method:
+            groups[key]["reach"].append(r.reach)
+    group_of = {name: groups[_group_key(r)] for r in routing.matrices for name in r.matrix_names}
     for names in routing.stacks.stacks:
         group_of[names[0]]["stacks"].append(list(names))
     return list(groups.values())
 
 
+def _group_key(r: Route) -> tuple:
+    return r.rule, r.layout, r.method, r.decays
+
+
 def _matrix_role(route: Route) -> str:
-    """The module's own name, which is how people know a projection (`q_proj`, `down_proj`)."""
+    """The module's own name, which is how people know a projection (`q_proj`); of adapters with the factor."""
+    if route.method:
+        return (
+            f"{route.name.partition('.lora_')[0].rpartition('.')[2]} {route.role.removeprefix('lora_')}, {route.method}"
+        )
     parts = [p for p in route.name.split(".") if p not in ("weight", "default", "modules_to_save", "base_layer")]
     return parts[-1] if parts else route.name
 
 
 def _count(p: Tensor, layout: Layout) -> int:
     return (p.shape[0] if p.ndim == 3 else 1) * layout.pieces
-
-
-def _refuse_adapters(model: nn.Module, optim: str) -> None:
-    for name, p in model.named_parameters():
-        if p.requires_grad and re.search(r"\.lora_(embedding_)?[AB]\.", name):
-            raise ValueError(
-                f"{name} is a LoRA factor: a fresh adapter has B = 0, which no rotation can move. optim={optim!r} "
-                "trains whole matrices; train adapters with adamw_torch in this version."
-            )

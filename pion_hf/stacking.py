@@ -166,9 +166,8 @@ def _layer_types(model: nn.Module) -> list[Any]:
 
 def _projection(name: str, index: int, count: int, modules: dict[str, nn.Module]) -> str | None:
     """`q`, `k` or `v`, or None for anything else."""
-    path, _, leaf = name.rpartition(".")
-    owner, _, child = path.rpartition(".")
-    if count == 3 and (child in QKV_NAMES or leaf == "in_proj_weight"):
+    owner, _, child = name.partition(".lora_")[0].removesuffix(".weight").rpartition(".")
+    if count == 3 and (child in QKV_NAMES or child == "in_proj_weight"):
         return ("qvk" if type(modules.get(owner)).__name__ == "CodeGenAttention" else "qkv")[index]
     if count == 2 and child in QKV_NAMES:
         return "kv"[index]

@@ -20,6 +20,7 @@ FLOORS = {
     "linalg": 1,
     "optim": 2,
     "schedules": 2,
+    "adapters": 2.1,
     "patterns": 2.1,
     "structure": 2.1,
     "stacking": 2.2,

@@ -125,7 +125,7 @@ def spectra(optimizer: MatrixOptimizer) -> dict[str, Tensor]:
 def rotated_matrices(optimizer: MatrixOptimizer) -> Iterator[tuple[str, int | None, Tensor]]:
     """`(name, index, (E, m, n))` of every matrix under a rule that keeps its spectrum."""
     for group in optimizer.param_groups:
-        if group["rule"] not in optimizer.isospectral_rules:
+        if not optimizer.keeps_spectrum(group):
             continue
         layout = blocks.Layout.parse(group["layout"])
         names = group.get("param_names") or [str(i) for i in range(len(group["params"]))]

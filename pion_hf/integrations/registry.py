@@ -11,12 +11,23 @@ from typing import Any
 
 import transformers
 from torch import nn
+from transformers.utils import logging
 
-from pion_hf.arguments import OPTIMIZER_CLASSES, PionOptions, parse_optim_args, resolve_options
-from pion_hf.routing import Routing, param_groups, routing_table
+from pion_hf.adapters import has_adapters
+from pion_hf.arguments import (
+    LORA_OPTIONS,
+    OPTIMIZER_CLASSES,
+    STACK_OPTIONS,
+    PionOptions,
+    parse_optim_args,
+    resolve_options,
+)
+from pion_hf.routing import LORA_FORMS, Routing, param_groups, routing_table
 from pion_hf.schedules import SCHEDULES
 
 OPTIMIZER_NAMES = tuple(OPTIMIZER_CLASSES)
+
+logger = logging.get_logger(__name__)
 
 
 def register() -> None:
@@ -94,10 +105,28 @@ def _handle(context: Any) -> tuple[type, dict[str, Any]]:
     if model is None:
         raise ValueError(f"optim={optim!r} routes a model's parameters by their modules: it needs the model.")
     refuse_wrappers(args)
-    options, group_options = options_from(args, optim)
+    optim, options, group_options = choose_form(args, model)
     routing, groups = groups_from(args, model, optim, group_options)
     announce(routing, groups, args)
     return OPTIMIZER_CLASSES[optim], {"params": groups, "lr": args.learning_rate, **options}
+
+
+def choose_form(args: Any, model: nn.Module) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The optimizer's name and options for `model`: on LoRA adapters, that of the form for adapters.
+
+    Raises:
+        ValueError: as `resolve_options`, also for options that the form for adapters does not have.
+    """
+    optim, fixed = args.optim.value, {}
+    if optim in LORA_FORMS and has_adapters(model):
+        form, fixed = LORA_FORMS[optim]
+        what = "".join(f", {key}={value}" for key, value in fixed.items())
+        logger.warning(
+            f"optim={optim!r} on LoRA adapters is {form!r}{what}: it updates the factors, each by its own rule."
+        )
+        optim = form
+    options, group_options = options_from(args, optim)
+    return optim, options, {**group_options, **fixed}
 
 
 def options_from(args: Any, optim: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -109,7 +138,7 @@ def options_from(args: Any, optim: str) -> tuple[dict[str, Any], dict[str, Any]]
 def groups_from(args: Any, model: nn.Module, optim: str, options: dict[str, Any]) -> tuple[Routing, list[dict]]:
     """Route `model` and build its groups; AdamW's settings default to those of `TrainingArguments`."""
     options = {"adamw_betas": (args.adam_beta1, args.adam_beta2), "adamw_eps": args.adam_epsilon, **options}
-    choices = {key: options.pop(key, None) for key in ("targets", "exclude", "stack", "stack_targets")}
+    choices = {key: options.pop(key, None) for key in ("targets", "exclude", *STACK_OPTIONS, *LORA_OPTIONS)}
     choices["targets"] = choices["targets"] or args.optim_target_modules
     routing = routing_table(model, optim, **choices)
     groups = param_groups(

@@ -21,8 +21,10 @@ POLAR_EXPRESS = (
     (1.8913013606620532, -1.2679957755017923, 0.37680408429022894),
     (15 / 8, -10 / 8, 3 / 8),
 )
-# Keeps a value that rounding has lifted above 1 inside the interval the next polynomial was made for.
+# Keeps a value that rounding has lifted above 1 inside the interval the next polynomial was made for: beyond it they
+# grow without bound. 1.01 is the authors'; in bfloat16 a few small matrices in a thousand need more.
 EXPRESS_SAFETY = 1.01
+EXPRESS_SAFETY_HALF = 1.03
 # Muon (Jordan et al., 2024): one quintic, steep at zero; leaves singular values within about [0.7, 1.2].
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -57,7 +59,7 @@ def _express(x: Tensor, steps: int) -> Tensor:
     from above, `rank^(1/8)` at most too high, and its product is one that the iteration forms in any case.
     """
     table = [POLAR_EXPRESS[min(i, len(POLAR_EXPRESS) - 1)] for i in range(steps)]
-    s = EXPRESS_SAFETY
+    s = EXPRESS_SAFETY_HALF if x.dtype in (torch.bfloat16, torch.float16) else EXPRESS_SAFETY
     safe = [(a / s, b / s**3, c / s**5) for a, b, c in table[:-1]] + table[-1:]
     gram = x @ x.mT
     square = gram @ gram

@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 
 from pion_hf.errors import unknown
 from pion_hf.linalg.precision import full_float32
-from pion_hf.optim import blocks
+from pion_hf.optim import blocks, precision
 
 # Elements of the matrices updated together: bounds the extra memory of a step (a few times as many floats). On a CPU
 # a batch gains nothing, and one that leaves the cache loses: there it is about one matrix.
@@ -23,7 +23,7 @@ CHUNK_ELEMENTS = {"cpu": 2**20}
 CHUNK_ELEMENTS_DEFAULT = 2**25
 
 # Keys that torch, its schedulers or the routing put into a group, besides the options of a rule.
-STRUCTURAL_KEYS = {"params", "param_names", "rule", "layout", "role", "stacks", "initial_lr"}
+STRUCTURAL_KEYS = {"params", "param_names", "rule", "layout", "role", "stacks", "method", "reach", "initial_lr"}
 
 
 class Block(NamedTuple):
@@ -34,6 +34,9 @@ class Block(NamedTuple):
     index: int
     view: Tensor
 
+
+# The state entry with what a half-precision parameter drops of its master (see `precision`).
+REST = "rest"
 
 Unit = tuple[Block, ...]
 """Blocks that are updated as one: the matrices of a stack, or a single one."""
@@ -152,7 +155,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def stacks_of(self, group: dict) -> list[list[str]]:
-        """Names (`blocks.name_of`) of the matrices that are updated as one; what none of them names is updated alone."""
+        """Names (`blocks.name_of`) of matrices that are updated as one; what no list names is updated alone."""
         return []
 
     def state_bytes(self) -> int:
@@ -166,16 +169,36 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 if group["rule"] == "adamw":
                     total += count * 2 * p.numel() * p.element_size()
                     continue
+                if dtype in precision.HALF:
+                    total += count * p.numel() * precision.REST_DTYPES[dtype].itemsize
                 for view in blocks.split(p, layout):
-                    weight, state = blocks.merge_rows(view).to(_working_dtype(dtype)), {}
+                    weight = blocks.merge_rows(view).to(_working_dtype(dtype))
+                    state = self.initial_state(0, weight, group)
                     self.update(weight, torch.empty_like(weight), state, group=group, step=1)
                     total += count * sum(value.numel() * value.element_size() for value in state.values())
         return total
 
-    def check_matrix(self, name: str, matrix: Tensor) -> None:
+    def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
+        """What the state of `matrices`, `(E, m, n)` of a group's parameter at `position`, holds at first."""
+        return {}
+
+    def keeps_spectrum(self, group: dict) -> bool:
+        """Whether the group's matrices keep their singular values."""
+        return group["rule"] in self.isospectral_rules
+
+    def check_matrix(self, name: str, matrix: Tensor, group: dict) -> None:
         """Called once per matrix, `(E, m, n)`, before its first step; raises ValueError if the rule cannot take it."""
         if not torch.isfinite(matrix).all():
             raise ValueError(f"{name} holds values that are not finite: load or initialise it before training.")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but state keeps its dtype: torch casts it to the parameter's, rounding that of half weights."""
+        super().load_state_dict(state_dict)
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for index, p in zip(saved["params"], group["params"], strict=True):
+                for key, value in state_dict["state"].get(index, {}).items():
+                    if isinstance(value, Tensor) and value.dtype != self.state[p][key].dtype:
+                        self.state[p][key] = value.to(device=p.device, copy=True)
 
     def _gradients_are_finite(self) -> bool:
         norms = defaultdict(list)
@@ -212,14 +235,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         stacked = {name: i for i, names in enumerate(self.stacks_of(group)) for name in names}
         units: dict[tuple, list[Block]] = defaultdict(list)
-        for name, p in named_parameters(group):
+        for position, (name, p) in enumerate(named_parameters(group)):
             if p.grad is None:
                 continue
             state = self.state[p]
             views = blocks.split(p, layout)
             if not state:
-                for view in views:
-                    self.check_matrix(name, blocks.merge_rows(view))
+                for index, view in enumerate(views):
+                    self.check_matrix(name, blocks.merge_rows(view), group)
+                    for key, value in self.initial_state(position, blocks.merge_rows(view), group).items():
+                        state[f"{key}.{index}"] = value
+                if p.dtype in precision.HALF:
+                    state[REST] = torch.zeros_like(p, dtype=precision.REST_DTYPES[p.dtype])
                 state["step"] = 0
             state["step"] += 1
             for index, view in enumerate(views):
@@ -230,23 +257,37 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _update_chunk(self, chunk: list[Unit], layout: blocks.Layout, group: dict, step: int) -> None:
         dtype = _working_dtype(chunk[0][0].view.dtype)
-        weight = _gather(chunk, lambda block: block.view, dtype)
+        weight = _gather(chunk, lambda block: self._master(block, layout), dtype)
         grad = _gather(chunk, lambda block: blocks.split(block.param.grad, layout)[block.index], dtype)
-        state = self._load_state(chunk, layout, dtype) if step > 1 else {}
+        state = self._load_state(chunk, layout, dtype)
         new = self.update(weight, grad, state, group=group, step=step)
         self._store_state(chunk, layout, state)
         for block, part in _scatter(chunk, new):
-            block.view.copy_(part.reshape(block.view.shape))
+            part = part.reshape(block.view.shape)
+            if block.view.dtype in precision.HALF:
+                part, rest = precision.part(part, block.view.dtype)
+                self._rest(block, layout).copy_(rest)
+            block.view.copy_(part)
+
+    def _master(self, block: Block, layout: blocks.Layout) -> Tensor:
+        """The block's weights, in full precision where they are stored in half."""
+        if block.view.dtype not in precision.HALF:
+            return block.view
+        return precision.join(block.view, self._rest(block, layout))
+
+    def _rest(self, block: Block, layout: blocks.Layout) -> Tensor:
+        return blocks.split(self.state[block.param][REST], layout)[block.index]
 
     def _load_state(self, chunk: list[Unit], layout: blocks.Layout, dtype: torch.dtype) -> dict[str, Tensor]:
         """Buffers of the weight's shape are kept whole (`momentum`), others by block (`basis.0`)."""
         first, state = chunk[0][0], {}
         for key in self.state[first.param]:
             name, _, index = key.partition(".")
-            if name == "step" or (index and int(index) != first.index):
+            if name in ("step", REST) or (index and int(index) != first.index):
                 continue
             if index:
-                state[name] = _concatenate([self.state[b.param][f"{name}.{b.index}"] for (b,) in chunk])
+                of_units = [[self.state[b.param][f"{name}.{b.index}"] for b in unit] for unit in chunk]
+                state[name] = _join_units(of_units)
             else:
                 state[name] = _gather(
                     chunk, lambda b, of=name: blocks.split(self.state[b.param][of], layout)[b.index], dtype
@@ -341,8 +382,11 @@ def check_range(option: str, value: float, ok: bool, wanted: str) -> None:
 
 def _gather(chunk: list[Unit], view_of: Callable[[Block], Tensor], dtype: torch.dtype) -> Tensor:
     """`(b, m, n)`, or `(b, K, m, n)` of stacks, from views `(E, h, d, n)`; a lone view in `dtype` is not copied."""
-    units = [[blocks.merge_rows(view_of(block)) for block in unit] for unit in chunk]
-    return _concatenate([parts[0] if len(parts) == 1 else torch.stack(parts, dim=1) for parts in units]).to(dtype)
+    return _join_units([[blocks.merge_rows(view_of(block)) for block in unit] for unit in chunk]).to(dtype)
+
+
+def _join_units(units: list[list[Tensor]]) -> Tensor:
+    return _concatenate([parts[0] if len(parts) == 1 else torch.stack(parts, dim=1) for parts in units])
 
 
 def _scatter(chunk: list[Unit], gathered: Tensor) -> Iterator[tuple[Block, Tensor]]:

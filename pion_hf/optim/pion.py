@@ -171,8 +171,8 @@ class Pion(MatrixOptimizer):
             if clash:
                 raise ValueError(f"These options do not combine: {message}.")
 
-    def check_matrix(self, name: str, matrix: Tensor) -> None:
-        super().check_matrix(name, matrix)
+    def check_matrix(self, name: str, matrix: Tensor, group: dict) -> None:
+        super().check_matrix(name, matrix, group)
         if not matrix.flatten(1).any(dim=1).all():
             raise ValueError(
                 f"{name} is (or holds) a zero matrix, which no rotation can move. Initialise it, train it with AdamW "
@@ -184,10 +184,10 @@ class Pion(MatrixOptimizer):
         if group["momentum"] == "lie":
             generators = _lie_momentum_generators(weight, grad, state, group=group, sides=sides)
         else:
-            direction = _direction(grad, state, group=group, step=step)
+            direction = direction_of(grad, state, group=group, step=step)
             if group["metric"] == "ambient" and (step - 1) % BASIS_REFRESH == 0:
                 state["basis"], state["values"] = singular_basis(weight)
-            generators = {side: _generator(weight, direction, state, side=side, group=group) for side in sides}
+            generators = {side: generator_of(weight, direction, state, side=side, group=group) for side in sides}
         if group["direction"] == "msign":
             generators = {side: Generator(skew(_polar(a.core, group)) / 2) for side, a in generators.items()}
         alpha = _step_size(weight, generators, group=group)
@@ -240,7 +240,7 @@ def _polar(x: Tensor, group: dict) -> Tensor:
     return polar_factor(x.to(low), method=group["polar"], steps=group["polar_steps"]).to(x.dtype)
 
 
-def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+def direction_of(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
     """`D`, the step one would take without the constraint, `(b, m, n)`."""
     beta1, beta2 = group["betas"]
     momentum = average(state, "momentum", grad, beta1)
@@ -258,7 +258,7 @@ def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int
     return momentum
 
 
-def _generator(weight: Tensor, direction: Tensor, state: dict[str, Tensor], *, side: str, group: dict) -> Generator:
+def generator_of(weight: Tensor, direction: Tensor, state: dict[str, Tensor], *, side: str, group: dict) -> Generator:
     w, d = _seen_from(weight, side), _seen_from(direction, side)
     dtype = product_dtype(weight, group["generator_dtype"])
     rows = 2 * w.shape[-2]  # the weight and its momentum

@@ -40,7 +40,7 @@ class Teon(MatrixOptimizer):
         polar: how the polar factor is found, `express` or `quintic` (`polar_steps` iterations), or `svd`.
         polar_dtype: of those iterations; `auto` is bfloat16 where the hardware multiplies it faster.
         scale: the factor `f`. `rms`: `rms / sqrt(min(m, nK) / (m n K))`, AdamW's learning rates carry over; `paper`:
-            `sqrt(m / n)`; `original`: `sqrt(max(1, m / n))`, as in `torch.optim.Muon`, whose `match_rms_adamw` is `rms`.
+            `sqrt(m / n)`; `original`: `sqrt(max(1, m / n))`, as in `torch.optim.Muon`; its `match_rms_adamw` is `rms`.
         rms: the update's RMS at `lr = 1` (`scale="rms"`); 0.2 is that of a typical AdamW update.
         weight_decay: decoupled, of the matrices and of AdamW's groups.
         adamw_betas, adamw_eps: of AdamW's groups that bring none.
@@ -98,7 +98,7 @@ class Teon(MatrixOptimizer):
         check_range("stack", stack, isinstance(stack, int) and stack >= 1, "a whole number of layers, 1 (Muon) or more")
         check_range("polar_steps", steps, 1 <= steps <= MOST_STEPS, f"in 1..{MOST_STEPS}")
         if group["rule"] == "teon":
-            _check_stacks(group)
+            check_stacks(group)
         elif "stacks" in group:
             raise ValueError(f"a group of rule {group['rule']!r} has no stacks: its rule must be 'teon'.")
 
@@ -130,14 +130,15 @@ def _scale(shape: torch.Size, group: dict) -> float:
     return math.sqrt(m / n if group["scale"] == "paper" else max(1.0, m / n))
 
 
-def _check_stacks(group: dict) -> None:
+def check_stacks(group: dict) -> None:
+    """Raises ValueError for stacks of unknown names or unequal shapes, or for none where `stack` asks for some."""
     stacks, size = group.get("stacks"), group["stack"]
     if not stacks:
         if size == 1:
             return
         raise ValueError(
-            f"stack={size}, but the group names no stacks, and which matrices lie in consecutive layers cannot be told "
-            'from tensors: use pion_hf.param_groups(model, "teon"), add stacks=[[name, name], ...] to the group, or set '
+            f"stack={size}, but the group names no stacks, and tensors do not tell which of them lie in consecutive "
+            'layers: use pion_hf.param_groups(model, "teon"), add stacks=[[name, name], ...] to the group, or set '
             "stack=1 (Muon)."
         )
     layout, shapes = blocks.Layout.parse(group["layout"]), {}

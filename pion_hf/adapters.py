@@ -1,0 +1,111 @@
+"""The LoRA factors of a peft model, found through peft's own layers."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pion_hf.optim.blocks import Layout
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One factor of `dW = scaling B A`, to be seen as `(rank, n)` through `layout`.
+
+    grows: whether it is the one that starts at zero (`B`, but `A` of an embedding) by peft's default.
+    reach: what `optim.lora` makes of a step; see `PionLora`.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    role: str
+    layout: Layout
+    matrices: int
+    grows: bool
+    reach: float
+
+
+def lora_factors(model: nn.Module) -> list[Factor]:
+    """Every trainable factor of every adapter (all names, linear layers, embeddings, experts), in the model's order.
+
+    Warns:
+        UserWarning: adapters of which one factor is frozen.
+
+    Raises:
+        ValueError: an adapter with two zero factors, neither of which can move.
+    """
+    if "peft" not in sys.modules:  # and so no model of peft's
+        return []
+    from peft.tuners.lora import LoraLayer
+
+    names = {id(p): name for name, p in model.named_parameters()}
+    factors, frozen = [], []
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for adapter, a, b, embedding in _pairs(layer):
+            for own, partner, side in ((a, b, "A"), (b, a, "B")):
+                if not own.requires_grad:
+                    continue
+                if not partner.requires_grad:
+                    frozen.append(names[id(partner)])
+                factors.append(_factor(names[id(own)], own, partner, side, layer, adapter, embedding))
+    if frozen:
+        warnings.warn(
+            f"{len(frozen)} LoRA factors are frozen while their partners train: {', '.join(frozen[:3])}"
+            f"{' ...' if len(frozen) > 3 else ''}.",
+            stacklevel=3,
+        )
+    return factors
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a LoRA factor of `model` is trainable."""
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.lora import LoraLayer
+
+    layers = (m for m in model.modules() if isinstance(m, LoraLayer))
+    return any(p.requires_grad for layer in layers for _, *pair, _ in _pairs(layer) for p in pair)
+
+
+def _pairs(layer: Any) -> list[tuple[str, nn.Parameter, nn.Parameter, bool]]:
+    """`(adapter, A, B, whether of an embedding)`."""
+    linear = [(k, a.weight, layer.lora_B[k].weight, False) for k, a in layer.lora_A.items() if k in layer.lora_B]
+    return linear + [(k, a, layer.lora_embedding_B[k], True) for k, a in layer.lora_embedding_A.items()]
+
+
+def _factor(
+    name: str, own: nn.Parameter, partner: nn.Parameter, side: str, layer: Any, adapter: str, embedding: bool
+) -> Factor:
+    experts, rank = getattr(layer, "num_experts", 1), layer.r[adapter]
+    layout = Layout(transposed=side == "B")
+    if experts > 1:  # rows of A expert by expert, columns of B rank by rank
+        layout = Layout(rows=(rank,) * experts) if side == "A" else Layout(True, interleaved=(rank, experts))
+    a, b = (own, partner) if side == "A" else (partner, own)
+    reach = 1.0
+    if not own.is_meta and own.ndim == 2:
+        size, other = _size(own, rank * experts), _size(partner, rank * experts)
+        if not (size or other):
+            raise ValueError(f"{name} and its partner are both zero: neither can move. Initialise one of them.")
+        scale = abs(float(layer.scaling[adapter]))
+        reach = math.sqrt(b.shape[0] / a.shape[1]) / (scale * other) if other and scale else size
+    return Factor(
+        name=name,
+        parameter=own,
+        role=f"lora_embedding_{side}" if embedding else f"lora_{side}",
+        layout=layout,
+        matrices=experts,
+        grows=(side == "A") == embedding,
+        reach=reach,
+    )
+
+
+def _size(factor: Tensor, rank: int) -> float:
+    """The root mean square of its singular values."""
+    return factor.detach().float().norm().item() / math.sqrt(rank)

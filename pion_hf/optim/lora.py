@@ -1,0 +1,266 @@
+"""LoRA factors: `dW = s B A` with `A`, `(r, in)`, and `B`, `(out, r)`; a rule of its own for each of the two.
+
+Every factor is seen as `(r, n)`, `B` transposed, so that rotations act from the right, on the side of the layer's
+inputs or outputs: on the other, of size `r`, they would only mix what the partner can mix as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pion_hf.linalg.polar import MOST_STEPS, POLAR_METHODS, polar_factor
+from pion_hf.linalg.precision import PRODUCT_DTYPES, product_dtype
+from pion_hf.linalg.rotation import RETRACTIONS
+from pion_hf.linalg.spectrum import numerical_zero, singular_basis, singular_values
+from pion_hf.optim.base import MatrixOptimizer, average, check_choices, check_range
+from pion_hf.optim.pion import BASIS_REFRESH, direction_of, generator_of
+from pion_hf.optim.teon import check_stacks
+
+METHODS = ("rotate", "orthogonal")
+CHOICES = {
+    "method": METHODS,
+    "direction": ("gradient", "adam", "natural", "polar"),
+    "metric": ("lie", "ambient"),
+    "momentum": ("transported", "ambient"),
+    "polar": POLAR_METHODS,
+    "retraction": RETRACTIONS[:2],  # low-rank generators need an exact one
+    "generator_dtype": PRODUCT_DTYPES,
+}
+
+
+class PionLora(MatrixOptimizer):
+    """Pion for adapters: one factor rotates and keeps its singular values, the other grows by orthogonalised steps.
+
+    A fresh adapter has `B = 0`, which no rotation can move: by default `A` rotates and `B` grows. A group of rule
+    `pion_lora` says by `method` what its factors do; `pion_hf.param_groups(model, "pion_lora")` makes the groups.
+
+    The scale. A step of either factor acts on the product, `s B A`. A factor that rotates turns by `lr`:
+    `||dA||_F = lr ||A||_F`, which moves `s B A` by at most `lr` of itself, whatever its size. A factor that grows
+    steps by
+
+        dB = -lr * sqrt(out / in) / (s a) * polar(U),    a = ||A||_F / sqrt(r)  (before training)
+
+    so that each of the `r` singular values of `s dB A` is `lr * sqrt(out / in)` where those of `A` are equal, as they
+    nearly are after every random init: the spectral condition of arXiv 2310.17813, under which steps do not depend on
+    width. Neither `s = alpha / r` nor the size of `A` is left in it, and a further unit of rank adds a direction
+    without changing the others. (If the partner is zero, as `B` is when `A` grows too, a step is `lr` of the factor
+    itself.)
+
+    Args:
+        params: groups from `pion_hf.param_groups(model, "pion_lora")`; its `lora_a` and `lora_b` choose the methods.
+        lr: angle of a rotation in radians, and the size of a growing step (above).
+        betas: decay of momentum and second moment. eps: added to the root of the second moment.
+        direction: of a rotation, the step without the constraint: `gradient`, `adam`, `natural`, `polar`; see `Pion`.
+        metric: of a rotation, `lie` or `ambient`; of a factor whose singular values are equal they nearly agree.
+        momentum: `transported` (carried along by the rotations) or `ambient` (left where it is).
+        rank_tolerance: singular values below this fraction of the largest count as zero in the ambient metric.
+        polar, polar_steps: how a step is orthogonalised; see `Teon`.
+        retraction: `cayley` or `root`, both exact. generator_dtype: see `Pion`.
+        weight_decay: decoupled, of factors that grow (and AdamW's groups). adamw_betas, adamw_eps: of AdamW's groups.
+
+    Raises:
+        ValueError: an unknown option or value; a factor asked to rotate that is zero or rank-deficient.
+    """
+
+    matrix_rules = ("pion_lora",)
+    per_block_state = frozenset({"basis", "values", "reach"})
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 5e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        direction: Literal["gradient", "adam", "natural", "polar"] = "polar",
+        metric: Literal["lie", "ambient"] = "lie",
+        momentum: Literal["transported", "ambient"] = "transported",
+        rank_tolerance: float = 0.02,
+        polar: Literal["express", "quintic", "svd"] = "express",
+        polar_steps: int = 5,
+        retraction: Literal["root", "cayley"] = "cayley",
+        generator_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "direction": direction,
+            "metric": metric,
+            "momentum": momentum,
+            "rank_tolerance": rank_tolerance,
+            "polar": polar,
+            "polar_steps": polar_steps,
+            "retraction": retraction,
+            "generator_dtype": generator_dtype,
+            "weight_decay": weight_decay,
+            # What the rules of whole matrices can choose and these do not.
+            "second_moment": False,
+            "hold": 0.0,
+        }
+        super().__init__(params, defaults)
+
+    def check_options(self, group: dict) -> None:
+        if group["rule"] == "adamw":
+            return
+        if "method" not in group or len(group.get("reach", ())) != len(group["params"]):
+            raise ValueError(
+                "a group of rule 'pion_lora' needs to know its factors: make it with pion_hf.param_groups(model, "
+                "'pion_lora')."
+            )
+        check_choices(group, CHOICES)
+        check_range("polar_steps", group["polar_steps"], 1 <= group["polar_steps"] <= MOST_STEPS, f"in 1..{MOST_STEPS}")
+        tolerance = group["rank_tolerance"]
+        check_range("rank_tolerance", tolerance, 0 <= tolerance < 1, "in [0, 1)")
+
+    def keeps_spectrum(self, group: dict) -> bool:
+        return group["rule"] == "pion_lora" and group["method"] == "rotate"
+
+    def check_matrix(self, name: str, matrix: Tensor, group: dict) -> None:
+        super().check_matrix(name, matrix, group)
+        if group["method"] != "rotate":
+            return
+        zero = numerical_zero(singular_values(matrix).float())
+        if zero.any():
+            what = "zero" if zero.all() else f"of rank {int((~zero).sum(-1).min())} instead of {zero.shape[-1]}"
+            raise ValueError(
+                f"{name} is {what}, and rotations never change that. Let it grow (lora_a or lora_b = 'orthogonal', or "
+                "'adamw'), start it with full rank (init_lora_weights: pissa or olora for both factors, true or "
+                "gaussian for A), or freeze it (requires_grad_(False))."
+            )
+
+    def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
+        if group["method"] == "rotate":
+            return {}
+        return {"reach": torch.full((len(matrices), 1, 1), group["reach"][position], device=matrices.device)}
+
+    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+        if group["method"] == "rotate":
+            return _rotated(weight, grad, state, group=group, step=step)
+        return grown(weight, grad, state, group=group, mu=group["betas"][0], dtype=group["generator_dtype"])
+
+
+def _rotated(weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+    direction = direction_of(grad, state, group=group, step=step)
+    # Of the size of the weight, so that one Gram matrix holds both without loss. The angle is set below.
+    direction = direction / torch.linalg.matrix_norm(direction, keepdim=True).clamp_min(torch.finfo(grad.dtype).tiny)
+    direction = direction * torch.linalg.matrix_norm(weight, keepdim=True)
+    if group["metric"] == "ambient" and (step - 1) % BASIS_REFRESH == 0:
+        state["basis"], state["values"] = singular_basis(weight)
+    a = generator_of(weight, direction, state, side="in", group=group)
+    moved, size = a.act_norm(weight), torch.linalg.matrix_norm(weight, keepdim=True)
+    alpha = group["lr"] * size / (moved + 1e-12 * size)
+    dtype = product_dtype(weight, group["generator_dtype"])
+    increment = a.increment(alpha, retraction=group["retraction"], rows=weight.shape[-2], dtype=dtype)
+    if group["momentum"] == "transported":
+        state["momentum"] = increment.rotate(state["momentum"], dtype=dtype)
+    if "basis" in state and weight.shape[-2] >= weight.shape[-1]:  # of the other side it stays
+        state["basis"] = increment.rotate(state["basis"])
+    return increment.rotate(weight)
+
+
+def grown(
+    weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, mu: float, dtype: str, nesterov: bool = True
+) -> Tensor:
+    """An orthogonalised step of factors `(b, r, n)`, or of stacks `(b, K, r, n)` along the rank, `(K r, n)`.
+
+    It is `lr * reach` times the polar factor, whose mean square does not depend on the stack.
+    """
+    momentum = average(state, "momentum", grad, mu)
+    direction = grad.lerp(momentum, mu) if nesterov else momentum
+    tall = direction.flatten(1, 2) if direction.ndim == 4 else direction
+    low = tall.dtype if group["polar"] == "svd" else product_dtype(tall, dtype)
+    factor = polar_factor(tall.to(low), method=group["polar"], steps=group["polar_steps"]).to(weight.dtype)
+    k = weight.shape[1] if weight.ndim == 4 else 1
+    r, n = weight.shape[-2:]
+    size = group["lr"] * math.sqrt(k * min(r, n) / min(k * r, n))
+    if group["weight_decay"]:
+        weight = weight * (1 - group["lr"] * group["weight_decay"])
+    return weight - size * state["reach"] * factor.view(weight.shape)
+
+
+class TeonLora(MatrixOptimizer):
+    """TEON for adapters: the factors of consecutive layers are orthogonalised together, both grow.
+
+    Two adapters share their layers' spaces of inputs and outputs, as far as these are one residual stream, but not the
+    space of size `r` between their factors, where the first direction of one has nothing to do with the first of
+    another. So factors are stacked along the rank: `[A_1; ...; A_K]`, `(K r, in)`, and `[B_1 | ... | B_K]`,
+    `(out, K r)`, which for `B` is the unfolding of TEON and for `A` its transpose. The size of a step is that of a
+    factor that grows in `PionLora`. With `stack=1` it is Muon on both factors.
+
+    Args:
+        params: groups from `pion_hf.param_groups(model, "teon_lora")`, which finds the stacks.
+        lr: size of a step; see `PionLora`. momentum, nesterov, stack, polar, polar_steps, polar_dtype: see `Teon`.
+        weight_decay: decoupled, of the factors and AdamW's groups. adamw_betas, adamw_eps: of AdamW's groups.
+
+    Raises:
+        ValueError: an unknown option or value.
+    """
+
+    matrix_rules = ("teon_lora",)
+    per_block_state = frozenset({"reach"})
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 5e-3,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        stack: int = 2,
+        polar: Literal["express", "quintic", "svd"] = "express",
+        polar_steps: int = 5,
+        polar_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        weight_decay: float = 0.0,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "stack": stack,
+            "polar": polar,
+            "polar_steps": polar_steps,
+            "polar_dtype": polar_dtype,
+            "weight_decay": weight_decay,
+            "betas": adamw_betas,
+            "eps": adamw_eps,
+        }
+        super().__init__(params, defaults)
+
+    def check_options(self, group: dict) -> None:
+        if group["rule"] == "adamw":
+            return
+        if len(group.get("reach", ())) != len(group["params"]):
+            raise ValueError(
+                "a group of rule 'teon_lora' needs to know its factors: make it with pion_hf.param_groups(model, "
+                "'teon_lora')."
+            )
+        check_choices(group, {"polar": POLAR_METHODS, "polar_dtype": PRODUCT_DTYPES})
+        check_stacks(group)
+        check_range("momentum", group["momentum"], 0 <= group["momentum"] < 1, "in [0, 1)")
+        check_range("polar_steps", group["polar_steps"], 1 <= group["polar_steps"] <= MOST_STEPS, f"in 1..{MOST_STEPS}")
+
+    def stacks_of(self, group: dict) -> list[list[str]]:
+        return group.get("stacks", [])
+
+    def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
+        return {"reach": torch.full((len(matrices), 1, 1), group["reach"][position], device=matrices.device)}
+
+    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+        return grown(
+            weight,
+            grad,
+            state,
+            group=group,
+            mu=group["momentum"],
+            dtype=group["polar_dtype"],
+            nesterov=group["nesterov"],
+        )

@@ -1,0 +1,33 @@
+"""Exact float32 masters of half-precision weights: the weight and what it drops, no second copy.
+
+A bfloat16 weight rounds a step of less than 2^-9 of itself away. Kept beside it are the 16 bits that it drops, so that
+both together are a float32 number: 2 bytes a parameter. A float16 weight, whose bits do not nest in a float32's, is
+kept with its float32 rounding error: 4 bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+REST_DTYPES = {torch.bfloat16: torch.int16, torch.float16: torch.float32}
+
+
+def join(weight: Tensor, rest: Tensor) -> Tensor:
+    """The float32 master of a half-precision `weight` and its `rest`, of one shape."""
+    if weight.dtype == torch.float16:
+        return weight.float() + rest
+    high = weight.contiguous().view(torch.int16).to(torch.int32) << 16
+    return (high + rest).view(torch.float32)
+
+
+def part(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`(weight, rest)` of a float32 `master`, the weight rounded to nearest; `join` gives back every bit of it."""
+    if dtype == torch.float16:
+        weight = master.half()
+        return weight, master - weight.float()
+    bits = master.contiguous().view(torch.int32)
+    # Half up in magnitude, so that the rest fits 16 bits; torch's own rounding, half to even, would miss by one.
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
