@@ -233,7 +233,6 @@ def test_plan_takes_the_dtype_of_the_checkpoint(tmp_path, capsys):
         ({}, ["--optim_args", "rms=big"], "rms must be of type float, got 'big'"),
         ({}, ["recipe.yaml"], "'recipe.yaml' belongs to no flag; a recipe is named by --config FILE"),
         ({"model_name_or_path": None}, [], "name the model"),
-        ({"use_peft": True}, [], "not LoRA adapters, in this version"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_right_one(command, changes, flags, message, recipe):

@@ -23,7 +23,7 @@ from pion_hf.cli import cpt
 RECIPE = "recipes/smollm2-135m/cpt/teon.yaml"
 RESULTS = Path(__file__).parent / "results" / "cpt.json"
 FIXED = ["--max_steps", "20", "--per_device_train_batch_size", "4", "--optim_adamw_lr", "1e-4", "--disable_tqdm", "true"]
-SWEEP = {"adamw_torch": (3e-5, 1e-4, 3e-4), "muon": (3e-4, 1e-3, 3e-3), "teon": (3e-4, 1e-3, 3e-3)}
+SWEEP = {"adamw_torch": (3e-5, 1e-4, 3e-4), "muon": (1e-4, 3e-4, 1e-3), "teon": (1e-4, 3e-4, 1e-3)}
 
 
 def run(optim: str, lr: float, seed: int) -> dict:

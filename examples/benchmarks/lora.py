@@ -248,15 +248,15 @@ def _task(run: dict) -> float:
 
 
 COLUMNS = ("contender", "lr", "seed", "task", "other text", "steps to AdamW's best", "exact match", "drift")
-TIMES = ("step s", "optimizer s")
+COLUMNS += ("step s", "optimizer s")
 
 
 def comparison(record: dict) -> Table:
     runs, before = [r for r in record["runs"] if r["rank"] == RANK], record["before"]
     target = best(runs, "adamw")
     table = Table(title=f"LoRA, rank {RANK}. Before training: task {before['task']:.4f}, other {before['other']:.4f}")
-    for column in (*COLUMNS, *TIMES):
-        table.add_column(column, justify="left" if column == "contender" else "right")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "contender" else "right", no_wrap=column == "contender")
     ends = []
     for contender in CONTENDERS:
         lowest = best(runs, contender)
@@ -296,13 +296,13 @@ def transfer(runs: list[dict]) -> Table:
         for rank in ranks:
             lowest, bottom = best(runs, contender, rank), vertex(sweep(runs, contender, rank))
             grid.append(lowest["lr"])
-            fitted.append(bottom or math.nan)
+            fitted.append(bottom)
             shown = f"{bottom:.2g}" if bottom else ""
             inside = "yes" if interior(runs, contender, rank) else "no"
             table.add_row(contender, str(rank), f"{grid[-1]:g}", shown, f"{lowest['task']:.4f}", inside)
         if len(ranks) > 1:
-            ratios = [max(v) / min(v) if all(map(math.isfinite, v)) else math.nan for v in (grid, fitted)]
-            table.add_row("", "largest / smallest", *(f"{ratio:.1f}" for ratio in ratios), "", "", style="italic")
+            ratios = (f"{max(v) / min(v):.1f}" if all(v) else "" for v in (grid, fitted))
+            table.add_row("", "largest / smallest", *ratios, "", "", style="italic")
         table.add_section()
     return table
 

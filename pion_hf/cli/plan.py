@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import peft
 import torch
+import trl
 from rich.console import Console
 from rich.table import Table
 
@@ -13,7 +15,7 @@ from pion_hf.cli.cpt import ScratchArguments
 from pion_hf.cli.curves import check_plot, learning_rate_curves, save_plot
 from pion_hf.cli.recipe import RecipeParser
 from pion_hf.cli.training import ARGUMENTS, check_model, model_from_config
-from pion_hf.integrations.registry import groups_from, options_from
+from pion_hf.integrations.registry import choose_form, groups_from
 
 
 @dataclass
@@ -44,7 +46,11 @@ def main(argv: list[str]) -> None:
     # As TRL's script loads it: the state is in the dtype of the weights.
     dtype = (args.model_init_kwargs or {}).get("dtype", model_args.dtype)
     model = model_without_weights(model_args.model_name_or_path, dtype=dtype, trust_remote_code=args.trust_remote_code)
-    options, group_options = options_from(args, optim)
+    adapter = trl.get_peft_config(model_args)
+    if adapter is not None:
+        with torch.device("meta"):
+            model = peft.get_peft_model(model, adapter)
+    optim, options, group_options = choose_form(args, model)
     routing, groups = groups_from(args, model, optim, group_options)
     optimizer = OPTIMIZER_CLASSES[optim](groups, lr=args.learning_rate, **options)
     rates = {group["rule"]: group["lr"] for group in groups}

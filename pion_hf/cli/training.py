@@ -17,9 +17,10 @@ from rich.table import Table
 from trl.scripts import sft as trl_sft
 
 from pion_hf.arguments import OPTIMIZER_CLASSES
+from pion_hf.cli.adapters import AdapterSFTTrainer, ModelArguments, check_adapter, set_initialisation
 from pion_hf.evaluation import exact_match, text_loss
 from pion_hf.integrations.registry import refuse_wrappers
-from pion_hf.integrations.trl import PionSFTConfig, PionSFTTrainer
+from pion_hf.integrations.trl import PionSFTConfig
 
 NUMBER_FORMATS = {"exact match": "{:.1%}", "perplexity": "{:.2f}"}  # any other: four places
 
@@ -39,10 +40,10 @@ class ReportArguments:
 
 
 # The dataclasses of every training command, in the order of `train`'s arguments.
-ARGUMENTS = (trl.ScriptArguments, PionSFTConfig, trl.ModelConfig, trl.DatasetMixtureConfig, ReportArguments)
+ARGUMENTS = (trl.ScriptArguments, PionSFTConfig, ModelArguments, trl.DatasetMixtureConfig, ReportArguments)
 
 
-class ReportingSFTTrainer(PionSFTTrainer):
+class ReportingSFTTrainer(AdapterSFTTrainer):
     """Measures before and after training what `ReportArguments` asks for."""
 
     def __init__(self, *args: Any, report: ReportArguments, **kwargs: Any) -> None:
@@ -113,7 +114,7 @@ class ReportingSFTTrainer(PionSFTTrainer):
 def train(
     script_args: trl.ScriptArguments,
     training_args: PionSFTConfig,
-    model_args: trl.ModelConfig,
+    model_args: ModelArguments,
     dataset_args: trl.DatasetMixtureConfig,
     report_args: ReportArguments,
     *,
@@ -129,6 +130,8 @@ def train(
     trainers: list[ReportingSFTTrainer] = []
 
     def trainer(**kwargs: Any) -> ReportingSFTTrainer:
+        if model_args.init_lora_weights is not None:
+            set_initialisation(kwargs["peft_config"], model_args.init_lora_weights)
         trainers.append(make_trainer(report=report_args, **kwargs))
         return trainers[-1]
 
@@ -149,18 +152,13 @@ def train(
     trainers[0].finish()
 
 
-def check_model(training_args: PionSFTConfig, model_args: trl.ModelConfig) -> None:
+def check_model(training_args: PionSFTConfig, model_args: ModelArguments) -> None:
     """Raise ValueError, before anything is loaded, for what the optimizer could not train."""
     if not model_args.model_name_or_path:
         raise ValueError("name the model: --model_name_or_path FOLDER_OR_ID, or --config RECIPE")
-    optim = training_args.optim.value
-    if optim in OPTIMIZER_CLASSES:
+    check_adapter(model_args)
+    if training_args.optim.value in OPTIMIZER_CLASSES:
         refuse_wrappers(training_args)
-        if model_args.use_peft:
-            raise ValueError(
-                f"optim={optim!r} trains whole matrices, not LoRA adapters, in this version: leave out use_peft, or "
-                "train the adapter with --optim adamw_torch."
-            )
 
 
 def model_from_config(
