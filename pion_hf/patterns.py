@@ -59,9 +59,14 @@ def spellings_of(model: nn.Module) -> dict[int, list[str]]:
 
 
 def candidates(pattern: str, names: list[str]) -> list[str]:
-    """What `pattern` may have meant: ends of names with as many dots as it has, or else their last parts."""
+    """What `pattern` may have meant: ends of names with as many dots as it has, or else their last parts.
+
+    Of LoRA's `q_proj.lora_A.default` these are `q_proj` and `lora_A`: every name ends in the adapter's.
+    """
+    stems = [n.removesuffix(".weight") for n in names]
+    stems = [s for n in stems for s in ((n.partition(".lora_")[0], n.rpartition(".")[0]) if ".lora_" in n else (n,))]
     for depth in (pattern.count(".") + 1, 1):
-        ends = list(dict.fromkeys(".".join(n.removesuffix(".weight").split(".")[-depth:]) for n in names))
+        ends = list(dict.fromkeys(".".join(s.split(".")[-depth:]) for s in stems))
         if difflib.get_close_matches(pattern, ends, n=1, cutoff=0.5):
             break
     return ends

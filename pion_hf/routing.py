@@ -18,7 +18,7 @@ from pion_hf.adapters import Factor, has_adapters, lora_factors
 from pion_hf.errors import unknown
 from pion_hf.optim.blocks import Layout, name_of
 from pion_hf.patterns import Patterns, spellings_of
-from pion_hf.stacking import Stacks, find_stacks
+from pion_hf.stacking import ALL_FACTORS, Stacks, find_stacks
 from pion_hf.structure import Structure
 
 OPTIMIZERS = ("pion", "teon", "muon", "pion_lora", "teon_lora")
@@ -207,9 +207,10 @@ def routing_table(
     if optim in ("teon", "teon_lora") and routing.matrices:
         return _stacked(routing, model, DEFAULT_STACK if stack is None else stack, stack_targets)
     if not routing.matrices and factors:
-        raise ValueError(
-            "every LoRA factor is left to AdamW: set lora_a='rotate' or lora_b='orthogonal', or train with adamw_torch."
-        )
+        hint = "widen optim_target_modules or narrow optim_exclude_modules (factors of convolutions always go there)"
+        if set(methods.values()) == {"adamw"}:
+            hint = "set lora_a='rotate' or lora_b='orthogonal'"
+        raise ValueError(f"every LoRA factor is left to AdamW: {hint}, or train with adamw_torch.")
     if not routing.matrices:
         if not any(r.role == "matrix" for r in routes):
             hint = " Use AdamW for this model: it trains no weight of an nn.Linear in a hidden layer."
@@ -271,7 +272,7 @@ def _stacked(routing: Routing, model: nn.Module, stack: int, targets: str | Iter
     """Rule `teon` for parameters that take part in a stack, `muon` for other matrices; LoRA factors keep theirs."""
     parameters = [(r.name, r.parameter, r.layout) for r in routing.matrices]
     if targets is None and any(r.method for r in routing.matrices):
-        targets = r"\.lora_"
+        targets = ALL_FACTORS
     stacks = find_stacks(model, parameters, stack=stack, targets=targets)
     if stack == 1:
         stacks = NO_STACKS

@@ -21,6 +21,7 @@ PROJECTIONS = {
     "v": {"v_proj", "value", "v", "v_lin", "wv", "to_v", "value_proj"},
 }
 DEFAULT_TARGETS = tuple(PROJECTIONS)
+ALL_FACTORS = r"\.lora_"  # the default on adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +95,11 @@ def _require_stacks(given: list[str], chosen: dict[str, list], of_type: dict[tup
     largest = {t: max((len(of_type[m.type]) for m in found), default=0) for t, found in chosen.items()}
     for target in given or [max(largest, key=largest.get)]:
         if largest[target] < stack:
+            most = max(1, largest[target])
+            what, out = ("LoRA factors", "") if target == ALL_FACTORS else (f"{target!r} matrices", target)
             raise ValueError(
                 f"stack={stack} is more than the {largest[target]} consecutive layers of one kind and shape that have "
-                f"{target!r} matrices: set stack to at most {max(1, largest[target])}, or take {target!r} out of "
-                "stack_targets."
+                f"{what}: set stack to at most {most}{f', or take {out!r} out of stack_targets' if out else ''}."
             )
 
 

@@ -56,6 +56,12 @@ def partner(model: nn.Module, name: str) -> torch.Tensor:
     return dict(model.named_parameters())[other].detach()
 
 
+def growing_reach(model: nn.Module, r, *, scaling: float, rank: int = 4) -> float:
+    """`sqrt(out / in) / (s a)` with `a = ||A||_F / sqrt(r)`, of a factor `B` with its partner `A`."""
+    a = partner(model, r.name).double()
+    return math.sqrt(r.parameter.shape[0] / a.shape[1]) / (scaling * a.norm().item() / math.sqrt(rank))
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2, vocabulary: int = 90) -> list[float]:
     draw, losses = torch.Generator().manual_seed(0), []
     ids = torch.randint(5, vocabulary, (4, 10), generator=draw)
@@ -95,13 +101,12 @@ def test_a_rotates_and_b_grows():
         assert r.matrices == 1
 
 
-def test_a_growing_step_knows_width_scaling_and_the_size_of_its_partner():
-    model = adapted(r=4, lora_alpha=12)
+@pytest.mark.parametrize(("options", "scaling"), [({"lora_alpha": 12}, 12 / 4), ({"use_rslora": True}, 8 / 4**0.5)])
+def test_a_growing_step_knows_width_scaling_and_the_size_of_its_partner(options, scaling):
+    model = adapted(**options)
     for name, r in routes(model).items():
         if ".lora_B." in name:
-            out, width, a = r.parameter.shape[0], partner(model, name).shape[1], partner(model, name).double()
-            want = math.sqrt(out / width) / (12 / 4 * a.norm().item() / math.sqrt(4))
-            assert r.reach == pytest.approx(want, rel=1e-6)
+            assert r.reach == pytest.approx(growing_reach(model, r, scaling=scaling), rel=1e-6)
 
 
 def test_a_factor_whose_partner_is_zero_steps_by_its_own_size():
@@ -147,24 +152,13 @@ def test_ranks_and_alphas_by_pattern(optim):
             continue
         rank = 2 if "layers.0.self_attn.v_proj" in name else 4
         scaling = (32 if "q_proj" in name else 8) / rank
-        a = partner(model, name).double()
-        want = math.sqrt(r.parameter.shape[0] / a.shape[1]) / (scaling * a.norm().item() / math.sqrt(rank))
-        assert r.reach == pytest.approx(want, rel=1e-6)
+        assert r.reach == pytest.approx(growing_reach(model, r, scaling=scaling, rank=rank), rel=1e-6)
     if optim == "teon_lora":
         assert not any("v_proj" in name for names in routing_table(model, optim).stacks.stacks for name in names)
     optimizer = {"pion_lora": PionLora, "teon_lora": TeonLora}[optim](param_groups(model, optim, lr=1e-2))
     before = copies(model)
     train(model, optimizer)
     assert moved(model, before) == set(found)
-
-
-def test_rank_stabilised_scaling():
-    model = adapted(use_rslora=True)
-    for name, r in routes(model).items():
-        if ".lora_B." in name:
-            a = partner(model, name).double()
-            want = math.sqrt(r.parameter.shape[0] / a.shape[1]) / (8 / math.sqrt(4) * a.norm().item() / math.sqrt(4))
-            assert r.reach == pytest.approx(want, rel=1e-6)
 
 
 def test_in_embeddings_the_factors_change_places():
@@ -209,8 +203,7 @@ def test_copies_and_biases_go_to_adamw(optim):
     assert set(found) == {n for n, p in model.named_parameters() if p.requires_grad}
     others = {n: r for n, r in found.items() if r.rule == "adamw"}
     assert set(found) - set(others) == factor_names(model)
-    roles = {r.role for r in others.values()}
-    assert roles == {"matrix", "head", "norm", "bias"}
+    assert {r.role for r in others.values()} == {"matrix", "head", "norm", "bias"}
     groups = param_groups(model, optim, weight_decay=0.1)
     decays = {n: g["weight_decay"] for g in groups for n, _ in g["params"]}
     for name, r in found.items():
@@ -263,9 +256,8 @@ def test_gpt2_stores_its_layers_transposed_and_its_factors_not():
     for name, r in found.items():
         if ".lora_B." in name:
             out = {"c_attn": 96, "c_fc": 128}[name.split(".lora_")[0].split(".")[-1]]
-            assert r.parameter.shape == (out, 4)
-            size = partner(model, name).double().norm().item() / 2
-            assert r.reach == pytest.approx(math.sqrt(out / 32) / (8 / 4 * size), rel=1e-6)
+            assert (r.parameter.shape, partner(model, name).shape) == ((out, 4), (4, 32))
+            assert r.reach == pytest.approx(growing_reach(model, r, scaling=8 / 4), rel=1e-6)
     before = copies(model)
     train(model, PionLora(param_groups(model, "pion_lora", lr=1e-2)), steps=3)
     assert moved(model, before) == set(found)
@@ -338,10 +330,8 @@ def test_the_choices_of_both_factors(lora_a, lora_b):
     for group in groups:
         for name, _ in group["params"]:
             method = want["A" if ".lora_A." in name else "B"]
-            assert (group["rule"], group.get("method", "adamw")) == (
-                "adamw" if method == "adamw" else "pion_lora",
-                method,
-            )
+            assert group.get("method", "adamw") == method
+            assert group["rule"] == ("adamw" if method == "adamw" else "pion_lora")
     before = copies(model)
     train(model, PionLora(groups))
     assert moved(model, before) == factor_names(model)
@@ -354,7 +344,9 @@ def test_the_choices_of_both_factors(lora_a, lora_b):
         ("pion_lora", {"lora_b": "orthogonl"}, "Did you mean 'orthogonal'"),
         ("pion_lora", {"stack": 2}, "options of optim='teon' and 'teon_lora', not of optim='pion_lora'"),
         ("teon_lora", {"lora_a": "rotate"}, "lora_a is an option of optim='pion_lora', not of optim='teon_lora'"),
-        ("pion_lora", {"targets": ["qproj"]}, "Did you mean"),
+        ("pion_lora", {"targets": ["qproj"]}, "Did you mean 'q_proj'"),
+        ("pion_lora", {"exclude": ["loraA"]}, "Did you mean 'lora_A'"),
+        ("teon_lora", {"stack_targets": ["vproj"]}, "Did you mean 'v_proj'"),
         ("teon_lora", {"stack": 3}, "stack=3 is more than the 2 consecutive layers"),
         ("teon_lora", {"stack": 0}, "stack must be a whole number of layers"),
     ],
@@ -375,7 +367,7 @@ def test_targets_and_exclude_choose_among_factors():
 
 @pytest.mark.parametrize("optim", LORA_FORMS)
 def test_targets_that_leave_no_factor_are_refused(optim):
-    with pytest.raises(ValueError, match="every LoRA factor is left to AdamW"):
+    with pytest.raises(ValueError, match="every LoRA factor is left to AdamW: widen optim_target_modules or"):
         routing_table(adapted(), optim, exclude=["lora_"])
 
 
@@ -423,7 +415,9 @@ def test_stacks_of_experts_pair_by_index():
 def optimizer_of(tmp_path, monkeypatch):
     """The optimizer that a Trainer builds, and what was logged meanwhile."""
 
-    def build(model: nn.Module, classes: type = TrainingArguments, **options) -> tuple[torch.optim.Optimizer, list[str]]:
+    def build(
+        model: nn.Module, classes: type = TrainingArguments, **options
+    ) -> tuple[torch.optim.Optimizer, list[str]]:
         logged = []
         monkeypatch.setattr("pion_hf.integrations.registry.logger.warning", logged.append)
         args = classes(output_dir=str(tmp_path), use_cpu=True, report_to="none", **options)

@@ -12,6 +12,7 @@ from transformers import HfArgumentParser
 from pion_hf import PionTrainingArguments, param_groups
 from pion_hf.arguments import (
     GROUP_OPTIONS,
+    LORA_OPTIONS,
     OPTIMIZER_CLASSES,
     STACK_OPTIONS,
     PionOptions,
@@ -127,8 +128,10 @@ def test_every_option_has_a_typed_field_of_its_type(optim):
         given = _without_none(hints[options[option]])
         if typing.get_origin(wanted) is tuple:
             wanted = list[typing.get_args(wanted)[0]]  # argparse reads several values as a list
-        # What the optimizers understand differently is a string, checked against the constructor.
-        assert given == wanted or given is str, f"{options[option]}: {given}, the constructor has {wanted}"
+        # What the optimizers understand differently is a string, or has the words of all of them, and is checked
+        # against the constructor.
+        words = [set(typing.get_args(t)) if typing.get_origin(t) is typing.Literal else {t} for t in (wanted, given)]
+        assert words[0] <= words[1] or given is str, f"{options[option]}: {given}, the constructor has {wanted}"
 
 
 def test_every_typed_field_is_an_option_of_some_optimizer():
@@ -148,12 +151,26 @@ def test_muon_is_teon_without_stacks():
     assert resolve_options("teon", {"stack": 3, "stack_targets": "q"}) == ({}, {"stack": 3, "stack_targets": ["q"]})
 
 
+def test_choices_of_lora_factors_are_the_routings():
+    options = {"lora_a": "orthogonal", "lora_b": "adamw", "direction": "natural"}
+    assert resolve_options("pion_lora", options) == (
+        {"direction": "natural"},
+        {"lora_a": "orthogonal", "lora_b": "adamw"},
+    )
+    assert resolve_options("teon_lora", {"stack": 4}) == ({}, {"stack": 4})
+
+
 @pytest.mark.parametrize(
     ("optim", "option", "message"),
     [
         ("teon", {"hold": 0.1}, "'hold' is an option of optim='pion', not of optim='teon'"),
-        ("muon", {"stack": 2}, "'stack' is an option of optim='teon', not of optim='muon'"),
-        ("pion", {"nesterov": True}, "'nesterov' is an option of optim='teon' and 'muon', not of optim='pion'"),
+        ("muon", {"stack": 2}, "'stack' is an option of optim='teon' and 'teon_lora', not of optim='muon'"),
+        ("pion", {"nesterov": True}, "'nesterov' is an option of optim='teon' and 'muon' and 'teon_lora', not of"),
+        ("pion", {"lora_a": "rotate"}, "'lora_a' is an option of optim='pion_lora', not of optim='pion'"),
+        ("pion_lora", {"side": "in"}, "'side' is an option of optim='pion', not of optim='pion_lora'"),
+        ("pion_lora", {"lora_b": "grow"}, "'grow' is not a known value of lora_b"),
+        ("pion_lora", {"retraction": "taylor"}, "'taylor' is not a known value of retraction"),
+        ("teon_lora", {"scale": "rms"}, "not of optim='teon_lora'"),
         ("teon", {"momentum": "lie"}, "momentum must be of type float, got 'lie'"),
         ("teon", {"stak": 2}, "Did you mean 'stack'"),
     ],
@@ -210,4 +227,4 @@ def test_fields_that_the_optimizer_ignores_are_named(arguments, monkeypatch):
 
 
 def test_group_options_are_those_of_param_groups():
-    assert {*GROUP_OPTIONS, *STACK_OPTIONS} <= set(inspect.signature(param_groups).parameters)
+    assert {*GROUP_OPTIONS, *STACK_OPTIONS, *LORA_OPTIONS} <= set(inspect.signature(param_groups).parameters)

@@ -66,7 +66,7 @@ def test_linalg_and_optim_need_torch_only():
     command = [sys.executable, "-c", WITHOUT_HUGGING_FACE, str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert {"pion_hf.linalg.rotation", "pion_hf.optim.pion"} <= set(done.stdout.split())
+    assert {"pion_hf.linalg.rotation", "pion_hf.optim.pion", "pion_hf.optim.lora"} <= set(done.stdout.split())
 
 
 def room(module: str) -> str:

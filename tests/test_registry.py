@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments, trainer
 from transformers.training_args import OptimizerNames
 
 from pion_hf import Pion, PionTrainingArguments, register
-from pion_hf.integrations.registry import refuse_wrappers
+from pion_hf.integrations.registry import OPTIMIZER_NAMES, refuse_wrappers
 
 
 @pytest.fixture
@@ -38,11 +38,12 @@ def groups_by_rule(optimizer) -> dict[str, list[dict]]:
     return found
 
 
-def test_the_name_is_a_full_member():
-    member = OptimizerNames("pion")
-    assert member is OptimizerNames.PION
-    assert member is OptimizerNames["PION"]
-    assert member == "pion"
+@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+def test_the_name_is_a_full_member(name):
+    member = OptimizerNames(name)
+    assert member is getattr(OptimizerNames, name.upper())
+    assert member is OptimizerNames[name.upper()]
+    assert member == name
     assert list(OptimizerNames).count(member) == 1
     assert pickle.loads(pickle.dumps(member)) is member
     assert copy.deepcopy(member) is member

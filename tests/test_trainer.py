@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from pion_hf import Pion, PionTrainer, PionTrainerMixin, PionTrainingArguments
+from pion_hf import Pion, PionLora, PionTrainer, PionTrainerMixin, PionTrainingArguments
 from pion_hf.integrations.trl import PionSFTConfig, PionSFTTrainer
 from tests.conftest import chat_rows, toy_llama
 
@@ -127,11 +127,16 @@ def test_other_optimizers_in_our_trainer(model, token_rows, options):
     assert "optimizer_share" in metrics
 
 
-def test_lora_adapters_are_refused(model, token_rows, options):
+def test_lora_adapters_get_the_form_for_adapters(model, token_rows, options):
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    before = {n: p.detach().clone() for n, p in adapted.named_parameters()}
     trainer = PionTrainer(model=adapted, args=PionTrainingArguments(**options), train_dataset=token_rows)
-    with pytest.raises(ValueError, match=r"is a LoRA factor.*adamw_torch"):
-        trainer.train()
+    metrics = trainer.train().metrics
+    assert type(inner(trainer)) is PionLora
+    assert metrics["rotated_matrices"] == 2
+    assert metrics["spectrum_drift"] < 1e-5
+    for name, p in adapted.named_parameters():
+        assert torch.equal(p, before[name]) != p.requires_grad, name
 
 
 class StopAfter(TrainerCallback):

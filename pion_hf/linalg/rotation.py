@@ -309,5 +309,8 @@ def factored_flops(k: int, n: int, rows: int) -> float:
 
 
 def rms_scale(norm: Tensor, *, lr: float, rms: float, numel: int) -> Tensor:
-    """`alpha = lr * rms * sqrt(m n) / (||dW||_F + 1e-12)`: the update's RMS becomes `lr * rms`."""
-    return lr * rms * math.sqrt(numel) / (norm + 1e-12)
+    """`alpha = lr * rms * sqrt(m n) / (||dW||_F + 1e-12)`: the update's RMS becomes `lr * rms`.
+
+    0 where the norm is: a matrix without a gradient (an expert that saw no token) stays as it is to the bit.
+    """
+    return torch.where(norm > 0, lr * rms * math.sqrt(numel) / (norm + 1e-12), 0)

@@ -19,6 +19,7 @@ from pion_hf.linalg.rotation import RETRACTIONS
 from pion_hf.linalg.spectrum import numerical_zero, singular_basis, singular_values
 from pion_hf.optim.base import MatrixOptimizer, average, check_choices, check_range
 from pion_hf.optim.pion import BASIS_REFRESH, direction_of, generator_of
+from pion_hf.optim.precision import HALF
 from pion_hf.optim.teon import check_stacks
 
 METHODS = ("rotate", "orthogonal")
@@ -61,7 +62,7 @@ class PionLora(MatrixOptimizer):
         rank_tolerance: singular values below this fraction of the largest count as zero in the ambient metric.
         polar, polar_steps: how a step is orthogonalised; see `Teon`.
         retraction: `cayley` or `root`, both exact. generator_dtype: see `Pion`.
-        weight_decay: decoupled, of factors that grow (and AdamW's groups). adamw_betas, adamw_eps: of AdamW's groups.
+        weight_decay: decoupled, of factors that grow (and AdamW's groups).
 
     Raises:
         ValueError: an unknown option or value; a factor asked to rotate that is zero or rank-deficient.
@@ -126,7 +127,9 @@ class PionLora(MatrixOptimizer):
         super().check_matrix(name, matrix, group)
         if group["method"] != "rotate":
             return
-        zero = numerical_zero(singular_values(matrix).float())
+        # Of stored half precision, what is missing of the rank shows as rounding.
+        rounding = torch.finfo(matrix.dtype).eps / 2 if matrix.dtype in HALF else 0.0
+        zero = numerical_zero(singular_values(matrix).float(), tolerance=rounding)
         if zero.any():
             what = "zero" if zero.all() else f"of rank {int((~zero).sum(-1).min())} instead of {zero.shape[-1]}"
             raise ValueError(
@@ -136,9 +139,7 @@ class PionLora(MatrixOptimizer):
             )
 
     def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
-        if group["method"] == "rotate":
-            return {}
-        return {"reach": torch.full((len(matrices), 1, 1), group["reach"][position], device=matrices.device)}
+        return {} if group["method"] == "rotate" else _reach(position, matrices, group)
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
         if group["method"] == "rotate":
@@ -155,7 +156,8 @@ def _rotated(weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: d
         state["basis"], state["values"] = singular_basis(weight)
     a = generator_of(weight, direction, state, side="in", group=group)
     moved, size = a.act_norm(weight), torch.linalg.matrix_norm(weight, keepdim=True)
-    alpha = group["lr"] * size / (moved + 1e-12 * size)
+    # Without a gradient, as A's while B is zero, it stays as it is to the bit.
+    alpha = torch.where(moved > torch.finfo(moved.dtype).tiny, group["lr"] * size / moved, 0)
     dtype = product_dtype(weight, group["generator_dtype"])
     increment = a.increment(alpha, retraction=group["retraction"], rows=weight.shape[-2], dtype=dtype)
     if group["momentum"] == "transported":
@@ -163,6 +165,11 @@ def _rotated(weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: d
     if "basis" in state and weight.shape[-2] >= weight.shape[-1]:  # of the other side it stays
         state["basis"] = increment.rotate(state["basis"])
     return increment.rotate(weight)
+
+
+def _reach(position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
+    dtype = torch.promote_types(matrices.dtype, torch.float32)
+    return {"reach": torch.full((len(matrices), 1, 1), group["reach"][position], dtype=dtype, device=matrices.device)}
 
 
 def grown(
@@ -252,7 +259,7 @@ class TeonLora(MatrixOptimizer):
         return group.get("stacks", [])
 
     def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
-        return {"reach": torch.full((len(matrices), 1, 1), group["reach"][position], device=matrices.device)}
+        return _reach(position, matrices, group)
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
         return grown(

@@ -293,8 +293,8 @@ def _step_size(weight: Tensor, generators: dict[str, Generator], *, group: dict)
     if group["scale"] == "none":
         return group["lr"]
     if group["scale"] == "spectral":
-        norms = [a.spectral_norm() for a in generators.values()]
-        return group["lr"] / torch.stack(norms).amax(0).clamp_min(1e-12)
+        norm = torch.stack([a.spectral_norm() for a in generators.values()]).amax(0)
+        return torch.where(norm > 0, group["lr"] / norm.clamp_min(1e-12), 0)
     if len(generators) == 1:
         ((side, a),) = generators.items()
         norm = a.act_norm(_seen_from(weight, side), dtype=product_dtype(weight, group["generator_dtype"]))
