@@ -1,9 +1,9 @@
 """Continued pretraining: AdamW, Muon and TEON at equal budget, every learning rate of a sweep, by `pion-hf cpt` itself.
 
-Every run is recipes/smollm2-135m/cpt/teon.yaml, 20 steps of 4 rows, with another optimizer, learning rate or seed (of the
-order of the data). AdamW is torch's, on everything at the one rate; beside Muon and TEON it takes embeddings and norms
-at 1e-4. Prints the losses of every run and, where the best learning rate lies at an end of its sweep, says so. The best
-rate of each optimizer is run again with a second seed.
+Every run is recipes/smollm2-135m/cpt/teon.yaml, 20 steps of 4 rows, with another optimizer, learning rate or seed (of
+the order of the data). AdamW is torch's, on everything at the one rate; beside Muon and TEON it takes embeddings and
+norms at 1e-4. Prints the losses of every run and, where the best learning rate lies at an end of its sweep, says so.
+The best rate of each optimizer is run again with a second seed.
 
 Needs examples/prepare_smollm2.py and examples/prepare_text.py. Finished runs are kept in results/cpt.json and not
 repeated (`--show`: none at all).
@@ -22,7 +22,7 @@ from pion_hf.cli import cpt
 
 RECIPE = "recipes/smollm2-135m/cpt/teon.yaml"
 RESULTS = Path(__file__).parent / "results" / "cpt.json"
-FIXED = ["--max_steps", "20", "--per_device_train_batch_size", "4", "--optim_adamw_lr", "1e-4", "--disable_tqdm", "true"]
+FIXED = ["--max_steps", "20", "--per_device_train_batch_size", "4", "--optim_adamw_lr", "1e-4"]
 SWEEP = {"adamw_torch": (3e-5, 1e-4, 3e-4), "muon": (1e-4, 3e-4, 1e-3), "teon": (1e-4, 3e-4, 1e-3)}
 
 
@@ -30,7 +30,7 @@ def run(optim: str, lr: float, seed: int) -> dict:
     folder = Path(f"runs/cpt/{optim}-{lr:g}-{seed}")
     started = time.perf_counter()
     chosen = ["--optim", optim, "--learning_rate", str(lr), "--seed", str(seed), "--output_dir", str(folder)]
-    cpt.main(["--config", RECIPE, *FIXED, *chosen])
+    cpt.main(["--config", RECIPE, "--disable_tqdm", "true", *FIXED, *chosen])
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     shutil.rmtree(folder)  # half a gigabyte of weights
     return {"optim": optim, "lr": lr, "seed": seed, "minutes": (time.perf_counter() - started) / 60, **report}
@@ -48,8 +48,8 @@ def _loss(row: dict) -> float:
 def table(runs: list[dict]) -> Table:
     before = runs[0]["before"]
     shown = Table(
-        title=f"Before: evaluation {before['evaluation loss']:.4f} (perplexity {before['perplexity']:.2f}), source code "
-        f"{before['loss on other text']:.4f}"
+        title=f"Before: evaluation {before['evaluation loss']:.4f} (perplexity {before['perplexity']:.2f}), "
+        f"source code {before['loss on other text']:.4f}"
     )
     for column in ("optimizer", "lr", "seed", "evaluation", "perplexity", "source code", "optimizer share", "minutes"):
         shown.add_column(column, justify="left" if column == "optimizer" else "right")

@@ -147,7 +147,8 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     for name, table, lr, init, seed, experts in [] if arguments.show else wanted(arguments.seeds):
-        key = {"what": "experts" if experts else "init", "optimizer": name, "lr": lr, "spectral_init": init, "seed": seed}
+        what = "experts" if experts else "init"
+        key = {"what": what, "optimizer": name, "lr": lr, "spectral_init": init, "seed": seed}
         if any(key.items() <= r.items() for r in runs):
             continue
         runs.append(run(name, table, lr, init, seed, experts))
