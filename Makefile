@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 	$(BIN)/pion-hf sft --config recipes/smollm2-135m/sft/full.yaml
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow"
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m slow

@@ -44,16 +44,13 @@ STEPS, EVERY, ROWS, GENERATED, RANK, LORA_PLUS_RATIO = 20, 5, 64, 32, 16, 16
 # contender -> the optimizer's name, its options (`optim_` and the key), and the learning rates tried.
 CONTENDERS = {
     "adamw": ("adamw_torch", {}, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "lora+": ("lora+", {}, (3e-5, 1e-4, 3e-4, 1e-3)),
-    "riemannian": ("riemannian", {}, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "muon": ("muon", {}, (1e-3, 3e-3, 1e-2, 3e-2)),
-    "pion_lora": ("pion_lora", {}, (3e-3, 1e-2, 3e-2, 1e-1)),
-    "pion_lora, gradient": ("pion_lora", {"direction": "gradient"}, (3e-3, 1e-2, 3e-2, 1e-1)),
-    "pion_lora, natural": ("pion_lora", {"direction": "natural"}, (3e-3, 1e-2, 3e-2, 1e-1)),
-    "pion_lora, ambient": ("pion_lora", {"metric": "ambient"}, (3e-3, 1e-2, 3e-2, 1e-1)),
-    "pion_lora, A by AdamW": ("pion_lora", {"lora_a": "adamw"}, (1e-3, 3e-3, 1e-2, 3e-2)),
-    "pion_lora, B by AdamW": ("pion_lora", {"lora_b": "adamw"}, (1e-3, 3e-3, 1e-2, 3e-2)),
-    "teon_lora": ("teon_lora", {}, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "lora+": ("lora+", {}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "riemannian": ("riemannian", {}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "muon": ("muon", {}, (1e-2, 3e-2, 1e-1, 3e-1)),
+    "pion_lora": ("pion_lora", {}, (1e-2, 3e-2, 1e-1, 3e-1)),
+    "pion_lora, natural": ("pion_lora", {"direction": "natural"}, (1e-2, 3e-2, 1e-1, 3e-1)),
+    "pion_lora, gradient": ("pion_lora", {"direction": "gradient"}, (1e-2, 3e-2, 1e-1, 3e-1)),
+    "teon_lora": ("teon_lora", {}, (1e-2, 3e-2, 1e-1, 3e-1)),
 }
 TRANSFER = ("adamw", "pion_lora")  # the contenders of the other ranks
 PEFT_OPTIMIZERS = ("lora+", "riemannian")

@@ -74,7 +74,7 @@ class PionLora(MatrixOptimizer):
     def __init__(
         self,
         params: Iterable,
-        lr: float = 5e-3,
+        lr: float = 3e-2,
         *,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
@@ -216,7 +216,7 @@ class TeonLora(MatrixOptimizer):
     def __init__(
         self,
         params: Iterable,
-        lr: float = 5e-3,
+        lr: float = 3e-2,
         *,
         momentum: float = 0.95,
         nesterov: bool = True,
