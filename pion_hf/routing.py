@@ -204,22 +204,27 @@ def routing_table(
     unwanted.require_all_used(names)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     routing = Routing(tuple(routes), frozen)
-    if optim in ("teon", "teon_lora") and routing.matrices:
-        return _stacked(routing, model, DEFAULT_STACK if stack is None else stack, stack_targets)
-    if not routing.matrices and factors:
-        hint = "widen optim_target_modules or narrow optim_exclude_modules (factors of convolutions always go there)"
-        if set(methods.values()) == {"adamw"}:
-            hint = "set lora_a='rotate' or lora_b='orthogonal'"
-        raise ValueError(f"every LoRA factor is left to AdamW: {hint}, or train with adamw_torch.")
     if not routing.matrices:
-        if not any(r.role == "matrix" for r in routes):
-            hint = " Use AdamW for this model: it trains no weight of an nn.Linear in a hidden layer."
-        elif unwanted:
-            hint = " optim_exclude_modules leaves none of those that optim_target_modules allows (default: all)."
-        else:
-            hint = " The expressions in optim_target_modules match only embeddings, heads, norms or biases."
-        raise ValueError(f"no trainable matrix of a hidden layer was found for optim={optim!r}.{hint}")
+        raise _nothing_to_update(optim, routes, by_adamw=set(methods.values()) == {"adamw"}, excluded=bool(unwanted))
+    if optim in ("teon", "teon_lora"):
+        return _stacked(routing, model, DEFAULT_STACK if stack is None else stack, stack_targets)
     return routing
+
+
+def _nothing_to_update(optim: str, routes: list[Route], *, by_adamw: bool, excluded: bool) -> ValueError:
+    """What to say where the rule found no matrix, and why it did not."""
+    if optim not in LORA_FORMS:
+        hint = "widen optim_target_modules or narrow optim_exclude_modules (factors of convolutions always go there)"
+        if by_adamw:
+            hint = "set lora_a='rotate' or lora_b='orthogonal'"
+        return ValueError(f"every LoRA factor is left to AdamW: {hint}, or train with adamw_torch.")
+    if not any(r.role == "matrix" for r in routes):
+        hint = "Use AdamW for this model: it trains no weight of an nn.Linear in a hidden layer."
+    elif excluded:
+        hint = "optim_exclude_modules leaves none of those that optim_target_modules allows (default: all)."
+    else:
+        hint = "The expressions in optim_target_modules match only embeddings, heads, norms or biases."
+    return ValueError(f"no trainable matrix of a hidden layer was found for optim={optim!r}. {hint}")
 
 
 def _check_choices(optim: str, *, stack: Any, stack_targets: Any, lora_a: Any, lora_b: Any) -> None:

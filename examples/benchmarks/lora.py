@@ -43,12 +43,12 @@ STEPS, EVERY, ROWS, GENERATED, RANK, LORA_PLUS_RATIO = 20, 5, 64, 32, 16, 16
 
 # contender -> the optimizer's name, its options (`optim_` and the key), and the learning rates tried.
 CONTENDERS = {
-    "adamw": ("adamw_torch", {}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "adamw": ("adamw_torch", {}, (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)),
     "lora+": ("lora+", {}, (1e-4, 3e-4, 1e-3, 3e-3)),
     "riemannian": ("riemannian", {}, (1e-4, 3e-4, 1e-3, 3e-3)),
     "muon": ("muon", {}, (1e-2, 3e-2, 1e-1, 3e-1)),
-    "pion_lora": ("pion_lora", {}, (1e-2, 3e-2, 1e-1, 3e-1)),
-    "pion_lora, natural": ("pion_lora", {"direction": "natural"}, (1e-2, 3e-2, 1e-1, 3e-1)),
+    "pion_lora": ("pion_lora", {}, (1e-2, 3e-2, 5e-2, 1e-1, 3e-1)),
+    "pion_lora, polar": ("pion_lora", {"direction": "polar"}, (1e-2, 2e-2, 3e-2, 5e-2, 1e-1, 3e-1)),
     "pion_lora, gradient": ("pion_lora", {"direction": "gradient"}, (1e-2, 3e-2, 1e-1, 3e-1)),
     "teon_lora": ("teon_lora", {}, (1e-2, 3e-2, 1e-1, 3e-1)),
 }

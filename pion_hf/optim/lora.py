@@ -56,7 +56,8 @@ class PionLora(MatrixOptimizer):
         params: groups from `pion_hf.param_groups(model, "pion_lora")`; its `lora_a` and `lora_b` choose the methods.
         lr: angle of a rotation in radians, and the size of a growing step (above).
         betas: decay of momentum and second moment. eps: added to the root of the second moment.
-        direction: of a rotation, the step without the constraint: `gradient`, `adam`, `natural`, `polar`; see `Pion`.
+        direction: of a rotation, the step without the constraint: `natural` (which learns most and forgets least in
+            examples/benchmarks/lora.py), `polar` (one buffer less), `adam` or `gradient`; see `Pion`.
         metric: of a rotation, `lie` or `ambient`; of a factor whose singular values are equal they nearly agree.
         momentum: `transported` (carried along by the rotations) or `ambient` (left where it is).
         rank_tolerance: singular values below this fraction of the largest count as zero in the ambient metric.
@@ -78,7 +79,7 @@ class PionLora(MatrixOptimizer):
         *,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
-        direction: Literal["gradient", "adam", "natural", "polar"] = "polar",
+        direction: Literal["gradient", "adam", "natural", "polar"] = "natural",
         metric: Literal["lie", "ambient"] = "lie",
         momentum: Literal["transported", "ambient"] = "transported",
         rank_tolerance: float = 0.02,
