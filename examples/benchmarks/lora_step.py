@@ -58,7 +58,7 @@ CONTENDERS = {
     "teon_lora": ("teon_lora", {}),
     "pion_lora": ("pion_lora", {}),
     "pion_lora, gradient": ("pion_lora", {"direction": "gradient"}),
-    "pion_lora, natural": ("pion_lora", {"direction": "natural"}),
+    "pion_lora, polar": ("pion_lora", {"direction": "polar"}),
     "pion_lora, ambient": ("pion_lora", {"metric": "ambient"}),
     "pion_lora, A by AdamW": ("pion_lora", {"lora_a": "adamw"}),
     "pion_lora, B by AdamW": ("pion_lora", {"lora_b": "adamw"}),
