@@ -119,10 +119,10 @@ class PionOptions:
         default=None,
         metadata=_help("TEON: which matrices are stacked: q, k, v, or regular expressions over parameter names."),
     )
-    optim_lora_a: Literal["rotate", "orthogonal", "adamw"] | None = field(
+    optim_lora_a: FACTOR_METHODS | None = field(
         default=None, metadata=_help("Pion on LoRA adapters: what the factor A does (of embeddings: B).")
     )
-    optim_lora_b: Literal["rotate", "orthogonal", "adamw"] | None = field(
+    optim_lora_b: FACTOR_METHODS | None = field(
         default=None, metadata=_help("Pion on LoRA adapters: what the factor B does (of embeddings: A).")
     )
     optim_retraction: Literal["root", "cayley", "taylor"] | None = field(

@@ -20,7 +20,7 @@ from pion_hf.linalg.spectrum import numerical_zero, singular_basis, singular_val
 from pion_hf.optim.base import MatrixOptimizer, average, check_choices, check_range
 from pion_hf.optim.pion import BASIS_REFRESH, direction_of, generator_of
 from pion_hf.optim.precision import HALF
-from pion_hf.optim.teon import check_stacks
+from pion_hf.optim.teon import Teon
 
 METHODS = ("rotate", "orthogonal")
 CHOICES = {
@@ -111,11 +111,7 @@ class PionLora(MatrixOptimizer):
     def check_options(self, group: dict) -> None:
         if group["rule"] == "adamw":
             return
-        if "method" not in group or len(group.get("reach", ())) != len(group["params"]):
-            raise ValueError(
-                "a group of rule 'pion_lora' needs to know its factors: make it with pion_hf.param_groups(model, "
-                "'pion_lora')."
-            )
+        _require_reach(group)
         check_choices(group, CHOICES)
         check_range("polar_steps", group["polar_steps"], 1 <= group["polar_steps"] <= MOST_STEPS, f"in 1..{MOST_STEPS}")
         tolerance = group["rank_tolerance"]
@@ -168,6 +164,14 @@ def _rotated(weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: d
     return increment.rotate(weight)
 
 
+def _require_reach(group: dict) -> None:
+    if "method" not in group or len(group.get("reach", ())) != len(group["params"]):
+        rule = group["rule"]
+        raise ValueError(
+            f"a group of rule {rule!r} needs to know its factors: make it with pion_hf.param_groups(model, {rule!r})."
+        )
+
+
 def _reach(position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
     dtype = torch.promote_types(matrices.dtype, torch.float32)
     return {"reach": torch.full((len(matrices), 1, 1), group["reach"][position], dtype=dtype, device=matrices.device)}
@@ -193,7 +197,7 @@ def grown(
     return weight - size * state["reach"] * factor.view(weight.shape)
 
 
-class TeonLora(MatrixOptimizer):
+class TeonLora(Teon):
     """TEON for adapters: the factors of consecutive layers are orthogonalised together, both grow.
 
     Two adapters share their layers' spaces of inputs and outputs, as far as these are one residual stream, but not the
@@ -212,6 +216,7 @@ class TeonLora(MatrixOptimizer):
     """
 
     matrix_rules = ("teon_lora",)
+    stacked_rule = "teon_lora"
     per_block_state = frozenset({"reach"})
 
     def __init__(
@@ -229,35 +234,14 @@ class TeonLora(MatrixOptimizer):
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "stack": stack,
-            "polar": polar,
-            "polar_steps": polar_steps,
-            "polar_dtype": polar_dtype,
-            "weight_decay": weight_decay,
-            "betas": adamw_betas,
-            "eps": adamw_eps,
-        }
-        super().__init__(params, defaults)
+        options = {"momentum": momentum, "nesterov": nesterov, "stack": stack, "weight_decay": weight_decay}
+        options |= {"polar": polar, "polar_steps": polar_steps, "polar_dtype": polar_dtype}
+        super().__init__(params, lr, adamw_betas=adamw_betas, adamw_eps=adamw_eps, **options)
 
     def check_options(self, group: dict) -> None:
-        if group["rule"] == "adamw":
-            return
-        if len(group.get("reach", ())) != len(group["params"]):
-            raise ValueError(
-                "a group of rule 'teon_lora' needs to know its factors: make it with pion_hf.param_groups(model, "
-                "'teon_lora')."
-            )
-        check_choices(group, {"polar": POLAR_METHODS, "polar_dtype": PRODUCT_DTYPES})
-        check_stacks(group)
-        check_range("momentum", group["momentum"], 0 <= group["momentum"] < 1, "in [0, 1)")
-        check_range("polar_steps", group["polar_steps"], 1 <= group["polar_steps"] <= MOST_STEPS, f"in 1..{MOST_STEPS}")
-
-    def stacks_of(self, group: dict) -> list[list[str]]:
-        return group.get("stacks", [])
+        if group["rule"] == "teon_lora":
+            _require_reach(group)
+        super().check_options(group)
 
     def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
         return _reach(position, matrices, group)

@@ -50,6 +50,7 @@ class Teon(MatrixOptimizer):
     """
 
     matrix_rules = ("teon", "muon")
+    stacked_rule = "teon"
 
     def __init__(
         self,
@@ -83,8 +84,8 @@ class Teon(MatrixOptimizer):
             "eps": adamw_eps,
         }
         super().__init__(params, defaults)
-        usual = inspect.signature(Teon.__init__).parameters["stack"].default
-        found = {group["stack"] for group in self.param_groups if group["rule"] == "teon"} - {stack}
+        usual = inspect.signature(type(self).__init__).parameters["stack"].default
+        found = {group["stack"] for group in self.param_groups if group["rule"] == self.stacked_rule} - {stack}
         if found and stack != usual:
             raise ValueError(
                 f"stack={stack} was given, but the groups hold stacks of {found.pop()}: give it to one only."
@@ -97,10 +98,12 @@ class Teon(MatrixOptimizer):
         check_range("rms", group["rms"], group["rms"] > 0, "above 0")
         check_range("stack", stack, isinstance(stack, int) and stack >= 1, "a whole number of layers, 1 (Muon) or more")
         check_range("polar_steps", steps, 1 <= steps <= MOST_STEPS, f"in 1..{MOST_STEPS}")
-        if group["rule"] == "teon":
+        if group["rule"] == self.stacked_rule:
             check_stacks(group)
         elif "stacks" in group:
-            raise ValueError(f"a group of rule {group['rule']!r} has no stacks: its rule must be 'teon'.")
+            raise ValueError(
+                f"a group of rule {group['rule']!r} has no stacks: its rule must be {self.stacked_rule!r}."
+            )
 
     def stacks_of(self, group: dict) -> list[list[str]]:
         return group.get("stacks", [])
