@@ -18,6 +18,7 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import yaml  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
@@ -113,3 +114,31 @@ def token_rows() -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 105, (16, 12), generator=generator).tolist()
     return [{"input_ids": row, "labels": row} for row in ids]
+
+
+@pytest.fixture
+def recipe(tmp_path, checkpoint, chat_data):
+    """Writes a recipe for the toy model, with changes, and returns its path; None takes a key out."""
+
+    def write(**changes) -> str:
+        keys = {
+            "model_name_or_path": str(checkpoint),
+            "dataset_name": str(chat_data),
+            "optim": "pion",
+            "learning_rate": "1e-2",
+            "optim_adamw_lr": 1e-3,
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "bf16": False,
+            "use_cpu": True,
+            "eval_strategy": "epoch",
+            "save_strategy": "no",
+            "report_to": "none",
+            "output_dir": str(tmp_path / "run"),
+            **changes,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in keys.items() if v is not None}), encoding="utf-8")
+        return str(path)
+
+    return write

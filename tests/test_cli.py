@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import trl.scripts.sft
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from pion_hf import run
@@ -41,34 +40,6 @@ if __name__ == "__main__":
     Trainer(model=model, args=args, train_dataset=rows).train()
     model.save_pretrained(args.output_dir)
 """
-
-
-@pytest.fixture
-def recipe(tmp_path, checkpoint, chat_data):
-    """Writes a recipe for the toy model, with changes, and returns its path; None takes a key out."""
-
-    def write(**changes) -> str:
-        keys = {
-            "model_name_or_path": str(checkpoint),
-            "dataset_name": str(chat_data),
-            "optim": "pion",
-            "learning_rate": "1e-2",
-            "optim_adamw_lr": 1e-3,
-            "max_steps": 2,
-            "per_device_train_batch_size": 4,
-            "bf16": False,
-            "use_cpu": True,
-            "eval_strategy": "epoch",
-            "save_strategy": "no",
-            "report_to": "none",
-            "output_dir": str(tmp_path / "run"),
-            **changes,
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({k: v for k, v in keys.items() if v is not None}), encoding="utf-8")
-        return str(path)
-
-    return write
 
 
 def fails(*argv: str) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-import yaml
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -24,33 +23,13 @@ LEAVE_THE_BASE = ["default", "gaussian", "orthogonal", "eva"]
 
 
 @pytest.fixture
-def recipe(tmp_path, checkpoint, chat_data):
-    """Writes a recipe for adapters on the toy model, with changes, and returns its path; None takes a key out."""
+def recipe(recipe):
+    """The shared recipe, for adapters that AdamW trains."""
+    adapters_by_adamw = {"optim": "adamw_torch", "optim_adamw_lr": None, "learning_rate": 1e-2, "max_steps": 3}
+    lora = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
 
     def write(**changes) -> str:
-        keys = {
-            "model_name_or_path": str(checkpoint),
-            "dataset_name": str(chat_data),
-            "use_peft": True,
-            "lora_r": 4,
-            "lora_alpha": 8,
-            "lora_dropout": 0.0,
-            "lora_target_modules": "all-linear",
-            "optim": "adamw_torch",
-            "learning_rate": 1e-2,
-            "max_steps": 3,
-            "per_device_train_batch_size": 4,
-            "bf16": False,
-            "use_cpu": True,
-            "eval_strategy": "epoch",
-            "save_strategy": "no",
-            "report_to": "none",
-            "output_dir": str(tmp_path / "run"),
-            **changes,
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({k: v for k, v in keys.items() if v is not None}), encoding="utf-8")
-        return str(path)
+        return recipe(**{**adapters_by_adamw, **lora, **changes})
 
     return write
 

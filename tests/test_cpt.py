@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from pion_hf.cli import cpt, main, sft
 from pion_hf.cli.cpt import TextTrainer
 from tests.conftest import toy_llama, write_jsonl
-from tests.test_cli import fails, recipe  # noqa: F401 (a fixture)
+from tests.test_cli import fails
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +39,7 @@ def text_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def text_recipe(recipe, text_data):  # noqa: F811
+def text_recipe(recipe, text_data):
     """As `recipe`, with text data, rows of 32 tokens and a few steps that learn."""
 
     def write(**changes) -> str:
