@@ -52,7 +52,8 @@ CONTENDERS = {
     "pion_lora, gradient": ("pion_lora", {"direction": "gradient"}, (1e-2, 3e-2, 1e-1, 3e-1)),
     "teon_lora": ("teon_lora", {}, (1e-2, 3e-2, 1e-1, 3e-1)),
 }
-TRANSFER = ("adamw", "pion_lora")  # the contenders of the other ranks
+# The contenders of the other ranks and their learning rates.
+TRANSFER = {"adamw": (1e-3, 2e-3, 3e-3, 5e-3), "pion_lora": (1e-2, 3e-2, 5e-2, 1e-1)}
 PEFT_OPTIMIZERS = ("lora+", "riemannian")
 
 
@@ -350,7 +351,7 @@ def main() -> None:
         for rank in chosen.rank
         for contender in chosen.only or CONTENDERS
         if rank == RANK or contender in TRANSFER
-        for lr in CONTENDERS[contender][2]
+        for lr in (CONTENDERS[contender][2] if rank == RANK else TRANSFER[contender])
     ]
     if not chosen.show:
         for job in tqdm([job for job in todo if not ledger.find(*job)], desc="Learning rates"):
