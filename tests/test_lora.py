@@ -154,7 +154,6 @@ RULES = {
     "natural, ambient": {"direction": "natural", "metric": "ambient"},
     "adam, root": {"direction": "adam", "retraction": "root"},
     "momentum left where it is": {"momentum": "ambient"},
-    "bfloat16 generators": {"generator_dtype": "bfloat16"},
 }
 
 

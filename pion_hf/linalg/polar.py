@@ -25,6 +25,10 @@ POLAR_EXPRESS = (
 # grow without bound. 1.01 is the authors'; in bfloat16 a few small matrices in a thousand need more.
 EXPRESS_SAFETY = 1.01
 EXPRESS_SAFETY_HALF = 1.03
+# A matrix so many times longer than wide iterates on its Gram matrix: 4 m^2 n + 2 m^3 flops a step become 8 m^3.
+SKINNY = 4
+# Steps on one Gram matrix: as many as grow values from 1e-3.
+GRAM_STEPS = 5
 # Muon (Jordan et al., 2024): one quintic, steep at zero; leaves singular values within about [0.7, 1.2].
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -47,6 +51,8 @@ def polar_factor(x: Tensor, *, method: str = "express", steps: int = 5) -> Tenso
         raise ValueError(f"polar_steps must lie in 1..{MOST_STEPS}, got {steps}")
     if x.shape[-2] > x.shape[-1]:
         return polar_factor(x.mT, method=method, steps=steps).mT
+    if is_skinny(x) and x.dtype in (torch.float32, torch.float64):
+        return polar_map(x, method=method, steps=steps) @ x
     batch = x.reshape(-1, *x.shape[-2:])
     # On CPU a product of two matrices is faster than a batch of one.
     start = batch[0] if len(batch) == 1 else batch
@@ -54,17 +60,60 @@ def polar_factor(x: Tensor, *, method: str = "express", steps: int = 5) -> Tenso
     return (_express(start, steps) if method == "express" else _iterate(start, [QUINTIC] * steps)).reshape(x.shape)
 
 
-def _express(x: Tensor, steps: int) -> Tensor:
-    """The first polynomial needs the largest singular value near 1, and none above: `||(X X^T)^2||_F^(1/4)` bounds it
-    from above, `rank^(1/8)` at most too high, and its product is one that the iteration forms in any case.
+def is_skinny(x: Tensor) -> bool:
+    """Whether iterations on the Gram matrix of `x`, `(..., m, n)`, are cheaper than on `x` itself."""
+    return max(x.shape[-2:]) >= SKINNY * min(x.shape[-2:])
+
+
+def polar_map(x: Tensor, *, method: str = "express", steps: int = 5) -> Tensor:
+    """The symmetric `P`, `(..., m, m)`, whose `P x` is the polar factor of a wide `x`, `(..., m, n)`; full precision.
+
+    The iterations of `polar_factor` are polynomials in `x x^T`, so they run on that: of what is `n` wide only the
+    Gram matrix remains. After `GRAM_STEPS` it is formed anew, because what rounding makes of eigenvalues near zero,
+    negative ones too, grows with every step.
     """
+    table = _express_table(steps, x.dtype) if method == "express" else [QUINTIC] * steps
+    gram = x @ x.mT
+    # The squares of anything smaller underflow.
+    norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].sqrt().clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
+    gram = gram / norm / norm
+    if method == "express":
+        bound = _express_norm(gram @ gram)
+        gram, norm = gram / bound**2, norm * bound
+    total = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device) / norm
+    for step, (a, b, c) in enumerate(table, start=1):
+        polynomial = _plus_product(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        total = polynomial @ total
+        if step % GRAM_STEPS:
+            gram = polynomial @ gram @ polynomial
+        elif step < steps:
+            seen = total @ x
+            gram = seen @ seen.mT
+    return total
+
+
+def _express_table(steps: int, dtype: torch.dtype) -> list[tuple[float, float, float]]:
+    """The polynomials of every step, with the safety factor on all but the last."""
     table = [POLAR_EXPRESS[min(i, len(POLAR_EXPRESS) - 1)] for i in range(steps)]
-    s = EXPRESS_SAFETY_HALF if x.dtype in (torch.bfloat16, torch.float16) else EXPRESS_SAFETY
-    safe = [(a / s, b / s**3, c / s**5) for a, b, c in table[:-1]] + table[-1:]
+    s = EXPRESS_SAFETY_HALF if dtype in (torch.bfloat16, torch.float16) else EXPRESS_SAFETY
+    return [(a / s, b / s**3, c / s**5) for a, b, c in table[:-1]] + table[-1:]
+
+
+def _express_norm(square: Tensor) -> Tensor:
+    """`||(X X^T)^2||_F^(1/4)` from that square: bounds the spectral norm from above, `rank^(1/8)` at most too high.
+
+    The first polynomial needs the largest singular value near 1, and none above.
+    """
+    norm = torch.linalg.matrix_norm(square, dtype=torch.promote_types(square.dtype, torch.float32), keepdim=True)
+    return (norm**0.25).clamp_min(1e-4)  # zero stays zero; of any other, ||X||_F being 1, it is at least rank^(-3/8)
+
+
+def _express(x: Tensor, steps: int) -> Tensor:
+    safe = _express_table(steps, x.dtype)
     gram = x @ x.mT
     square = gram @ gram
-    norm = torch.linalg.matrix_norm(square, dtype=torch.promote_types(x.dtype, torch.float32), keepdim=True) ** 0.25
-    norm = norm.clamp_min(1e-4)  # zero stays zero; of any other, the Frobenius norm being 1, it is at least rank^(-3/8)
+    norm = _express_norm(square)
     a, b, c = safe[0]
     x = x / norm.to(x.dtype)
     polynomial = gram * (b / norm**2).to(x.dtype) + square * (c / norm**4).to(x.dtype)

@@ -20,24 +20,15 @@ RETRACTIONS = ("root", "cayley", "taylor")
 SERIES_ANGLES = ((0.006, 2), (0.05, 3), (0.1, 5), (0.2, 7), (0.35, 9), (0.5, 11))
 # Coefficients of x^2, x^3, ... in E(x) - I (those of even powers above 2 are 0): x^2/2 + x (1 + x^2/4)^(1/2).
 ROOT_SERIES = {2: 1 / 2, 3: 1 / 8, 5: -1 / 128, 7: 1 / 1024, 9: -5 / 32768, 11: 7 / 262144}
-# Side of the blocks in which a large CPU matrix is skewed: reading the whole transposed costs as much as a product.
-SKEW_BLOCK = 256
+# Low-rank cores up to this size are inverted as a batch on CPU, by so many products at most.
+SMALL_CORE = 128
+NEUMANN_PRODUCTS = 6
 
 
 def skew(x: Tensor) -> Tensor:
     """`x - x^T` over the last two dimensions; exactly skew-symmetric in any precision."""
-    n = x.shape[-1]
-    if x.device.type != "cpu" or n < 2 * SKEW_BLOCK:
-        return x - x.mT
-    out = torch.empty_like(x)
-    blocks = [slice(i, i + SKEW_BLOCK) for i in range(0, n, SKEW_BLOCK)]
-    for i, rows in enumerate(blocks):
-        for columns in blocks[: i + 1]:
-            difference = x[..., rows, columns] - x[..., columns, rows].mT
-            out[..., rows, columns] = difference
-            if rows != columns:
-                out[..., columns, rows] = -difference.mT
-    return out
+    # On CPU a copy of the transposed is made block by block, which reading it in place is not.
+    return x - (x.mT.contiguous() if x.device.type == "cpu" else x.mT)
 
 
 def solve(a: Tensor, b: Tensor) -> Tensor:
@@ -62,10 +53,29 @@ def cayley(x: Tensor, gram: Tensor | None = None) -> Tensor:
     Woodbury form, `C = x (I - gram x / 2)^-1`.
     """
     gx = x if gram is None else gram @ x
+    if x.device.type == "cpu" and x.ndim > 2 and x.shape[-1] <= SMALL_CORE:
+        inverse = _neumann(gx / 2)
+        if inverse is not None:
+            return x @ inverse
     system = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) - gx / 2
     if gram is None:  # (I - x/2)^-1 and x commute: no transposes needed
         return solve(system, x)
     return solve(system.mT, x.mT).mT
+
+
+def _neumann(y: Tensor) -> Tensor | None:
+    """`(I - y)^-1 = (I + y) (I + y^2) (I + y^4) ...` of small matrices, a batch at once; None if that takes too long.
+
+    Eigenvalues of half a rotation's angle: below 1 rad it converges to rounding in a few products.
+    """
+    identity = torch.eye(y.shape[-1], dtype=y.dtype)
+    inverse = identity + y
+    for _ in range(NEUMANN_PRODUCTS):
+        y = y @ y
+        inverse = torch.baddbmm(inverse, y, inverse) if y.ndim == 3 else inverse + y @ inverse
+        if torch.linalg.matrix_norm(y).amax().item() < torch.finfo(y.dtype).eps:
+            return inverse
+    return None
 
 
 def taylor(x: Tensor, gram: Tensor | None = None, *, degree: int = 2) -> Tensor:
@@ -80,38 +90,35 @@ def taylor(x: Tensor, gram: Tensor | None = None, *, degree: int = 2) -> Tensor:
     return out
 
 
-def root(x: Tensor, *, angle: float, dtype: torch.dtype | None = None) -> Tensor:
+def root(x: Tensor, *, angle: float) -> Tensor:
     """`E(x) - I` of `E(x) = I + x^2/2 + x (I + x^2/4)^(1/2)`, orthogonal for skew `x` up to angles of 2 rad.
 
     The even part is exact, so a short series of the odd part leaves it orthogonal to rounding: two to five products
     instead of a decomposition. Angles above 0.5 are halved first, the rotation squared: `(I + F)^2 - I = 2F + F^2`.
 
-    angle: an upper estimate of the largest rotation angle, `||x||_2`, which chooses how many terms are needed;
-    dtype: a lower one in which powers below the rounding of the result may be multiplied.
+    angle: an upper estimate of the largest rotation angle, `||x||_2`, which chooses how many terms are needed.
     """
     halvings = root_halvings(angle)
     if halvings:
         x = x / 2**halvings
     square = x @ x
     terms = SERIES_ANGLES[-1][1] if x.dtype == torch.float64 else max(3, root_terms(angle / 2**halvings))
-    exact = exact_root_terms(angle / 2**halvings)
-    odd = _odd_series(square, terms, dtype=dtype if exact < 5 else None)
-    increment = square / 2 + x + matmul(x, odd, dtype=dtype if exact < 3 else None)
+    increment = square / 2 + x + x @ _odd_series(square, terms)
     for _ in range(halvings):
         increment = 2 * increment + increment @ increment
     return increment
 
 
-def _odd_series(square: Tensor, terms: int, *, dtype: torch.dtype | None) -> Tensor:
+def _odd_series(square: Tensor, terms: int) -> Tensor:
     """`(I + z/4)^(1/2) - I` of `z = square`, as many coefficients as `terms` of `ROOT_SERIES` have, Horner in `z^2`."""
     coefficients = [0.0, *(ROOT_SERIES[k] for k in range(3, terms + 1, 2))]
     coefficients += [0.0] * (len(coefficients) % 2)
     pairs = list(zip(coefficients[::2], coefficients[1::2], strict=True))
     total = _linear(square, *pairs[-1])
     if len(pairs) > 1:
-        fourth = matmul(square, square, dtype=dtype)
+        fourth = square @ square
         for pair in reversed(pairs[:-1]):
-            total = _linear(square, *pair) + matmul(fourth, total, dtype=dtype)
+            total = _linear(square, *pair) + fourth @ total
     return total
 
 
@@ -134,89 +141,122 @@ def root_terms(angle: float) -> int:
     return next((terms for limit, terms in SERIES_ANGLES if angle <= limit), SERIES_ANGLES[-1][1])
 
 
-def exact_root_terms(angle: float) -> int:
-    """The last power of the root series whose rounding to 8 bits a float32 result would notice at `angle`."""
-    noticed = [k for k, c in ROOT_SERIES.items() if abs(c) * angle**k > 2**-16]
-    return max(noticed, default=1)
-
-
-def matmul(a: Tensor, b: Tensor, *, dtype: torch.dtype | None) -> Tensor:
-    """`a b`, multiplied in `dtype` (None: their own) and returned in `a`'s."""
-    if dtype is None or dtype == a.dtype:
-        return a @ b
-    return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
+def half_terms(angle: float) -> int:
+    """Terms of the root series that show in half precision."""
+    return max((k for k, c in ROOT_SERIES.items() if abs(c) * angle**k > 2**-9), default=1)
 
 
 class Increment(NamedTuple):
-    """`E - I` of one rotation, `(..., n, n)`: `right` itself, or `left right` with `left` `(..., n, r)`.
+    """`E - I` of one rotation, `(..., n, n)`: `right` itself, or `right^T core right` with `right` `(..., r, n)`.
 
     With `terms` the matrix is never formed: `right` is a generator, and so many terms of the root series of
-    `alpha right` act on the rows one after another, which is cheaper for fewer rows than `n`. Powers above
-    `exact_terms` are below the rounding of the result and may be multiplied in `tail_dtype`.
+    `alpha right` act on the rows one after another. The first power is exact, as are all that `angle` (of the rotation,
+    at most) lets a float32 result notice; the others are multiplied in `tail`, `alpha right` in lower precision.
     """
 
     right: Tensor
-    left: Tensor | None = None
+    core: Tensor | None = None
     terms: int = 0
     alpha: Tensor | float = 1.0
-    exact_terms: int = 0
-    tail_dtype: torch.dtype | None = None
+    angle: float = 0.0
+    tail: Tensor | None = None
 
-    def rotate(self, x: Tensor, *, side: str = "in", dtype: torch.dtype | None = None) -> Tensor:
-        """`x E` for `x` of shape `(..., p, n)`, or for `side="out"` `E^T x`, `(..., n, p)`; products in `dtype`."""
-        power = x if self.left is None else _product(x, self.left, side, dtype)
-        power = _product(power, self.right, side, dtype)
-        if not self.terms:
-            return x + power
-        # Each power takes its share of alpha at once: the generator itself may be of any size.
-        power = power * self.alpha
-        total = x + power
-        low = None if self.tail_dtype is None else self.right.to(self.tail_dtype)
-        # What is rounded anyway needs no more terms than show in half precision.
-        terms = self.terms if dtype is None else min(self.terms, 3)
+    def rotate(
+        self,
+        x: Tensor,
+        *,
+        side: str = "in",
+        low: bool = False,
+        first: Tensor | None = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        """`x E` for `x` of shape `(..., p, n)`, or for `side="out"` `E^T x`, `(..., n, p)`.
+
+        low: in the precision of `tail`, if there is one, for what is rounded anyway (a momentum). first: the change of
+        `x` at first order and `alpha = 1`, if known (`Generator.moved`; series only); seen: `x right^T`, if known
+        (low-rank rotations from the right only).
+        """
+        if self.terms:
+            return self._series(x, side, low, first)
+        power = x
+        if self.core is not None:
+            power = _product(x, self.right.mT, side) if seen is None else seen
+            power = _product(power, self.core, side)
+        right = self.right if not low or self.tail is None else self.tail
+        return _product(power, right, side).add_(x)
+
+    def _series(self, x: Tensor, side: str, low: bool, first: Tensor | None) -> Tensor:
+        low = low and self.tail is not None
+        if low:
+            power, terms = _skew_product(x.to(self.tail.dtype), self.tail, side), half_terms(self.angle)
+        else:
+            # Each power takes its share of alpha at once: the generator itself may be of any size.
+            power = (_skew_product(x, self.right, side) if first is None else first) * self.alpha
+            terms = self.terms
+        # On a GPU no norm is read: the first power is taken to be as large as its angle.
+        size = torch.linalg.matrix_norm(x).clamp_min(torch.finfo(x.dtype).tiny) if x.device.type == "cpu" else None
+        total, rest = x + power, None
         for term in range(2, terms + 1):
-            exact = dtype is None and (low is None or term <= self.exact_terms)
-            power = _product(power, self.right if exact or low is None else low, side, None if exact else dtype)
-            power = power.mul_(self.alpha)
-            if term in ROOT_SERIES:
+            lower = None
+            if self.tail is not None:
+                lower = _skew_product(power.to(self.tail.dtype), self.tail, side)
+            if lower is not None and (low or power.dtype != x.dtype or not self._shows(lower, term, size)):
+                power = lower
+            else:
+                power = _skew_product(power, self.right, side).mul_(self.alpha)
+            if term not in ROOT_SERIES:
+                continue
+            if power.dtype == x.dtype:
                 total.add_(power, alpha=ROOT_SERIES[term])
-        return total
+            else:
+                rest = power * ROOT_SERIES[term] if rest is None else rest.add_(power, alpha=ROOT_SERIES[term])
+        return total if rest is None else total.add_(rest)
+
+    def _shows(self, power: Tensor, term: int, size: Tensor | None) -> bool:
+        """Whether rounding a power to 8 bits would show in a float32 result of norm `size`."""
+        largest = self.angle**term if size is None else (torch.linalg.matrix_norm(power) / size).amax().item()
+        return abs(ROOT_SERIES.get(term, ROOT_SERIES[3])) * largest > 2**-14
 
 
-def _product(x: Tensor, factor: Tensor, side: str, dtype: torch.dtype | None) -> Tensor:
-    """`x factor`, or `factor^T x` for `side="out"`: the same on transposed views, without transposed memory.
-
-    Multiplied in `dtype` (None: that of `factor`), returned in that of `x`.
-    """
-    dtype = dtype or factor.dtype
-    factor, low = factor.to(dtype), x.to(dtype)
+def _product(x: Tensor, factor: Tensor, side: str) -> Tensor:
+    """`x factor`, or `factor^T x` for `side="out"`: multiplied in the precision of `factor`, given back in `x`'s."""
+    low = x.to(factor.dtype)
     return (low @ factor if side == "in" else factor.mT @ low).to(x.dtype)
+
+
+def _skew_product(x: Tensor, a: Tensor, side: str) -> Tensor:
+    """`x A`, or `A^T x = -A x` for `side="out"`: products without transposes, which are slow in low precision."""
+    return x @ a if side == "in" else (a @ x).neg_()
 
 
 class Generator(NamedTuple):
     """A skew matrix `A`, `(..., n, n)`: `core` itself, or `factor^T core factor`.
 
-    core: `(..., n, n)` or `(..., r, r)`, skew. factor: `(..., r, n)`. gram: `factor factor^T`.
+    core: `(..., n, n)` or `(..., r, r)`, skew. factor: `(..., r, n)`. gram: `factor factor^T`. low: a dense core in
+    the lower precision it was formed in.
     """
 
     core: Tensor
     factor: Tensor | None = None
     gram: Tensor | None = None
+    low: Tensor | None = None
 
-    def act(self, x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """`x A` for rows `x` of shape `(..., p, n)`, multiplied in `dtype`."""
-        if self.factor is not None:
-            x = matmul(x, self.factor.mT, dtype=dtype)
-        x = matmul(x, self.core, dtype=dtype)
-        return x if self.factor is None else matmul(x, self.factor, dtype=dtype)
+    def moved(self, x: Tensor, *, side: str = "in") -> Tensor | None:
+        """`x A`, or `A^T x` for `side="out"`, at first order what a rotation changes; None in the factored form."""
+        return None if self.factor is not None else _skew_product(x, self.core, side)
 
-    def act_norm(self, x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """`||x A||_F`, shape `(..., 1, 1)`, without an `n`-wide product in the factored form."""
+    def act(self, x: Tensor) -> Tensor:
+        """`x A` for rows `x` of shape `(..., p, n)`."""
         if self.factor is None:
-            return torch.linalg.matrix_norm(matmul(x, self.core, dtype=dtype), keepdim=True)
-        coefficients = matmul(matmul(x, self.factor.mT, dtype=dtype), self.core, dtype=dtype)
-        squared = (matmul(coefficients, self.gram, dtype=dtype) * coefficients).sum((-2, -1), keepdim=True)
-        return squared.clamp_min(0).sqrt()
+            return x @ self.core
+        return x @ self.factor.mT @ self.core @ self.factor
+
+    def act_norm(self, x: Tensor, *, seen: Tensor | None = None) -> Tensor:
+        """`||x A||_F`, shape `(..., 1, 1)`; in the factored form from `x factor^T`, which may be given as `seen`."""
+        if self.factor is None:
+            return torch.linalg.matrix_norm(x @ self.core, keepdim=True)
+        coefficients = (x @ self.factor.mT if seen is None else seen) @ self.core
+        return ((coefficients @ self.gram) * coefficients).sum((-2, -1), keepdim=True).clamp_min(0).sqrt()
 
     def spectral_norm(self, *, iterations: int = 8) -> Tensor:
         """Estimate of `||A||_2`, the largest rotation angle at unit step, shape `(..., 1, 1)`.
@@ -242,15 +282,13 @@ class Generator(NamedTuple):
         retraction: str,
         degree: int = 2,
         rows: int | None = None,
-        dtype: torch.dtype | None = None,
     ) -> Increment:
         """`E(alpha A) - I`, with `alpha` of shape `(..., 1, 1)` or a number.
 
-        rows: how many rows it will act on in full precision, if that is known to be few; dtype: a lower one that
-        terms below the rounding of the result may be multiplied in.
+        rows: how many rows it will act on in full precision, if that is known to be few.
         """
         if retraction == "root" and self.factor is None:
-            return self._root_increment(alpha, rows, dtype)
+            return self._root_increment(alpha, rows)
         x = self.core * alpha
         if retraction == "taylor":
             core = taylor(x, self.gram, degree=degree)
@@ -259,18 +297,22 @@ class Generator(NamedTuple):
             core = cayley(x, self.gram)
         else:
             raise ValueError(f"retraction must be one of {RETRACTIONS}, got {retraction!r}")
-        return Increment(core) if self.factor is None else Increment(core @ self.factor, self.factor.mT)
+        return Increment(core) if self.factor is None else Increment(self.factor, core)
 
-    def _root_increment(self, alpha: Tensor | float, rows: int | None, dtype: torch.dtype | None) -> Increment:
+    def _root_increment(self, alpha: Tensor | float, rows: int | None) -> Increment:
         angles = self.spectral_norm(iterations=4) * alpha
         # Power iteration is a lower bound. Meta tensors (a plan without weights) have shapes and no angle.
         angle = 0.0 if angles.is_meta else 1.5 * angles.max().item()
-        terms = root_terms(angle)
-        few_rows = rows is not None and rows < self.core.shape[-1]
+        tail = None if self.low is None else self.low * _like(alpha, self.low)
+        few_rows = tail is not None or (rows is not None and rows < self.core.shape[-1])
         if few_rows and angle <= SERIES_ANGLES[-1][0]:
-            exact = exact_root_terms(angle)
-            return Increment(self.core, terms=terms, alpha=alpha, exact_terms=exact, tail_dtype=dtype)
-        return Increment(root(self.core * alpha, angle=angle, dtype=dtype))
+            return Increment(self.core, terms=root_terms(angle), alpha=alpha, angle=angle, tail=tail)
+        increment = root(self.core * alpha, angle=angle)
+        return Increment(increment, tail=None if tail is None else increment.to(tail.dtype))
+
+
+def _like(alpha: Tensor | float, x: Tensor) -> Tensor | float:
+    return alpha.to(x.dtype) if isinstance(alpha, Tensor) else alpha
 
 
 def generator(
@@ -288,7 +330,8 @@ def generator(
         dense = dense_flops(k, n, rows) <= factored_flops(k, n, rows)
     dtype = dtype or left.dtype
     if dense:
-        return Generator(skew(right.mT @ left).to(dtype))
+        core = skew(right.mT @ left)
+        return Generator(core.to(dtype), low=core if core.dtype != dtype else None)
     factor = torch.cat((left, right), dim=-2).to(dtype)
     core = torch.zeros(2 * k, 2 * k, dtype=dtype, device=left.device)
     core[:k, k:] = -torch.eye(k, dtype=dtype, device=left.device)

@@ -91,18 +91,20 @@ def ambient_generator(
     values = basis.values.masked_fill(zero, 0)
     inverse = torch.where(zero, 0, basis.values.reciprocal())
     low = dtype or w.dtype
+    rows_low, w_low = basis.rows.to(low), w.to(low)
+    inverse = inverse.to(low)
     if right:
-        vt = basis.rows.to(low)
-        ut = ((w @ basis.rows.mT) * inverse.unsqueeze(-2)).mT.to(low)
+        vt = rows_low
+        ut = ((w_low @ rows_low.mT) * inverse.unsqueeze(-2)).mT
     else:
-        vt = ((basis.rows @ w) * inverse.unsqueeze(-1)).to(low)  # right singular vectors of the nonzero values
-        ut = basis.rows.to(low)
+        vt = (rows_low @ w_low) * inverse.unsqueeze(-1)  # right singular vectors of the nonzero values
+        ut = rows_low
     projected = ut @ direction.to(low)
     seen = projected @ vt.mT
-    inside = _between(seen.to(w.dtype), values, held).to(low)
-    factor = inside @ vt / -2
+    inside = _between(seen.to(w.dtype), values, held)
+    factor = (inside / -2).to(low) @ vt
     if not right:
-        outside = (projected - seen @ vt) * inverse.unsqueeze(-1).to(low)
+        outside = (projected - seen @ vt).mul_(inverse.unsqueeze(-1))
         if held:
             outside[..., :held, :] = 0
         factor += outside

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,30 +15,10 @@ from torch.optim.adamw import adamw
 from pion_hf.errors import unknown
 from pion_hf.linalg.precision import full_float32
 from pion_hf.optim import blocks, precision
-
-# Elements of the matrices updated together: bounds the extra memory of a step (a few times as many floats). On a CPU
-# a batch gains nothing, and one that leaves the cache loses: there it is about one matrix.
-CHUNK_ELEMENTS = {"cpu": 2**20}
-CHUNK_ELEMENTS_DEFAULT = 2**25
+from pion_hf.optim.batches import REST, Block, Plan
 
 # Keys that torch, its schedulers or the routing put into a group, besides the options of a rule.
 STRUCTURAL_KEYS = {"params", "param_names", "rule", "layout", "role", "stacks", "method", "reach", "initial_lr"}
-
-
-class Block(NamedTuple):
-    """One entry of a bucket: the `index`-th view of `param` (see `blocks.split`)."""
-
-    param: Tensor
-    name: str
-    index: int
-    view: Tensor
-
-
-# The state entry with what a half-precision parameter drops of its master (see `precision`).
-REST = "rest"
-
-Unit = tuple[Block, ...]
-"""Blocks that are updated as one: the matrices of a stack, or a single one."""
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -60,6 +39,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable, defaults: dict[str, Any]) -> None:
         self.skipped_steps = 0
+        self._plans: dict[int, Plan] = {}  # by the group's index
         groups = list(itertools.chain.from_iterable(self._divide(entry) for entry in _as_groups(params)))
         for group in groups:
             self._check_rule(group["rule"])
@@ -137,11 +117,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 )
             return loss
         with full_float32():
-            for group in self.param_groups:
+            for index, group in enumerate(self.param_groups):
                 if group["rule"] == "adamw":
                     self._adamw_step(group)
                 else:
-                    self._matrix_step(group)
+                    self._matrix_step(index)
         return loss
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
@@ -194,6 +174,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but state keeps its dtype: torch casts it to the parameter's, rounding that of half weights."""
         super().load_state_dict(state_dict)
+        self._plans.clear()
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for index, p in zip(saved["params"], group["params"], strict=True):
                 for key, value in state_dict["state"].get(index, {}).items():
@@ -201,38 +182,37 @@ class MatrixOptimizer(torch.optim.Optimizer):
                         self.state[p][key] = value.to(device=p.device, copy=True)
 
     def _gradients_are_finite(self) -> bool:
-        norms = defaultdict(list)
+        by_device = defaultdict(list)
         for group in self.param_groups:
             for name, p in named_parameters(group):
                 if p.grad is None:
                     continue
                 if p.grad.is_sparse:
                     raise ValueError(f"the gradient of {name} is sparse: use nn.Embedding(sparse=False).")
-                norms[p.grad.device].append(p.grad)
-        # A sum of norms is finite exactly when all entries are (and their squares do not overflow).
-        return all(
-            torch.stack([n.float() for n in torch._foreach_norm(grads, math.inf)]).sum().isfinite().item()
-            for grads in norms.values()
-        )
+                by_device[p.grad.device].append(p.grad)
+        return all(_all_finite(grads) for grads in by_device.values())
 
-    def _matrix_step(self, group: dict) -> None:
-        layout = blocks.Layout.parse(group["layout"])
-        buckets: dict[tuple, list[Unit]] = defaultdict(list)
-        for unit, step in self._units(group, layout):
-            view = unit[0].view
-            key = (len(unit), view.shape[1] * view.shape[2], view.shape[3], view.dtype, view.device, step)
-            buckets[key].append(unit)
-        for (size, m, n, _, device, step), members in buckets.items():
-            limit = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS_DEFAULT) // (size * m * n)
-            for chunk in _chunks(members, limit=max(1, limit)):
-                self._update_chunk(chunk, layout, group, step)
+    def _matrix_step(self, index: int) -> None:
+        group = self.param_groups[index]
+        plan = self._plans.get(index)
+        if plan is None or not plan.fits(group["params"]) or any(p not in self.state for p in plan.params):
+            plan = self._plans[index] = self._make_plan(group)
+        for p in plan.params:
+            self.state[p]["step"] += 1
+        for batch in plan.batches:
+            state = batch.load(self.state)
+            step = self.state[batch.first.param]["step"]
+            new = self.update(batch.weights(self.state), batch.gradients(), state, group=group, step=step)
+            batch.store(state, self.state, by_block=self.per_block_state)
+            batch.write(new, self.state)
 
-    def _units(self, group: dict, layout: blocks.Layout) -> Iterator[tuple[Unit, int]]:
-        """What is updated together, and the number of its step: stacks, then all other matrices alone.
+    def _make_plan(self, group: dict) -> Plan:
+        """Which matrices are updated together: stacks, then all others alone; their state, where they have none.
 
         Matrices of a stack that have no gradient are left out of it, and those that have taken fewer steps than
         others (a layer that was frozen for a while) form a stack of their own.
         """
+        layout = blocks.Layout.parse(group["layout"])
         stacked = {name: i for i, names in enumerate(self.stacks_of(group)) for name in names}
         units: dict[tuple, list[Block]] = defaultdict(list)
         for position, (name, p) in enumerate(named_parameters(group)):
@@ -248,65 +228,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 if p.dtype in precision.HALF:
                     state[REST] = torch.zeros_like(p, dtype=precision.REST_DTYPES[p.dtype])
                 state["step"] = 0
-            state["step"] += 1
             for index, view in enumerate(views):
                 own = blocks.name_of(name, index, len(views))
                 units[stacked.get(own, own), state["step"]].append(Block(p, name, index, view))
-        for (_, step), unit in units.items():
-            yield tuple(unit), step
-
-    def _update_chunk(self, chunk: list[Unit], layout: blocks.Layout, group: dict, step: int) -> None:
-        dtype = _working_dtype(chunk[0][0].view.dtype)
-        weight = _gather(chunk, lambda block: self._master(block, layout), dtype)
-        grad = _gather(chunk, lambda block: blocks.split(block.param.grad, layout)[block.index], dtype)
-        state = self._load_state(chunk, layout, dtype)
-        new = self.update(weight, grad, state, group=group, step=step)
-        self._store_state(chunk, layout, state)
-        for block, part in _scatter(chunk, new):
-            part = part.reshape(block.view.shape)
-            if block.view.dtype in precision.HALF:
-                part, rest = precision.part(part, block.view.dtype)
-                self._rest(block, layout).copy_(rest)
-            block.view.copy_(part)
-
-    def _master(self, block: Block, layout: blocks.Layout) -> Tensor:
-        """The block's weights, in full precision where they are stored in half."""
-        if block.view.dtype not in precision.HALF:
-            return block.view
-        return precision.join(block.view, self._rest(block, layout))
-
-    def _rest(self, block: Block, layout: blocks.Layout) -> Tensor:
-        return blocks.split(self.state[block.param][REST], layout)[block.index]
-
-    def _load_state(self, chunk: list[Unit], layout: blocks.Layout, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Buffers of the weight's shape are kept whole (`momentum`), others by block (`basis.0`)."""
-        first, state = chunk[0][0], {}
-        for key in self.state[first.param]:
-            name, _, index = key.partition(".")
-            if name in ("step", REST) or (index and int(index) != first.index):
-                continue
-            if index:
-                of_units = [[self.state[b.param][f"{name}.{b.index}"] for b in unit] for unit in chunk]
-                state[name] = _join_units(of_units)
-            else:
-                state[name] = _gather(
-                    chunk, lambda b, of=name: blocks.split(self.state[b.param][of], layout)[b.index], dtype
-                )
-        return state
-
-    def _store_state(self, chunk: list[Unit], layout: blocks.Layout, state: dict[str, Tensor]) -> None:
-        matrix_shape = blocks.merge_rows(chunk[0][0].view).shape[1:]
-        for name, stacked in state.items():
-            for block, part in _scatter(chunk, stacked):
-                kept = self.state[block.param]
-                if part.shape[1:] == matrix_shape and name not in self.per_block_state:
-                    if name not in kept:
-                        kept[name] = torch.zeros_like(block.param, dtype=part.dtype)
-                    view = blocks.split(kept[name], layout)[block.index]
-                    if view.data_ptr() != part.data_ptr():  # a lone view was updated in place
-                        view.copy_(part.reshape(view.shape))
-                else:
-                    kept[f"{name}.{block.index}"] = part if len(chunk) == 1 else part.clone()
+        return Plan(((tuple(unit), step) for (_, step), unit in units.items()), layout, group["params"])
 
     per_block_state: frozenset[str] = frozenset()
     """State whose shape may happen to equal the weight's, and is kept by block all the same."""
@@ -367,6 +292,13 @@ def average(state: dict[str, Tensor], key: str, value: Tensor, beta: float) -> T
     return state[key]
 
 
+def average_of_squares(state: dict[str, Tensor], value: Tensor, beta: float) -> Tensor:
+    """`average` of `value^2`, kept in `state["second"]`."""
+    if "second" not in state:
+        return average(state, "second", value.square(), beta)
+    return state["second"].mul_(beta).addcmul_(value, value, value=1 - beta)
+
+
 def check_choices(group: dict, choices: dict[str, tuple[str, ...]]) -> None:
     """Raises ValueError for an option that is none of its words, with the nearest."""
     for option, known in choices.items():
@@ -380,34 +312,17 @@ def check_range(option: str, value: float, ok: bool, wanted: str) -> None:
         raise ValueError(f"{option} must be {wanted}, got {value}")
 
 
-def _gather(chunk: list[Unit], view_of: Callable[[Block], Tensor], dtype: torch.dtype) -> Tensor:
-    """`(b, m, n)`, or `(b, K, m, n)` of stacks, from views `(E, h, d, n)`; a lone view in `dtype` is not copied."""
-    return _join_units([[blocks.merge_rows(view_of(block)) for block in unit] for unit in chunk]).to(dtype)
-
-
-def _join_units(units: list[list[Tensor]]) -> Tensor:
-    return _concatenate([parts[0] if len(parts) == 1 else torch.stack(parts, dim=1) for parts in units])
-
-
-def _scatter(chunk: list[Unit], gathered: Tensor) -> Iterator[tuple[Block, Tensor]]:
-    """The inverse of `_gather`: every block with its own part, `(E, ...)`."""
-    sizes = [unit[0].view.shape[0] for unit in chunk]
-    for unit, part in zip(chunk, gathered.split(sizes), strict=True):
-        yield from zip(unit, (part,) if len(unit) == 1 else part.unbind(1), strict=True)
-
-
-def _concatenate(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
     """Rotations are formed in float32 at least, whatever the weight is stored in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _chunks(members: list[Block], limit: int) -> Iterator[list[Block]]:
-    for start in range(0, len(members), limit):
-        yield members[start : start + limit]
+def _all_finite(grads: list[Tensor]) -> bool:
+    """A sum of norms is finite exactly when all entries are, and their squares do not overflow: else look closer."""
+    squares = torch.stack([norm.float() for norm in torch._foreach_norm(grads)]).sum()
+    if squares.isfinite().item():
+        return True
+    return all(grad.isfinite().all().item() for grad in grads)
 
 
 def _check_common(group: dict) -> None:

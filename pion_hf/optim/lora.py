@@ -13,8 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pion_hf.linalg.polar import MOST_STEPS, POLAR_METHODS, polar_factor
-from pion_hf.linalg.precision import PRODUCT_DTYPES, product_dtype
+from pion_hf.linalg.polar import MOST_STEPS, POLAR_METHODS, is_skinny, polar_factor, polar_map
 from pion_hf.linalg.rotation import RETRACTIONS
 from pion_hf.linalg.spectrum import numerical_zero, singular_basis, singular_values
 from pion_hf.optim.base import MatrixOptimizer, average, check_choices, check_range
@@ -30,7 +29,6 @@ CHOICES = {
     "momentum": ("transported", "ambient"),
     "polar": POLAR_METHODS,
     "retraction": RETRACTIONS[:2],  # low-rank generators need an exact one
-    "generator_dtype": PRODUCT_DTYPES,
 }
 
 
@@ -62,7 +60,7 @@ class PionLora(MatrixOptimizer):
         momentum: `transported` (carried along by the rotations) or `ambient` (left where it is).
         rank_tolerance: singular values below this fraction of the largest count as zero in the ambient metric.
         polar, polar_steps: how a step is orthogonalised; see `Teon`.
-        retraction: `cayley` or `root`, both exact. generator_dtype: see `Pion`.
+        retraction: `cayley` or `root`, both exact.
         weight_decay: decoupled, of factors that grow (and AdamW's groups).
 
     Raises:
@@ -86,7 +84,6 @@ class PionLora(MatrixOptimizer):
         polar: Literal["express", "quintic", "svd"] = "express",
         polar_steps: int = 5,
         retraction: Literal["root", "cayley"] = "cayley",
-        generator_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         weight_decay: float = 0.0,
     ) -> None:
         defaults = {
@@ -100,9 +97,9 @@ class PionLora(MatrixOptimizer):
             "polar": polar,
             "polar_steps": polar_steps,
             "retraction": retraction,
-            "generator_dtype": generator_dtype,
             "weight_decay": weight_decay,
-            # What the rules of whole matrices can choose and these do not.
+            # What the rules of whole matrices can choose and these do not; products of factors are small.
+            "generator_dtype": "float32",
             "second_moment": False,
             "hold": 0.0,
         }
@@ -141,27 +138,32 @@ class PionLora(MatrixOptimizer):
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
         if group["method"] == "rotate":
             return _rotated(weight, grad, state, group=group, step=step)
-        return grown(weight, grad, state, group=group, mu=group["betas"][0], dtype=group["generator_dtype"])
+        return grown(weight, grad, state, group=group, mu=group["betas"][0])
 
 
 def _rotated(weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
     direction = direction_of(grad, state, group=group, step=step)
     # Of the size of the weight, so that one Gram matrix holds both without loss. The angle is set below.
-    direction = direction / torch.linalg.matrix_norm(direction, keepdim=True).clamp_min(torch.finfo(grad.dtype).tiny)
-    direction = direction * torch.linalg.matrix_norm(weight, keepdim=True)
+    size, length = (torch.linalg.matrix_norm(x, keepdim=True) for x in (weight, direction))
+    direction = direction * torch.where(length > _tiny(length), size / length, 0)
     if group["metric"] == "ambient" and (step - 1) % BASIS_REFRESH == 0:
         state["basis"], state["values"] = singular_basis(weight)
     a = generator_of(weight, direction, state, side="in", group=group)
-    moved, size = a.act_norm(weight), torch.linalg.matrix_norm(weight, keepdim=True)
+    # In the lie metric the weight is the upper half of the generator's factor: their product is in its Gram matrix.
+    seen = a.gram[..., : weight.shape[-2], :] if group["metric"] == "lie" and a.gram is not None else None
+    moved = a.act_norm(weight, seen=seen)
     # Without a gradient, as A's while B is zero, it stays as it is to the bit.
-    alpha = torch.where(moved > torch.finfo(moved.dtype).tiny, group["lr"] * size / moved, 0)
-    dtype = product_dtype(weight, group["generator_dtype"])
-    increment = a.increment(alpha, retraction=group["retraction"], rows=weight.shape[-2], dtype=dtype)
+    alpha = torch.where(moved > _tiny(moved), group["lr"] * size / moved, 0)
+    increment = a.increment(alpha, retraction=group["retraction"], rows=weight.shape[-2])
     if group["momentum"] == "transported":
-        state["momentum"] = increment.rotate(state["momentum"], dtype=dtype)
+        state["momentum"] = increment.rotate(state["momentum"])
     if "basis" in state and weight.shape[-2] >= weight.shape[-1]:  # of the other side it stays
         state["basis"] = increment.rotate(state["basis"])
-    return increment.rotate(weight)
+    return increment.rotate(weight, seen=seen)
+
+
+def _tiny(x: Tensor) -> float:
+    return torch.finfo(x.dtype).tiny
 
 
 def _require_reach(group: dict) -> None:
@@ -178,7 +180,7 @@ def _reach(position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
 
 
 def grown(
-    weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, mu: float, dtype: str, nesterov: bool = True
+    weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, mu: float, nesterov: bool = True
 ) -> Tensor:
     """An orthogonalised step of factors `(b, r, n)`, or of stacks `(b, K, r, n)` along the rank, `(K r, n)`.
 
@@ -186,15 +188,21 @@ def grown(
     """
     momentum = average(state, "momentum", grad, mu)
     direction = grad.lerp(momentum, mu) if nesterov else momentum
-    tall = direction.flatten(1, 2) if direction.ndim == 4 else direction
-    low = tall.dtype if group["polar"] == "svd" else product_dtype(tall, dtype)
-    factor = polar_factor(tall.to(low), method=group["polar"], steps=group["polar_steps"]).to(weight.dtype)
     k = weight.shape[1] if weight.ndim == 4 else 1
     r, n = weight.shape[-2:]
-    size = group["lr"] * math.sqrt(k * min(r, n) / min(k * r, n))
-    if group["weight_decay"]:
-        weight = weight * (1 - group["lr"] * group["weight_decay"])
-    return weight - size * state["reach"] * factor.view(weight.shape)
+    tall, start = direction.reshape(-1, k * r, n), weight.reshape(-1, k * r, n)
+    size = -group["lr"] * math.sqrt(k * min(r, n) / min(k * r, n)) * _by_row(state["reach"], r)
+    decay = 1 - group["lr"] * group["weight_decay"]
+    if group["polar"] != "svd" and is_skinny(tall):
+        factor = polar_map(tall, method=group["polar"], steps=group["polar_steps"])
+        return torch.baddbmm(start, size * factor, tall, beta=decay).view(weight.shape)
+    factor = polar_factor(tall, method=group["polar"], steps=group["polar_steps"])
+    return (start * decay).addcmul_(size, factor).view(weight.shape)
+
+
+def _by_row(reach: Tensor, r: int) -> Tensor:
+    """`(b, K r, 1)` of `(b, K, 1, 1)`, or `(b, 1, 1)` as it is."""
+    return reach if reach.ndim == 3 else reach.expand(-1, -1, r, 1).flatten(1, 2)
 
 
 class TeonLora(Teon):
@@ -208,7 +216,7 @@ class TeonLora(Teon):
 
     Args:
         params: groups from `pion_hf.param_groups(model, "teon_lora")`, which finds the stacks.
-        lr: size of a step; see `PionLora`. momentum, nesterov, stack, polar, polar_steps, polar_dtype: see `Teon`.
+        lr: size of a step; see `PionLora`. momentum, nesterov, stack, polar, polar_steps: see `Teon`.
         weight_decay: decoupled, of the factors and AdamW's groups. adamw_betas, adamw_eps: of AdamW's groups.
 
     Raises:
@@ -229,13 +237,12 @@ class TeonLora(Teon):
         stack: int = 2,
         polar: Literal["express", "quintic", "svd"] = "express",
         polar_steps: int = 5,
-        polar_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         weight_decay: float = 0.0,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
     ) -> None:
         options = {"momentum": momentum, "nesterov": nesterov, "stack": stack, "weight_decay": weight_decay}
-        options |= {"polar": polar, "polar_steps": polar_steps, "polar_dtype": polar_dtype}
+        options |= {"polar": polar, "polar_steps": polar_steps, "polar_dtype": "float32"}
         super().__init__(params, lr, adamw_betas=adamw_betas, adamw_eps=adamw_eps, **options)
 
     def check_options(self, group: dict) -> None:
@@ -247,12 +254,4 @@ class TeonLora(Teon):
         return _reach(position, matrices, group)
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
-        return grown(
-            weight,
-            grad,
-            state,
-            group=group,
-            mu=group["momentum"],
-            dtype=group["polar_dtype"],
-            nesterov=group["nesterov"],
-        )
+        return grown(weight, grad, state, group=group, mu=group["momentum"], nesterov=group["nesterov"])

@@ -14,7 +14,7 @@ from pion_hf.linalg.polar import MOST_STEPS, POLAR_METHODS, polar_factor
 from pion_hf.linalg.precision import PRODUCT_DTYPES, product_dtype
 from pion_hf.linalg.rotation import RETRACTIONS, Generator, generator, rms_scale, skew
 from pion_hf.linalg.spectrum import Basis, ambient_generator, singular_basis
-from pion_hf.optim.base import MatrixOptimizer, average, check_choices, check_range
+from pion_hf.optim.base import MatrixOptimizer, average, average_of_squares, check_choices, check_range
 
 CHOICES = {
     "momentum": ("transported", "lie", "ambient"),
@@ -190,16 +190,15 @@ class Pion(MatrixOptimizer):
             generators = {side: generator_of(weight, direction, state, side=side, group=group) for side in sides}
         if group["direction"] == "msign":
             generators = {side: Generator(skew(_polar(a.core, group)) / 2) for side, a in generators.items()}
-        alpha = _step_size(weight, generators, group=group)
-        dtype = product_dtype(weight, group["generator_dtype"])
+        # What a lone dense generator moves at first order gives the size of the step, and is the rotation's first term.
+        moved = {side: a.moved(weight, side=side) for side, a in generators.items() if len(generators) == 1}
+        alpha = _step_size(weight, generators, moved, group=group)
         for side, a in generators.items():
             rows = _seen_from(weight, side).shape[-2]
-            increment = a.increment(
-                alpha, retraction=group["retraction"], degree=group["degree"], rows=rows, dtype=dtype
-            )
-            weight = increment.rotate(weight, side=side)
+            increment = a.increment(alpha, retraction=group["retraction"], degree=group["degree"], rows=rows)
+            weight = increment.rotate(weight, side=side, first=moved.get(side))
             if group["momentum"] == "transported":
-                state["momentum"] = increment.rotate(state["momentum"], side=side, dtype=dtype)
+                state["momentum"] = increment.rotate(state["momentum"], side=side, low=True)
             if "basis" in state and side == _basis_side(weight):
                 state["basis"] = increment.rotate(state["basis"])
         return weight
@@ -247,12 +246,13 @@ def direction_of(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: i
     if group["direction"] == "polar":
         return _polar(momentum, group)
     if group["direction"] == "adam":
-        second = average(state, "second", grad.square(), beta2)
-        root = (second / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        return momentum / (1 - beta1**step) / root
+        second = average_of_squares(state, grad, beta2)
+        root = (second / (1 - beta2**step)).sqrt_().add_(group["eps"]).mul_(1 - beta1**step)
+        return torch.div(momentum, root, out=root)
     if group["direction"] == "natural":
-        second = average(state, "second", grad.square(), beta2)
-        return momentum / (1 - beta1**step) / (second / (1 - beta2**step) + group["eps"] ** 2)
+        second = average_of_squares(state, grad, beta2)
+        unbiased = (second * ((1 - beta1**step) / (1 - beta2**step))).add_(group["eps"] ** 2 * (1 - beta1**step))
+        return torch.div(momentum, unbiased, out=unbiased)
     if group["second_moment"]:
         return momentum / (average(state, "second", momentum.square(), beta2).sqrt() + group["eps"])
     return momentum
@@ -289,7 +289,9 @@ def _lie_momentum_generators(
     return generators
 
 
-def _step_size(weight: Tensor, generators: dict[str, Generator], *, group: dict) -> Tensor | float:
+def _step_size(
+    weight: Tensor, generators: dict[str, Generator], moved: dict[str, Tensor | None], *, group: dict
+) -> Tensor | float:
     if group["scale"] == "none":
         return group["lr"]
     if group["scale"] == "spectral":
@@ -297,8 +299,12 @@ def _step_size(weight: Tensor, generators: dict[str, Generator], *, group: dict)
         return torch.where(norm > 0, group["lr"] / norm.clamp_min(1e-12), 0)
     if len(generators) == 1:
         ((side, a),) = generators.items()
-        norm = a.act_norm(_seen_from(weight, side), dtype=product_dtype(weight, group["generator_dtype"]))
+        change = moved[side]
+        if change is None:
+            norm = a.act_norm(_seen_from(weight, side))
+        else:
+            norm = torch.linalg.matrix_norm(change, keepdim=True)
     else:
-        moved = sum(_seen_from(a.act(_seen_from(weight, side)), side) for side, a in generators.items())
-        norm = torch.linalg.matrix_norm(moved, keepdim=True)
+        change = sum(_seen_from(a.act(_seen_from(weight, side)), side) for side, a in generators.items())
+        norm = torch.linalg.matrix_norm(change, keepdim=True)
     return rms_scale(norm, lr=group["lr"], rms=group["rms"], numel=weight.shape[-2] * weight.shape[-1])

@@ -1,0 +1,182 @@
+"""Which matrices of a group are updated together, and how they and their state come into one tensor and back.
+
+Equal shapes form batches, decided once and kept while the parameters stay the same. After a batch's first step its
+state lives in one tensor per entry, of which the parameters' own entries are views: it is not copied again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pion_hf.optim import blocks, precision
+
+# Elements of the matrices updated together: bounds the extra memory of a step (a few times as many floats). A batch of
+# small matrices (LoRA factors) saves calls; one that leaves a core's cache loses more.
+BATCH_ELEMENTS = {"cpu": 2**18}
+BATCH_ELEMENTS_DEFAULT = 2**25
+
+# The state entry with what a half-precision parameter drops of its master (see `precision`).
+REST = "rest"
+
+
+class Block(NamedTuple):
+    """The `index`-th matrix of `param` (see `blocks.split`) as a view `(E, h, d, n)`."""
+
+    param: Tensor
+    name: str
+    index: int
+    view: Tensor
+
+
+Unit = tuple[Block, ...]
+"""Blocks that are updated as one: the matrices of a stack, or a single one."""
+
+
+class Plan:
+    """The batches of a group, for the parameters that had a gradient when it was made."""
+
+    def __init__(self, units: Iterable[tuple[Unit, int]], layout: blocks.Layout, params: list[Tensor]) -> None:
+        self._seen = _signature(params)
+        self.params = [p for p in params if p.grad is not None]
+        buckets: dict[tuple, list[Unit]] = defaultdict(list)
+        for unit, step in units:
+            view = unit[0].view
+            key = (len(unit), view.shape[1] * view.shape[2], view.shape[3], view.dtype, view.device, step)
+            buckets[key].append(unit)
+        self.batches = [
+            Batch(chunk, layout)
+            for (size, m, n, _, device, _), members in buckets.items()
+            for chunk in _chunks(members, elements=size * m * n, device=device)
+        ]
+
+    def fits(self, params: list[Tensor]) -> bool:
+        """Whether these are still the same parameters, in the same memory, with and without gradients."""
+        return self._seen == _signature(params)
+
+
+def _signature(params: list[Tensor]) -> list[tuple[int, int, bool]]:
+    return [(id(p), p.data_ptr(), p.grad is None) for p in params]
+
+
+def _chunks(members: list[Unit], *, elements: int, device: torch.device) -> Iterator[list[Unit]]:
+    limit = max(1, BATCH_ELEMENTS.get(device.type, BATCH_ELEMENTS_DEFAULT) // elements)
+    for start in range(0, len(members), limit):
+        yield members[start : start + limit]
+
+
+class Batch:
+    """Units of one shape: gathered as `(b, m, n)`, or `(b, K, m, n)` for stacks of `K`."""
+
+    def __init__(self, units: list[Unit], layout: blocks.Layout) -> None:
+        self.units, self.layout = units, layout
+        self.blocks = [block for unit in units for block in unit]
+        self.first = self.blocks[0]
+        self.size = len(units[0])
+        self.dtype = torch.float64 if self.first.view.dtype == torch.float64 else torch.float32
+        # Every matrix a whole parameter: no views to cut, and the state can stay where the rule has left it.
+        self.whole = all(b.param.ndim == 2 for b in self.blocks) and layout.pieces == 1
+        self.matrix_shape = blocks.merge_rows(self.first.view).shape[1:]
+        self._packed: dict[str, tuple[Tensor, list[Tensor]]] = {}
+
+    def weights(self, state: dict) -> Tensor:
+        """In full precision where they are stored in half; a lone matrix is its parameter's own memory."""
+        if self.first.view.dtype in precision.HALF:
+            low, rest = self._gather(_param), self._gather(lambda b: state[b.param][REST])
+            return precision.join(low, rest)
+        return self._gather(_param)
+
+    def gradients(self) -> Tensor:
+        return self._gather(_gradient).to(self.dtype)
+
+    def write(self, new: Tensor, state: dict) -> None:
+        """Store the new weights, and with half precision what they drop."""
+        if self.first.view.dtype in precision.HALF:
+            new, rest = precision.part(new, self.first.view.dtype)
+            self._scatter(rest, lambda b: state[b.param][REST])
+        self._scatter(new, _param)
+
+    def load(self, state: dict) -> dict[str, Tensor]:
+        """The state of the batch. Buffers of the weight's shape are kept whole (`momentum`), others by block."""
+        found = {}
+        for key in state[self.first.param]:
+            name, _, index = key.partition(".")
+            if name in ("step", REST) or (index and int(index) != self.first.index):
+                continue
+            packed, parts = self._packed.get(name, (None, ()))
+            kept = [state[b.param][f"{name}.{b.index}" if index else name] for b in self.blocks]
+            if packed is not None and all(a is b for a, b in zip(kept, parts, strict=True)):
+                found[name] = packed
+            elif index:
+                found[name] = self._join(kept)
+            else:
+                found[name] = self._gather(lambda b, of=name: state[b.param][of]).to(self.dtype)
+        return found
+
+    def store(self, found: dict[str, Tensor], state: dict, *, by_block: frozenset[str]) -> None:
+        """Keep what `update` left in `found`; `by_block` names entries that are kept apart whatever their shape."""
+        for name, tensor in found.items():
+            if name in self._packed and tensor is self._packed[name][0]:
+                continue
+            apart = name in by_block or tensor.shape[-2:] != self.matrix_shape
+            if apart or self.whole:
+                parts = self._parts(tensor)
+                if not apart:
+                    parts = [part[0].mT if self.layout.transposed else part[0] for part in parts]
+                for block, part in zip(self.blocks, parts, strict=True):
+                    state[block.param][f"{name}.{block.index}" if apart else name] = part
+                self._packed[name] = (tensor, parts)
+                continue
+            for block in self.blocks:
+                if name not in state[block.param]:
+                    state[block.param][name] = torch.zeros_like(block.param, dtype=tensor.dtype)
+            self._scatter(tensor, lambda b, of=name: state[b.param][of])
+
+    def _gather(self, of: Callable[[Block], Tensor]) -> Tensor:
+        if not self.whole:
+            return self._join([blocks.merge_rows(blocks.split(of(b), self.layout)[b.index]) for b in self.blocks])
+        if len(self.blocks) == 1:
+            joined = of(self.first).unsqueeze(0)
+        else:
+            joined = torch.stack([of(b) for b in self.blocks])
+            if self.size > 1:
+                joined = joined.unflatten(0, (-1, self.size))
+        return joined.mT if self.layout.transposed else joined
+
+    def _join(self, parts: list[Tensor]) -> Tensor:
+        """Of `(E, ...)` parts in the order of the blocks."""
+        if len(parts) == 1:
+            return parts[0]
+        if self.size == 1:
+            return torch.cat(parts)
+        stacks = [torch.stack(parts[i : i + self.size], dim=1) for i in range(0, len(parts), self.size)]
+        return stacks[0] if len(stacks) == 1 else torch.cat(stacks)
+
+    def _parts(self, joined: Tensor) -> list[Tensor]:
+        """The inverse of `_join`: views, one for every block."""
+        sizes = [unit[0].view.shape[0] for unit in self.units]
+        of_units = joined.split(sizes)
+        return list(of_units) if self.size == 1 else [part for unit in of_units for part in unit.unbind(1)]
+
+    def _scatter(self, joined: Tensor, of: Callable[[Block], Tensor]) -> None:
+        """The inverse of `_gather`, into memory that exists."""
+        if self.whole:
+            rows = (joined.mT if self.layout.transposed else joined).flatten(0, -3).unbind(0)
+            torch._foreach_copy_([of(b) for b in self.blocks], rows)
+            return
+        for block, part in zip(self.blocks, self._parts(joined), strict=True):
+            view = blocks.split(of(block), self.layout)[block.index]
+            if view.data_ptr() != part.data_ptr():  # a lone view was updated in place
+                view.copy_(part.reshape(view.shape))
+
+
+def _param(block: Block) -> Tensor:
+    return block.param
+
+
+def _gradient(block: Block) -> Tensor:
+    return block.param.grad
