@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from pion_hf.optim.blocks import Layout
 
+# The rank at which a step's singular values are `lr sqrt(out / in)`; at others its norm stays as it is there.
+USUAL_RANK = 16
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -94,7 +97,7 @@ def _factor(
         if not (size or other):
             raise ValueError(f"{name} and its partner are both zero: neither can move. Initialise one of them.")
         scale = abs(float(layer.scaling[adapter]))
-        reach = math.sqrt(b.shape[0] / a.shape[1]) / (scale * other) if other and scale else size
+        reach = math.sqrt(USUAL_RANK / rank * b.shape[0] / a.shape[1]) / (scale * other) if other and scale else size
     return Factor(
         name=name,
         parameter=own,

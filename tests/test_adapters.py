@@ -56,10 +56,10 @@ def partner(model: nn.Module, name: str) -> torch.Tensor:
     return dict(model.named_parameters())[other].detach()
 
 
-def growing_reach(model: nn.Module, r, *, scaling: float, rank: int = 4) -> float:
-    """`sqrt(out / in) / (s a)` with `a = ||A||_F / sqrt(r)`, of a factor `B` with its partner `A`."""
+def growing_reach(model: nn.Module, r, *, scaling: float) -> float:
+    """`sqrt(16 / r) sqrt(out / in) / (s a)` with `a = ||A||_F / sqrt(r)`, of a factor `B` with its partner `A`."""
     a = partner(model, r.name).double()
-    return math.sqrt(r.parameter.shape[0] / a.shape[1]) / (scaling * a.norm().item() / math.sqrt(rank))
+    return 4 * math.sqrt(r.parameter.shape[0] / a.shape[1]) / (scaling * a.norm().item())
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2, vocabulary: int = 90) -> list[float]:
@@ -152,7 +152,7 @@ def test_ranks_and_alphas_by_pattern(optim):
             continue
         rank = 2 if "layers.0.self_attn.v_proj" in name else 4
         scaling = (32 if "q_proj" in name else 8) / rank
-        assert r.reach == pytest.approx(growing_reach(model, r, scaling=scaling, rank=rank), rel=1e-6)
+        assert r.reach == pytest.approx(growing_reach(model, r, scaling=scaling), rel=1e-6)
     if optim == "teon_lora":
         assert not any("v_proj" in name for names in routing_table(model, optim).stacks.stacks for name in names)
     optimizer = {"pion_lora": PionLora, "teon_lora": TeonLora}[optim](param_groups(model, optim, lr=1e-2))
@@ -172,7 +172,8 @@ def test_in_embeddings_the_factors_change_places():
     assert (a.method, a.layout) == ("orthogonal", "")
     assert (b.method, b.layout) == ("rotate", "transposed")
     size = b.parameter.detach().double().norm().item() / math.sqrt(4)
-    assert a.reach == pytest.approx(math.sqrt(b.parameter.shape[0] / a.parameter.shape[1]) / (8 / 4 * size), rel=1e-6)
+    spectral = math.sqrt(b.parameter.shape[0] / a.parameter.shape[1]) / (8 / 4 * size)
+    assert a.reach == pytest.approx(math.sqrt(16 / 4) * spectral, rel=1e-6)
     optimizer, before = PionLora(param_groups(model, "pion_lora", lr=1e-2)), copies(model)
     spectrum = torch.linalg.svdvals(b.parameter.detach().double())
     train(model, optimizer, steps=3)

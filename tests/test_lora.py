@@ -196,7 +196,7 @@ def one_layer(width: int, out: int, *, size: float, **options) -> nn.Module:
     seed=st.integers(0, 10**6),
 )
 def test_a_growing_step_has_the_spectral_size(optim, r, width, out, alpha, size, rslora, seed):
-    """Singular values of `s dB A`: `lr sqrt(out / in)`, `r` of them; rank, alpha and the size of `A` do not matter."""
+    """Singular values of `s dB A`: `lr sqrt(16 / r) sqrt(out / in)`, `r` of them; alpha and the size of `A` are out."""
     model, lr = one_layer(width, out, size=size, r=r, lora_alpha=alpha, use_rslora=rslora), 1e-2
     options = {"stack": 1} if optim == "teon_lora" else {}
     groups = param_groups(model, optim, lr=lr, **options)
@@ -209,7 +209,7 @@ def test_a_growing_step_has_the_spectral_size(optim, r, width, out, alpha, size,
     assert torch.equal(a, before)
     scaling = alpha / (math.sqrt(r) if rslora else r)
     values = torch.linalg.svdvals(scaling * b.detach() @ a.detach())[:r]
-    torch.testing.assert_close(values, torch.full_like(values, lr * math.sqrt(out / width)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(values, torch.full_like(values, lr * math.sqrt(16 / r * out / width)), rtol=1e-6, atol=0)
 
 
 def literal_muon(w, grads, *, lr, reach, mu, nesterov, decay):

@@ -7,8 +7,9 @@ with a second seed (of the adapters and of the order of the data). The losses ar
 steps, so that "steps to AdamW's best" can be interpolated: the step at which a run reaches AdamW's lowest final loss.
 
 `--rank 4 16 64` adds the transfer study, AdamW and pion_lora at alpha = 2 rank: how far the best learning rate moves
-with the rank. `--exact_match` generates answers to 32 validation rows after the best runs of every contender (those
-that have not are run again).
+with the rank. `--exact_match` generates answers to 32 validation rows after the best run of every contender (a run that
+has not is made again). `--time` measures seconds per step: five steps of every contender, one after another, on a
+machine that should be idle (the runs above need not be).
 
 Needs examples/prepare_smollm2.py, examples/prepare_reasoning.py and data/python_docs.txt (`make demo` makes all three).
 Finished runs are kept in results/lora.json and not repeated (`--only` runs a part, `--show` none). A run takes about a
@@ -40,12 +41,13 @@ from pion_hf.integrations.trl import PionSFTConfig, PionSFTTrainer
 MODEL, DATA, OTHER_TEXT = "models/smollm2-135m-instruct", "data/reasoning", "data/python_docs.txt"
 RESULTS = Path(__file__).parent / "results" / "lora.json"
 STEPS, EVERY, ROWS, GENERATED, RANK, LORA_PLUS_RATIO = 20, 5, 64, 32, 16, 16
+TIMED_STEPS = 5
 
 # contender -> the optimizer's name, its options (`optim_` and the key), and the learning rates tried.
 CONTENDERS = {
     "adamw": ("adamw_torch", {}, (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)),
     "lora+": ("lora+", {}, (1e-4, 3e-4, 1e-3, 3e-3)),
-    "riemannian": ("riemannian", {}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "riemannian": ("riemannian", {}, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
     "muon": ("muon", {}, (1e-2, 3e-2, 1e-1, 3e-1)),
     "pion_lora": ("pion_lora", {}, (1e-2, 3e-2, 5e-2, 1e-1, 3e-1)),
     "pion_lora, polar": ("pion_lora", {"direction": "polar"}, (1e-2, 2e-2, 3e-2, 5e-2, 1e-1, 3e-1)),
@@ -53,7 +55,7 @@ CONTENDERS = {
     "teon_lora": ("teon_lora", {}, (1e-2, 3e-2, 1e-1, 3e-1)),
 }
 # The contenders of the other ranks and their learning rates.
-TRANSFER = {"adamw": (1e-3, 2e-3, 3e-3, 5e-3), "pion_lora": (1e-2, 3e-2, 5e-2, 1e-1)}
+TRANSFER = {"adamw": (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2), "pion_lora": (3e-2, 5e-2, 1e-1)}
 PEFT_OPTIMIZERS = ("lora+", "riemannian")
 
 
@@ -150,8 +152,6 @@ class Bench:
         optim, options, _ = CONTENDERS[contender]
         model = self.adapted(rank, seed)
         trainer = self.trainer(model, optim, options, lr, seed)
-        clock = StepClock()
-        trainer.add_callback(clock)
         trainer.train()
         losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
         result = {
@@ -164,8 +164,6 @@ class Bench:
             "task": losses[STEPS],
             "curve": [[step, loss] for step, loss in sorted(losses.items())],
             "other": self.other_loss(trainer),
-            "step_seconds": statistics.median(clock.steps),
-            "optimizer_seconds": statistics.median(clock.optimizer),
             "spectrum_drift": trainer.spectrum.summary.get("spectrum_drift"),
             "exact_match": None,
         }
@@ -174,6 +172,18 @@ class Bench:
                 result["exact_match"] = exact_match(trainer.model, self.tokenizer, self.answered, max_new_tokens=24)
         self.strip(model)
         return result
+
+    def seconds(self, contender: str) -> dict:
+        """Medians of five steps at the contender's first learning rate."""
+        optim, options, rates = CONTENDERS[contender]
+        model = self.adapted(RANK, seed=0)
+        trainer = self.trainer(model, optim, options, rates[0], seed=0)
+        trainer.args.max_steps, trainer.args.eval_strategy = TIMED_STEPS, "no"
+        clock = StepClock()
+        trainer.add_callback(clock)
+        trainer.train()
+        self.strip(model)
+        return {"step": statistics.median(clock.steps), "optimizer": statistics.median(clock.optimizer)}
 
     def other_loss(self, trainer: PionSFTTrainer) -> float:
         with trainer.accelerator.autocast():
@@ -246,7 +256,6 @@ def _task(run: dict) -> float:
 
 
 COLUMNS = ("contender", "lr", "seed", "task", "other text", "steps to AdamW's best", "exact match", "drift")
-COLUMNS += ("step s", "optimizer s")
 
 
 def comparison(record: dict) -> Table:
@@ -269,8 +278,6 @@ def comparison(record: dict) -> Table:
                 "" if reached is None else f"{reached:.1f}",
                 "" if r["exact_match"] is None else f"{r['exact_match']:.0%}",
                 "" if r["spectrum_drift"] is None else f"{r['spectrum_drift']:.0e}",
-                f"{r['step_seconds']:.2f}",
-                f"{r['optimizer_seconds']:.3f}",
                 style="bold" if r is lowest else None,
             )
         if lowest:
@@ -280,6 +287,15 @@ def comparison(record: dict) -> Table:
     table.caption = "Bold: the best of its sweep. " + (
         f"At an end of its sweep: {', '.join(ends)}." if ends else "Every best rate is interior."
     )
+    return table
+
+
+def times(record: dict) -> Table:
+    table = Table(title=f"Seconds per step, {record['seconds_on']}")
+    for column in ("contender", "step", "optimizer"):
+        table.add_column(column, justify="left" if column == "contender" else "right")
+    for contender, measured in record["seconds"].items():
+        table.add_row(contender, f"{measured['step']:.2f}", f"{measured['optimizer']:.3f}")
     return table
 
 
@@ -333,9 +349,21 @@ class Ledger:
             self.record["before"] = self.bench.before()
         result = self.bench.run(contender, lr, seed, rank, answer=answer)
         self.record["runs"] = [r for r in self.runs if r is not done] + [result]
+        self.save()
+        tqdm.write(f"{contender}, lr {lr:g}, seed {seed}, rank {rank}: task {result['task']:.4f}")
+
+    def time(self) -> None:
+        self.bench = self.bench or Bench()
+        device = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        )
+        self.record["seconds_on"] = device
+        self.record["seconds"] = {c: self.bench.seconds(c) for c in tqdm(CONTENDERS, desc="Timing")}
+        self.save()
+
+    def save(self) -> None:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
-        tqdm.write(f"{contender}, lr {lr:g}, seed {seed}, rank {rank}: task {result['task']:.4f}")
 
 
 def main() -> None:
@@ -343,6 +371,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, metavar="NAME", help=f"of: {'; '.join(CONTENDERS)}")
     parser.add_argument("--rank", nargs="+", type=int, default=[RANK], help="ranks to run (default: 16)")
     parser.add_argument("--exact_match", action="store_true", help="generate answers after the best runs (slow)")
+    parser.add_argument("--time", action="store_true", help="measure seconds per step, and nothing else")
     parser.add_argument("--show", action="store_true", help="print the tables of finished runs")
     chosen = parser.parse_args()
     ledger = Ledger()
@@ -353,17 +382,21 @@ def main() -> None:
         if rank == RANK or contender in TRANSFER
         for lr in (CONTENDERS[contender][2] if rank == RANK else TRANSFER[contender])
     ]
-    if not chosen.show:
+    if chosen.time:
+        ledger.time()
+    elif not chosen.show:
         for job in tqdm([job for job in todo if not ledger.find(*job)], desc="Learning rates"):
             ledger.once(*job)
         for contender in tqdm(list(chosen.only or CONTENDERS) if RANK in chosen.rank else [], desc="Second seed"):
             lowest = best(ledger.runs, contender)
-            for seed in (0, 1) if lowest else ():
-                ledger.once(contender, lowest["lr"], seed, RANK, answer=chosen.exact_match)
+            for seed in (0, 1) if lowest else ():  # answers of the first
+                ledger.once(contender, lowest["lr"], seed, RANK, answer=chosen.exact_match and seed == 0)
     if not ledger.runs:
         raise SystemExit("no finished runs to show")
     console = Console(width=130)
     console.print(comparison(ledger.record))
+    if "seconds" in ledger.record:
+        console.print(times(ledger.record))
     if any(r["rank"] != RANK for r in ledger.runs):
         console.print(transfer(ledger.runs))
 

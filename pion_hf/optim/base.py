@@ -128,9 +128,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """The rule: the new weights of a batch of matrices of one shape, in working precision.
 
         `weight` and `grad` are `(b, m, n)`, or `(b, K, m, n)` for stacks of `K` (see `stacks_of`); both may be the
-        parameter's own memory: the rule leaves them as they are. `state` is empty at a matrix's first step and
-        afterwards holds what the rule put there, each entry with the dimensions of the batch first; the rule replaces,
-        adds or changes entries. `step` counts from 1.
+        parameter's own memory: the rule may change `weight` in place, `grad` it leaves as it is. `state` is empty at a
+        matrix's first step and afterwards holds what the rule put there, each entry with the dimensions of the batch
+        first; the rule replaces, adds or changes entries. `step` counts from 1.
         """
         raise NotImplementedError
 

@@ -166,7 +166,9 @@ class Batch:
         """The inverse of `_gather`, into memory that exists."""
         if self.whole:
             rows = (joined.mT if self.layout.transposed else joined).flatten(0, -3).unbind(0)
-            torch._foreach_copy_([of(b) for b in self.blocks], rows)
+            kept = [of(b) for b in self.blocks]
+            if len(kept) > 1 or kept[0].data_ptr() != rows[0].data_ptr():  # a lone one may have been updated in place
+                torch._foreach_copy_(kept, rows)
             return
         for block, part in zip(self.blocks, self._parts(joined), strict=True):
             view = blocks.split(of(block), self.layout)[block.index]

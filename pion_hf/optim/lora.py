@@ -42,13 +42,14 @@ class PionLora(MatrixOptimizer):
     `||dA||_F = lr ||A||_F`, which moves `s B A` by at most `lr` of itself, whatever its size. A factor that grows
     steps by
 
-        dB = -lr * sqrt(out / in) / (s a) * polar(U),    a = ||A||_F / sqrt(r)  (before training)
+        dB = -lr * sqrt(16 / r) * sqrt(out / in) / (s a) * polar(U),    a = ||A||_F / sqrt(r)  (before training)
 
-    so that each of the `r` singular values of `s dB A` is `lr * sqrt(out / in)` where those of `A` are equal, as they
-    nearly are after every random init: the spectral condition of arXiv 2310.17813, under which steps do not depend on
-    width. Neither `s = alpha / r` nor the size of `A` is left in it, and a further unit of rank adds a direction
-    without changing the others. (If the partner is zero, as `B` is when `A` grows too, a step is `lr` of the factor
-    itself.)
+    so that each of the `r` singular values of `s dB A` is `lr * sqrt(16 / r) * sqrt(out / in)` where those of `A` are
+    equal, as they nearly are after every random init. `sqrt(out / in)` is the spectral condition of arXiv 2310.17813,
+    under which steps do not depend on width; neither `s = alpha / r` nor the size of `A` is left. `sqrt(16 / r)` keeps
+    the Frobenius norm of the step independent of rank: all `r` directions step equally far, and few of them carry more
+    than the noise of a batch. Without it the best learning rate fell with the root of the rank. (If the partner is
+    zero, as `B` is when `A` grows too, a step is `lr` of the factor itself.)
 
     Args:
         params: groups from `pion_hf.param_groups(model, "pion_lora")`; its `lora_a` and `lora_b` choose the methods.

@@ -114,8 +114,8 @@ class Teon(MatrixOptimizer):
         direction = grad.lerp(momentum, mu) if group["nesterov"] else momentum
         factor = _orthogonalised(direction, group)
         if group["weight_decay"]:
-            weight = weight * (1 - lr * group["weight_decay"])
-        return weight.add(factor, alpha=-lr * _scale(weight.shape, group))
+            weight.mul_(1 - lr * group["weight_decay"])
+        return weight.add_(factor, alpha=-lr * _scale(weight.shape, group))
 
 
 def _orthogonalised(x: Tensor, group: dict) -> Tensor:
