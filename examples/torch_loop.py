@@ -1,0 +1,34 @@
+"""A bare torch loop: `param_groups` finds the matrices, `Pion` updates all of the model.
+
+python examples/torch_loop.py --steps 10
+"""
+
+import argparse
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pion_hf import Pion, param_groups, routing_table
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", default="models/smollm2-135m-instruct")
+parser.add_argument("--text", default="data/python_docs.txt")
+parser.add_argument("--steps", type=int, default=10)
+chosen = parser.parse_args()
+
+model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(chosen.model)
+with open(chosen.text, encoding="utf-8") as file:
+    ids = tokenizer(file.read(), return_tensors="pt", verbose=False)["input_ids"][0]
+rows = ids[: len(ids) // 64 * 64].view(-1, 64)
+
+print(routing_table(model))
+optimizer = Pion(param_groups(model, lr=1e-3, adamw_lr=3e-5))
+for step in range(chosen.steps):
+    batch = rows[torch.arange(4 * step, 4 * step + 4) % len(rows)]
+    loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    print(f"step {step + 1}: loss {loss.item():.4f}")

@@ -1,0 +1,43 @@
+"""Every script in examples/ that trains, run as a user would on the toy model: two steps each."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TRAINING = ["--max_steps", "2", "--use_cpu", "true", "--report_to", "none", "--save_strategy", "no", "--bf16", "false"]
+SMALL = ["--per_device_train_batch_size", "4", "--logging_steps", "1", "--learning_rate", "1e-2", *TRAINING]
+CHAT = ["--chats", "{chats}", *SMALL]
+# script -> its arguments, and what its output must say.
+SCRIPTS = {
+    "plain_trainer.py": (["--text", "{text}", *SMALL], "spectrum_drift"),
+    "sft.py": (CHAT, "teon"),
+    "lora.py": ([*CHAT, "--rank", "2"], "pion_lora"),
+    "grpo.py": (["--chats", "{chats}", "--num_generations", "2", "--max_completion_length", "4", *SMALL], "reward"),
+    "torch_loop.py": (["--text", "{text}", "--steps", "2"], "step 2: loss"),
+    "one_line.py": (["--optim", "pion", *SMALL], "pion"),
+}
+
+
+def test_no_example_is_left_out():
+    scripts = {path.name for path in EXAMPLES.glob("*.py") if not path.name.startswith("prepare_")}
+    assert scripts == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_example_trains(script, checkpoint, chat_data, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Line {i} says that {i} and {i} make {2 * i}, as everyone knows.\n" for i in range(60)))
+    arguments, said = SCRIPTS[script]
+    arguments = [a.format(chats=chat_data, text=text) for a in arguments]
+    if script != "torch_loop.py":
+        arguments += ["--output_dir", str(tmp_path / "out")]
+    command = [sys.executable, str(EXAMPLES / script), "--model", str(checkpoint), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert said in done.stdout + done.stderr
+    assert "loss" in done.stdout
