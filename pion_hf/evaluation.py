@@ -1,4 +1,4 @@
-"""What was learnt and what was kept: loss on the task, answers that match, loss on unrelated text."""
+"""What was learnt and what was kept: loss on the task, answers that match, loss on another domain."""
 
 from __future__ import annotations
 
@@ -8,10 +8,34 @@ from typing import Any
 
 import evaluate
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from pion_hf.metrics import EXACT_MATCH
+
+Measures = dict[str, dict[str, float]]
+"""What a model can do at one moment: domain (`task`, `other_text`, ...), metric (`loss`, ...), value."""
+
+IGNORED = -100  # the label of a token that counts for no loss
+BATCH_TOKENS = 2048  # of which the logits are in memory at once
+
+# The metric that says how far a domain has come, the first that is there, and the sign of an improvement.
+PROGRESS = {"reward": 1, "loss": -1}
+
+
+def perplexity(loss: float) -> float:
+    """`exp` of a mean next-token loss in nats; inf, not an error, where training has diverged.
+
+    The metric of this name of the package `evaluate` loads and runs a model of its own, from the hub.
+    """
+    return torch.tensor(loss, dtype=torch.float64).exp().item()
+
+
+def progress(before: dict[str, float], after: dict[str, float]) -> float | None:
+    """How far a domain's loss fell, or its reward rose; None where neither was measured."""
+    metric = next((metric for metric in PROGRESS if metric in before), None)
+    return None if metric is None else PROGRESS[metric] * (after[metric] - before[metric])
 
 
 def prompts_and_answers(rows: Sequence[dict[str, Any]]) -> list[tuple[list[dict[str, str]], str]]:
@@ -22,15 +46,14 @@ def prompts_and_answers(rows: Sequence[dict[str, Any]]) -> list[tuple[list[dict[
     """
     pairs = []
     for row in rows:
-        if "messages" in row and row["messages"] and row["messages"][-1]["role"] == "assistant":
-            pairs.append((row["messages"][:-1], row["messages"][-1]["content"]))
-        elif isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-            pairs.append((row["prompt"], row["completion"][-1]["content"]))
-        else:
+        parts = [row["messages"]] if "messages" in row else [row.get("prompt"), row.get("completion")]
+        chat = [message for part in parts for message in part] if all(isinstance(p, list) for p in parts) else []
+        if not chat or chat[-1]["role"] != "assistant" or not isinstance(chat[-1]["content"], str):
             raise ValueError(
-                "exact match needs chat data, rows of 'prompt' and 'completion' or of 'messages' that end with the "
-                f"assistant; this row has the columns {sorted(row)}."
+                "these are no chats with an answer, rows of messages in 'prompt' and 'completion' or in 'messages' "
+                f"that end with the assistant's text: one has the columns {sorted(row)}."
             )
+        pairs.append((chat[:-1], chat[-1]["content"]))
     return pairs
 
 
@@ -65,11 +88,20 @@ def exact_match(
     return metric.compute()["exact_match"]
 
 
-@torch.no_grad()
 def text_loss(
     model: nn.Module, tokenizer: Any, text: str, *, window: int = 256, windows: int = 32, batch_size: int = 8
 ) -> float:
     """Mean next-token loss (nats) over up to `windows` evenly spaced stretches of `window` tokens of `text`.
+
+    Raises:
+        ValueError: the text is shorter than one window.
+    """
+    stretches = text_stretches(tokenizer, text, window=window, windows=windows)
+    return token_loss(model, [(ids, ids) for ids in stretches], batch_size=batch_size)
+
+
+def text_stretches(tokenizer: Any, text: str, *, window: int = 256, windows: int = 32) -> list[Tensor]:
+    """Token ids `(window,)` of up to `windows` evenly spaced stretches of `text`.
 
     Raises:
         ValueError: the text is shorter than one window.
@@ -80,12 +112,57 @@ def text_loss(
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {window}.")
     count = min(windows, available)
     starts = [math.floor(i * available / count) * window for i in range(count)]
-    stretches = torch.stack([ids[s : s + window] for s in starts])
+    return [ids[s : s + window] for s in starts]
+
+
+def answer_tokens(
+    tokenizer: Any, rows: Sequence[dict[str, Any]], *, max_length: int = 1024
+) -> list[tuple[Tensor, Tensor]]:
+    """Token ids and labels `(length,)` of chat rows: the last answer is labelled, what leads to it is not.
+
+    Rows of more than `max_length` tokens are left out.
+
+    Raises:
+        ValueError: rows that are no chat (see `prompts_and_answers`), or all too long.
+    """
+    found = []
+    for prompt, answer in prompts_and_answers(rows):
+        chat = [*prompt, {"role": "assistant", "content": answer}]
+        opening = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(chat, tokenize=False)
+        start, ids = (
+            tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+            for text in (opening, whole)
+        )
+        if len(start) < len(ids) <= max_length:
+            labels = ids.clone()
+            labels[: len(start)] = IGNORED
+            found.append((ids, labels))
+    if not found:
+        raise ValueError(f"no row of the chat data has an answer within {max_length} tokens.")
+    return found
+
+
+@torch.no_grad()
+def token_loss(model: nn.Module, rows: Sequence[tuple[Tensor, Tensor]], *, batch_size: int | None = None) -> float:
+    """Mean loss (nats) over all labelled tokens of `rows`, pairs of ids and labels `(length,)`.
+
+    batch_size: by default so many rows that a batch has at most `BATCH_TOKENS` tokens.
+    """
+    batch_size = batch_size or max(1, BATCH_TOKENS // max(len(ids) for ids, _ in rows))
     was_training = model.training
     model.eval()
-    losses = []
-    for batch in tqdm(stretches.split(batch_size), desc="Reading", leave=False):
-        batch = batch.to(model.device)
-        losses += [model(input_ids=batch, labels=batch, use_cache=False).loss.item()] * len(batch)
+    total, count = 0.0, 0
+    for start in tqdm(range(0, len(rows), batch_size), desc="Reading", leave=False):
+        ids, labels = zip(*rows[start : start + batch_size], strict=True)
+        batch = {  # padded on the right, where causal models do not look
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        }
+        predicted = (batch["labels"][:, 1:] != IGNORED).sum().item()
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        total += model(**batch, use_cache=False).loss.item() * predicted
+        count += predicted
     model.train(was_training)
-    return sum(losses) / len(losses)
+    return total / count

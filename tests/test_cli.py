@@ -95,15 +95,24 @@ def test_sft_trains_and_reports(recipe, tmp_path, capsys):
     other.write_text("Sphinx of black quartz, judge my vow. " * 20, encoding="utf-8")
     main(["sft", "--config", recipe(other_text_file=str(other), exact_match_samples=3), "--max_new_tokens", "4"])
     folder = tmp_path / "run"
-    report = json.loads((folder / "report.json").read_text())
-    measures = {"evaluation loss", "exact match", "loss on other text"}
-    assert set(report["before"]) == set(report["after"]) == measures
-    assert all(math.isfinite(value) for moment in ("before", "after") for value in report[moment].values())
-    assert report["after"]["evaluation loss"] < report["before"]["evaluation loss"]
+    report = json.loads((folder / "eval.json").read_text())
+    before, after = report["before"], report["after"]
+    for moment in (before, after):
+        assert list(moment) == ["task", "other_text"]
+        assert list(moment["task"]) == ["loss", "perplexity", "exact_match"]
+        assert list(moment["other_text"]) == ["loss", "perplexity"]
+        assert all(math.isfinite(value) for values in moment.values() for value in values.values())
+        assert moment["other_text"]["perplexity"] == pytest.approx(math.exp(moment["other_text"]["loss"]))
+    assert report["learnt"] == before["task"]["loss"] - after["task"]["loss"] > 0
+    assert report["forgotten"] == {"other_text": after["other_text"]["loss"] - before["other_text"]["loss"]}
+    assert report["optimizer"]["name"] == "pion"
+    assert report["optimizer"]["options"]["direction"] == "natural"
+    assert report["steps"] == 2
     assert report["spectrum_drift"] < 1e-5
     printed = capsys.readouterr().out
     assert "pion, 2 steps" in printed
-    assert all(measure in printed for measure in measures)
+    assert all(f"task: {measure}" in printed for measure in ("loss", "perplexity", "exact match"))
+    assert "other text: loss" in printed
     rules = {r["name"]: r["rule"] for r in json.loads((folder / "routing.json").read_text())["parameters"]}
     assert rules["model.layers.0.mlp.down_proj.weight"] == "pion"
     assert rules["model.embed_tokens.weight"] == "adamw"
@@ -118,7 +127,7 @@ def test_sft_trains_and_reports(recipe, tmp_path, capsys):
 
 def test_sft_takes_other_optimizers_and_flags_over_the_recipe(recipe, tmp_path):
     main(["sft", f"--config={recipe()}", "--optim", "adamw_torch", "--max-steps", "1", "--eval_strategy", "no"])
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    report = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert report["before"] == report["after"] == {}
     assert "spectrum_drift" not in report
     assert not (tmp_path / "run" / "routing.json").exists()

@@ -24,8 +24,10 @@ def test_the_recipe_learns_keeps_the_spectrum_and_saves_a_usable_checkpoint(tmp_
     ):
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True)
-    report = json.loads((output / "report.json").read_text())
-    assert report["after"]["evaluation loss"] < report["before"]["evaluation loss"] - 0.5
+    report = json.loads((output / "eval.json").read_text())
+    assert report["learnt"] > 0.5
+    assert report["forgotten"]["other_text"] < 0.5 * report["learnt"]
+    assert "arXiv 2605.12492" in (output / "README.md").read_text()
     assert report["spectrum_drift"] < 1e-5
     assert report["rotated_matrices"] == 210
     tokenizer = AutoTokenizer.from_pretrained(output)

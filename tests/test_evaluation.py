@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+from pathlib import Path
+
 import evaluate
 import pytest
 import torch
+import yaml
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from pion_hf.evaluation import exact_match, prompts_and_answers, text_loss
+from pion_hf.cli import main
+from pion_hf.cli.report import ReportMixin
+from pion_hf.cli.training import ReportingSFTTrainer
+from pion_hf.evaluation import (
+    answer_tokens,
+    exact_match,
+    perplexity,
+    progress,
+    prompts_and_answers,
+    text_loss,
+    token_loss,
+)
+from pion_hf.integrations.model_card import table_rows
 from pion_hf.metrics import EXACT_MATCH
-from tests.conftest import chat_rows
+from tests.conftest import chat_rows, toy_llama, write_jsonl
+from tests.test_cli import fails
+
+ROOT = Path(__file__).parents[1]
 
 
 class Student(nn.Module):
@@ -64,10 +86,10 @@ def test_exact_match_runs_on_a_model(model, tokenizer):
 
 def test_chat_rows_of_both_forms():
     question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-    assert prompts_and_answers([{"messages": [question, answer]}, {"prompt": [question], "completion": [answer]}]) == [
-        ([question], "a"),
-        ([question], "a"),
-    ]
+    rows = [{"messages": [question, answer]}, {"prompt": [question], "completion": [answer]}]
+    assert prompts_and_answers(rows) == [([question], "a")] * 2
+    longer = [question, answer, question]
+    assert prompts_and_answers([{"prompt": [question], "completion": [*longer[1:], answer]}]) == [(longer, "a")]
 
 
 @pytest.mark.parametrize(
@@ -77,10 +99,13 @@ def test_chat_rows_of_both_forms():
         {"messages": []},
         {"messages": [{"role": "user", "content": "q"}]},
         {"prompt": "q", "completion": "a"},
+        {"prompt": [{"role": "user", "content": "q"}], "completion": []},
+        {"prompt": [{"role": "user", "content": "q"}]},
+        {"messages": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}]},
     ],
 )
 def test_rows_that_are_no_chat(row):
-    with pytest.raises(ValueError, match=r"exact match needs chat data") as raised:
+    with pytest.raises(ValueError, match="these are no chats with an answer") as raised:
         prompts_and_answers([row])
     assert str(sorted(row)) in str(raised.value)
 
@@ -112,3 +137,248 @@ def test_text_loss_takes_evenly_spaced_windows(model, tokenizer):
 def test_text_shorter_than_a_window(model, tokenizer):
     with pytest.raises(ValueError, match="5 tokens, fewer than one window of 256"):
         text_loss(model, tokenizer, "short")
+
+
+# -- loss of answers --------------------------------------------------------------------------------
+
+
+def test_only_the_last_answer_is_labelled(tokenizer):
+    question, answer = {"role": "user", "content": "1+2="}, {"role": "assistant", "content": "3"}
+    first = {"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}
+    for row in ({"messages": [*first, question, answer]}, {"prompt": [*first, question], "completion": [answer]}):
+        ((ids, labels),) = answer_tokens(tokenizer, [row])
+        assert tokenizer.decode(ids) == "<user>2+2=<end><assistant>4<end><user>1+2=<end><assistant>3<end>"
+        assert tokenizer.decode(labels[labels != -100]) == "3<end>"
+        assert torch.equal(labels[labels != -100], ids[-2:])
+
+
+def test_rows_that_are_too_long_are_left_out(tokenizer):
+    rows = chat_rows(4)
+    rows[1]["prompt"] = [{"role": "user", "content": "9" * 50}]
+    assert len(answer_tokens(tokenizer, rows, max_length=20)) == 3
+    with pytest.raises(ValueError, match="no row of the chat data has an answer within 5 tokens"):
+        answer_tokens(tokenizer, rows, max_length=5)
+
+
+@torch.no_grad()
+def test_token_loss_weighs_every_labelled_token_alike(model, tokenizer):
+    rows = chat_rows(5)
+    rows[2]["completion"] = [{"role": "assistant", "content": "a long answer to a short question"}]
+    rows = answer_tokens(tokenizer, rows)
+    losses = []
+    model.eval()
+    for ids, labels in rows:
+        logits = model(ids[None]).logits[0, :-1]
+        losses += nn.functional.cross_entropy(logits, labels[1:], reduction="none")[labels[1:] != -100].tolist()
+    model.train()
+    for batch_size in (1, 2, 8, None):
+        assert token_loss(model, rows, batch_size=batch_size) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert model.training
+
+
+def test_batches_of_long_rows_are_small(tokenizer):
+    class Counting(nn.Module):
+        def forward(self, input_ids, attention_mask, labels, use_cache):
+            sizes.append(tuple(input_ids.shape))
+            return type("Output", (), {"loss": torch.tensor(1.0)})
+
+    model = Counting()
+    model.device = torch.device("cpu")
+    for length, wanted in ((256, [8, 2]), (1000, [2] * 5), (4000, [1] * 10)):
+        sizes = []
+        rows = [(ids, ids) for ids in torch.ones(10, length, dtype=torch.long)]
+        assert token_loss(model, rows) == 1.0
+        assert sizes == [(size, length) for size in wanted]
+
+
+# -- what is made of the measures -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("loss", "wanted"), [(0.0, 1.0), (2.5, math.exp(2.5)), (1e4, math.inf)])
+def test_perplexity(loss, wanted):
+    assert perplexity(loss) == pytest.approx(wanted)
+    assert math.isnan(perplexity(math.nan))
+
+
+def test_progress_is_a_lower_loss_or_a_higher_reward():
+    assert progress({"loss": 3.0, "exact_match": 0.5}, {"loss": 2.5, "exact_match": 0.0}) == 0.5
+    assert progress({"reward": 0.25}, {"reward": 1.0}) == 0.75
+    assert progress({"exact_match": 0.25}, {"exact_match": 1.0}) is None
+
+
+def test_rows_of_the_table():
+    before = {"task": {"reward": 0.5}, "other_text": {"loss": 2.0, "perplexity": 7.389, "exact_match": 0.125}}
+    after = {"task": {"reward": 1.0}, "other_text": {"loss": 2.25, "perplexity": 9.488, "exact_match": 0.0}}
+    assert [tuple(row.values()) for row in table_rows(before, after)] == [
+        ("task", "reward", "0.5000", "1.0000"),
+        ("other text", "loss", "2.0000", "2.2500"),
+        ("other text", "perplexity", "7.39", "9.49"),
+        ("other text", "exact match", "12.5%", "0.0%"),
+    ]
+
+
+# -- the report of a training -----------------------------------------------------------------------
+
+
+def strict(path: Path) -> dict:
+    """JSON without the NaN and Infinity that Python adds to it."""
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+@pytest.fixture
+def other_data(tmp_path) -> Path:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    rows = [{"messages": [*r["prompt"], {"role": "assistant", "content": "No."}]} for r in chat_rows(6)]
+    write_jsonl(folder / "test.jsonl", rows)
+    write_jsonl(folder / "train.jsonl", rows[:2])
+    return folder
+
+
+def test_chats_of_another_domain_are_measured(recipe, other_data, tmp_path, tokenizer, capsys, monkeypatch):
+    answered = []
+
+    def half(model, tokenizer, rows, max_new_tokens):
+        answered.append((rows, max_new_tokens))
+        return 0.5
+
+    monkeypatch.setattr("pion_hf.cli.report.exact_match", half)
+    changes = {"other_dataset": str(other_data), "exact_match_samples": 2, "max_new_tokens": 3, "max_steps": 4}
+    main(["sft", "--config", recipe(**changes)])
+    record = strict(tmp_path / "run" / "eval.json")
+    rows = [json.loads(line) for line in (other_data / "test.jsonl").read_text().splitlines()]
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    for moment, model in (("before", toy_llama()), ("after", trained)):
+        assert list(record[moment]) == ["task", "other_dataset"]
+        measures = record[moment]["other_dataset"]
+        assert measures["loss"] == pytest.approx(token_loss(model, answer_tokens(tokenizer, rows)), rel=1e-5)
+        assert measures["perplexity"] == pytest.approx(math.exp(measures["loss"]))
+        assert measures["exact_match"] == 0.5
+    assert answered == [(chat_rows(2, first=100), 3), (rows[:2], 3)] * 2
+    lost = record["after"]["other_dataset"]["loss"] - record["before"]["other_dataset"]["loss"]
+    assert record["forgotten"] == {"other_dataset": lost}
+    assert "other dataset: exact match" in capsys.readouterr().out
+
+
+def test_without_evaluation_data_the_other_domain_still_counts(recipe, other_data, tmp_path):
+    path = recipe(eval_strategy="no", other_dataset=str(other_data), exact_match_samples=2, max_new_tokens=3)
+    main(["sft", "--config", path, "--other_dataset_split", "train"])
+    record = strict(tmp_path / "run" / "eval.json")
+    assert list(record["after"]) == ["other_dataset"]
+    assert "learnt" not in record
+
+
+def test_a_task_can_bring_measures_of_its_own(recipe, tmp_path, monkeypatch):
+    rewards = iter([0.25, 0.75])
+    monkeypatch.setattr(ReportMixin, "measure_task", lambda self: {"reward": next(rewards)})
+    main(["sft", "--config", recipe()])
+    record = strict(tmp_path / "run" / "eval.json")
+    assert (record["before"], record["after"]) == ({"task": {"reward": 0.25}}, {"task": {"reward": 0.75}})
+    assert record["learnt"] == 0.5
+
+
+def test_a_number_that_is_none_is_null(recipe, tmp_path, monkeypatch, capsys):
+    losses = iter([800.0, math.nan])
+    monkeypatch.setattr(ReportMixin, "_evaluation_loss", lambda self: next(losses))
+    main(["sft", "--config", recipe()])
+    record = strict(tmp_path / "run" / "eval.json")
+    assert record["before"]["task"] == {"loss": 800.0, "perplexity": None}
+    assert record["after"]["task"] == {"loss": None, "perplexity": None}
+    assert "nan" in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_written_leaves_the_last_one(recipe, tmp_path, monkeypatch):
+    main(["sft", "--config", recipe()])
+    path = tmp_path / "run" / "eval.json"
+    last = path.read_bytes()
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        main(["sft", "--config", recipe(learning_rate=3e-2)])
+    assert path.read_bytes() == last
+
+
+@pytest.fixture
+def loads_nothing(monkeypatch):
+    """No model may be loaded."""
+
+    def load(*args, **kwargs):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr("trl.trainer.sft_trainer.create_model_from_path", load)
+
+
+@pytest.mark.usefixtures("loads_nothing")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"other_dataset": "{tmp}/nowhere"}, "other_dataset: cannot load '{tmp}/nowhere': "),
+        (
+            {"other_dataset": "{tmp}/other", "other_dataset_split": "tset"},
+            "other_dataset_split: 'tset' is not a known split of '{tmp}/other'. Did you mean 'test'",
+        ),
+        ({"other_dataset": "{tmp}/broken"}, "other_dataset: cannot load '{tmp}/broken': "),
+        ({"other_dataset": "{tmp}/plain"}, "other_dataset='{tmp}/plain': these are no chats with an answer"),
+        ({"other_text_file": "{tmp}/bytes"}, "other_text_file: cannot read '{tmp}/bytes' as UTF-8 text: "),
+        (
+            {"dataset_name": "{tmp}/plain", "exact_match_samples": 1},
+            "exact_match_samples: these are no chats with an answer",
+        ),
+        ({"output_dir": "{tmp}/bytes"}, "output_dir='{tmp}/bytes': '{tmp}/bytes' is no folder; choose another"),
+        ({"output_dir": "{tmp}/bytes/run"}, "output_dir='{tmp}/bytes/run': '{tmp}/bytes' is no folder"),
+        ({"output_dir": "{tmp}/locked/a/b"}, "'{tmp}/locked' cannot be written to"),
+    ],
+)
+def test_reports_that_cannot_be_made_stop_before_a_model_is_loaded(
+    changes, message, recipe, other_data, tmp_path, monkeypatch
+):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00\xd8")
+    for name in ("locked", "plain", "broken"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "broken" / "test.jsonl").write_text('{"messages": [')
+    write_jsonl(tmp_path / "plain" / "train.jsonl", [{"text": "plain"}] * 4)
+    write_jsonl(tmp_path / "plain" / "test.jsonl", [{"text": "plain"}] * 4)
+    access = os.access  # root may write to any folder
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: (path, mode & os.W_OK) != (tmp_path / "locked", os.W_OK) and access(path, mode)
+    )
+    before = sorted(tmp_path.rglob("*"))
+    said = fails("sft", "--config", recipe(**{k: str(v).format(tmp=tmp_path) for k, v in changes.items()}))
+    assert message.format(tmp=tmp_path) in said
+    assert "\n" not in said
+    assert sorted(p for p in tmp_path.rglob("*") if p.name != "recipe.yaml") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"other_text_file": "{tmp}/short"}, "other_text_file='{tmp}/short': the text has 5 tokens, fewer than one"),
+        ({"other_dataset": "{tmp}/long"}, "other_dataset='{tmp}/long': no row of the chat data has an answer within"),
+    ],
+)
+def test_what_only_the_tokenizer_can_tell_stops_before_training(changes, message, recipe, tmp_path, monkeypatch):
+    (tmp_path / "short").write_text("short")
+    (tmp_path / "long").mkdir()
+    row = {"prompt": [{"role": "user", "content": "9" * 2000}], "completion": [{"role": "assistant", "content": "1"}]}
+    write_jsonl(tmp_path / "long" / "test.jsonl", [row])
+    monkeypatch.setattr(ReportingSFTTrainer, "train", lambda self, **kwargs: pytest.fail("it trained"))
+    said = fails("sft", "--config", recipe(**{k: v.format(tmp=tmp_path) for k, v in changes.items()}))
+    assert message.format(tmp=tmp_path) in said
+    assert "\n" not in said
+    assert not list((tmp_path / "run").glob("*"))
+
+
+# -- recipes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*/*/*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_recipe_measures_its_task_and_what_is_forgotten(path):
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert recipe["eval_strategy"] != "no"
+    assert recipe.get("other_text_file") or recipe.get("other_dataset")
+    if path.parent.name == "sft" and recipe["dataset_name"] == "data/reasoning":  # its answers are short
+        assert recipe["exact_match_samples"] > 0

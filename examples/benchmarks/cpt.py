@@ -31,9 +31,18 @@ def run(optim: str, lr: float, seed: int) -> dict:
     started = time.perf_counter()
     chosen = ["--optim", optim, "--learning_rate", str(lr), "--seed", str(seed), "--output_dir", str(folder)]
     cpt.main(["--config", RECIPE, "--disable_tqdm", "true", *FIXED, *chosen])
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     shutil.rmtree(folder)  # half a gigabyte of weights
-    return {"optim": optim, "lr": lr, "seed": seed, "minutes": (time.perf_counter() - started) / 60, **report}
+    measured = {
+        moment: {
+            "evaluation loss": report[moment]["task"]["loss"],
+            "perplexity": report[moment]["task"]["perplexity"],
+            "loss on other text": report[moment]["other_text"]["loss"],
+        }
+        for moment in ("before", "after")
+    }
+    minutes, share = (time.perf_counter() - started) / 60, report["optimizer_share"]
+    return {"optim": optim, "lr": lr, "seed": seed, "minutes": minutes, **measured, "optimizer_share": share}
 
 
 def best(runs: list[dict], optim: str) -> float:

@@ -12,5 +12,5 @@ def parser() -> RecipeParser:
 
 
 def main(argv: list[str]) -> None:
-    """Fine-tune; ends with a table and `report.json` in the output folder."""
+    """Fine-tune; ends with a table, `eval.json` and a model card in the output folder."""
     train(*parser().parse_recipe(argv))

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
 from pion_hf.arguments import PionOptions
+from pion_hf.integrations import model_card
 from pion_hf.integrations.callbacks import SpectrumCallback
 
 
 @dataclass
-class PionTrainingArguments(PionOptions, TrainingArguments):
-    """`TrainingArguments` with `optim="pion"` by default and the optimizer's options as `optim_*` fields."""
+class PionByDefault(PionOptions):
+    """Mix into any `TrainingArguments`: `optim="pion"` by default, and the optimizer's options as `optim_*` fields."""
 
     optim: str = field(default="pion", metadata={"help": "The optimizer: pion, or any name transformers knows."})
 
 
+@dataclass
+class PionTrainingArguments(PionByDefault, TrainingArguments):
+    """transformers' `TrainingArguments` with `PionByDefault`."""
+
+
 class PionTrainerMixin:
-    """Mix into any Trainer: logs all groups' learning rates, and measures what rotations must not change.
+    """Mix into any Trainer: all groups' learning rates in the logs, a measurement of what rotations must not change,
+    and a model card that tells of both.
 
     `class MyTrainer(PionTrainerMixin, SomeTrainer): ...`. The optimizer itself comes by name, `args.optim`.
     """
@@ -41,6 +51,21 @@ class PionTrainerMixin:
             self.log(dict(self.spectrum.summary))
             output.metrics.update(self.spectrum.summary)
         return output
+
+    def run_summary(self) -> dict[str, Any]:
+        """What a run says of itself: its optimizer, the steps it has taken, and what `spectrum` measured."""
+        return {"optimizer": model_card.describe(self), "steps": self.state.global_step, **self.spectrum.summary}
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As the Trainer's own, which transformers and TRL call when they save or push, and what `model_card` adds."""
+        if not args and kwargs.get("model_name") is None:
+            kwargs["model_name"] = Path(self.args.hub_model_id or self.args.output_dir).absolute().name
+        if os.path.isdir(kwargs.get("dataset_name") or ""):  # TRL would link to the hub's of that name
+            kwargs["dataset_name"] = None
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir, "README.md")
+            model_card.extend(path, self.run_summary(), dataset_name=kwargs.get("dataset_name"))
 
 
 class PionTrainer(PionTrainerMixin, Trainer):

@@ -1,0 +1,230 @@
+"""What training did to the model, measured before it and after it: `eval.json`, a table, the model card."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from datasets import load_dataset
+from datasets.exceptions import DatasetsError
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pion_hf.errors import unknown
+from pion_hf.evaluation import (
+    Measures,
+    answer_tokens,
+    exact_match,
+    perplexity,
+    progress,
+    prompts_and_answers,
+    text_stretches,
+    token_loss,
+)
+from pion_hf.integrations.model_card import table_rows
+
+FILE = "eval.json"
+OTHER_ROWS = 128  # rows of `other_dataset` whose loss is measured
+
+
+@dataclass
+class ReportArguments:
+    """What is measured before and after training, besides the evaluation loss."""
+
+    exact_match_samples: int = field(
+        default=0, metadata={"help": "Generate answers to this many evaluation examples, before and after (0: none)."}
+    )
+    max_new_tokens: int = field(default=32, metadata={"help": "Longest generated answer, in tokens."})
+    other_text_file: str | None = field(
+        default=None,
+        metadata={"help": "Text of another domain: its loss before and after shows what was forgotten."},
+    )
+    other_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat data of another domain, a folder or a name at the hub: the loss of its answers before and "
+            "after, and with exact_match_samples the share that is still right."
+        },
+    )
+    other_dataset_split: str = field(default="test", metadata={"help": "Which split of other_dataset."})
+
+
+class ReportMixin:
+    """Measures before and after training what `ReportArguments` asks for.
+
+    `class MyTrainer(ReportMixin, PionTrainerMixin, SomeTrainer): ...`. How well the model does its task is for
+    `measure_task` to say: here by evaluation loss, perplexity and exact match. When `train` returns, `eval.json` is
+    written, and a model card made from then on tells of it; `finish` prints the table.
+    """
+
+    def __init__(self, *args: Any, report: ReportArguments, **kwargs: Any) -> None:
+        self.report_arguments = report
+        self.measured: dict[str, Measures] = {}
+        # All that can be wrong with the data is found here, most of it before a model is loaded. The raw rows: TRL's
+        # own preparation leaves only tokens.
+        self.questions = self.task_questions(kwargs.get("eval_dataset"))
+        other_rows = _other_rows(report) if report.other_dataset else []
+        self.other_questions = other_rows[: report.exact_match_samples]
+        text = _other_text(report) if report.other_text_file else None
+        super().__init__(*args, **kwargs)
+        # By domain, the tokens whose loss is measured.
+        self.other: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        if text is not None:
+            self.other["other_text"] = [(ids, ids) for ids in self._other("other_text_file", text_stretches, text)]
+        if other_rows:
+            self.other["other_dataset"] = self._other("other_dataset", answer_tokens, other_rows)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`, between two measurements; writes `eval.json`."""
+        self.measured = {"before": self.measure()}
+        output = super().train(*args, **kwargs)
+        self.measured["after"] = self.measure()
+        if self.is_world_process_zero():
+            _write(Path(self.args.output_dir) / FILE, self.run_summary())
+        return output
+
+    def measure(self) -> Measures:
+        """What the model can do now."""
+        measures = {"task": self.measure_task()}
+        for domain, rows in self.other.items():
+            with self.accelerator.autocast():  # as the evaluation loss
+                loss = token_loss(self.model, rows)
+            measures[domain] = {"loss": loss, "perplexity": perplexity(loss)}
+        if self.other_questions:
+            measures["other_dataset"]["exact_match"] = self.exact_match(self.other_questions)
+        return {domain: values for domain, values in measures.items() if values}
+
+    def measure_task(self) -> dict[str, float]:
+        """What it can do of its task, by metric; the first one says what was learnt (see `evaluation.PROGRESS`)."""
+        values = {}
+        if self.eval_dataset is not None:
+            loss = self._evaluation_loss()
+            values = {"loss": loss, "perplexity": perplexity(loss)}
+        if self.questions:
+            values["exact_match"] = self.exact_match(self.questions)
+        return values
+
+    def task_questions(self, eval_dataset: Any) -> list[dict]:
+        """Rows of the evaluation data to generate answers to, for `measure_task`; before a model is loaded."""
+        count = self.report_arguments.exact_match_samples
+        rows = list(eval_dataset.take(count)) if count and eval_dataset is not None else []
+        try:
+            prompts_and_answers(rows)
+        except ValueError as error:
+            raise ValueError(f"exact_match_samples: {error}") from None
+        return rows
+
+    def exact_match(self, rows: list[dict]) -> float:
+        """Share of chat rows that the model answers as they do."""
+        with self.accelerator.autocast():
+            tokens = self.report_arguments.max_new_tokens
+            return exact_match(self.model, self.processing_class, rows, max_new_tokens=tokens)
+
+    def run_summary(self) -> dict[str, Any]:
+        """What `eval.json` holds; without its measurements while training is not over."""
+        summary = super().run_summary()
+        if "after" not in self.measured:
+            return summary
+        before, after = self.measured["before"], self.measured["after"]
+        gained = {domain: progress(before[domain], after[domain]) for domain in before}
+        learnt = {"learnt": gained.pop("task")} if "task" in gained else {}
+        forgotten = {"forgotten": {domain: -gain for domain, gain in gained.items()}} if gained else {}
+        return {**summary, **self.measured, **learnt, **forgotten}
+
+    def finish(self) -> None:
+        """Print the table."""
+        if self.is_world_process_zero():
+            Console().print(self._table())
+
+    def _other(self, name: str, tokens: Callable[..., list], data: Any) -> list:
+        """`tokens` of what the field `name` brought."""
+        try:
+            return tokens(self.processing_class, data)
+        except ValueError as error:
+            raise ValueError(f"{name}={getattr(self.report_arguments, name)!r}: {error}") from None
+
+    def _evaluation_loss(self) -> float:
+        """Of the model as it is; the Trainer has often evaluated it at its last step already."""
+        last = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {})
+        if last.get("step") == self.state.global_step and not self.args.load_best_model_at_end:
+            return last["eval_loss"]
+        return self.evaluate()["eval_loss"]
+
+    def _table(self) -> Table:
+        table = Table(title=f"{self.args.optim.value}, {self.state.global_step} steps")
+        table.add_column("")
+        table.add_column("before", justify="right")
+        table.add_column("after", justify="right")
+        for row in table_rows(self.measured["before"], self.measured["after"]):
+            table.add_row(f"{row['domain']}: {row['measure']}", row["before"], row["after"])
+        summary = self.spectrum.summary
+        if "spectrum_drift" in summary:
+            matrices = f"{summary['rotated_matrices']:,} rotated matrices"
+            table.add_row(f"largest relative singular-value drift, {matrices}", "", f"{summary['spectrum_drift']:.1e}")
+        if "optimizer_share" in summary:
+            table.add_row("share of the training time in the optimizer", "", f"{summary['optimizer_share']:.0%}")
+        table.add_row("checkpoint", "", str(self.args.output_dir))
+        return table
+
+
+def check_report(args: transformers.TrainingArguments, report: ReportArguments) -> None:
+    """Raise ValueError or FileNotFoundError, before anything is loaded, for a report that could not be made."""
+    path = report.other_text_file
+    if path is not None and not Path(path).is_file():
+        raise FileNotFoundError(f"other_text_file: there is no file {path!r}")
+    if report.exact_match_samples < 0:
+        raise ValueError(f"exact_match_samples must be at least 0, got {report.exact_match_samples}")
+    if report.exact_match_samples and args.eval_strategy == "no" and not report.other_dataset:
+        raise ValueError("exact_match_samples needs evaluation data: set eval_strategy: epoch, and dataset_test_split")
+    folder = Path(args.output_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written to" if there.is_dir() else "is no folder"
+        raise ValueError(f"output_dir={args.output_dir!r}: {str(there)!r} {what}; choose another")
+
+
+def _other_text(report: ReportArguments) -> str:
+    try:
+        return Path(report.other_text_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"other_text_file: cannot read {report.other_text_file!r} as UTF-8 text: {error}") from None
+
+
+def _other_rows(report: ReportArguments) -> list[dict]:
+    """Chat rows of the other domain, `OTHER_ROWS` or as many as are asked."""
+    name, split = report.other_dataset, report.other_dataset_split
+    try:
+        splits = load_dataset(name)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(f"other_dataset: cannot load {name!r}: {str(error).splitlines()[0]}") from None
+    if split not in splits:
+        raise ValueError(f"other_dataset_split: {unknown(f'split of {name!r}', split, splits)}")
+    rows = list(splits[split].take(max(OTHER_ROWS, report.exact_match_samples)))
+    try:
+        prompts_and_answers(rows)
+    except ValueError as error:
+        raise ValueError(f"other_dataset={name!r}: {error}") from None
+    return rows
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    """Write JSON, whole or not at all; a number that is none (training diverged) becomes null, as JSON has no word."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"_{path.name}")  # never uploaded: transformers leaves out what begins with "_"
+    part.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,238 @@
+"""What a model card says of the optimizer: its options, who took which parameters, papers, drift and measurements."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard
+from transformers import Trainer
+from transformers.modelcard import make_markdown_table
+
+from pion_hf._version import __version__
+from pion_hf.arguments import OPTIMIZER_CLASSES
+from pion_hf.integrations.callbacks import unwrap
+from pion_hf.optim import MatrixOptimizer
+from pion_hf.optim.blocks import Layout
+
+
+@dataclass(frozen=True)
+class Method:
+    """One of the algorithms, for people: where it is from, what it does, and how to cite it."""
+
+    name: str
+    source: str
+    what: str
+    citation: str
+
+
+METHODS = {
+    "pion": Method(
+        "Pion",
+        "[arXiv 2605.12492](https://arxiv.org/abs/2605.12492)",
+        "a matrix moves by rotations from the left and the right, and keeps its singular values",
+        """@article{shi2026pion,
+  title   = {{Pion: A Spectrum-Preserving Optimizer via Orthogonal Equivalence Transformation}},
+  author  = {Shi, Kexuan and Li, Hanxuan and Qiu, Zeju and Wen, Yandong and Buchholz, Simon and Liu, Weiyang},
+  journal = {arXiv preprint arXiv:2605.12492},
+  year    = {2026}
+}""",
+    ),
+    "teon": Method(
+        "TEON",
+        "[arXiv 2601.23261](https://arxiv.org/abs/2601.23261)",
+        "the momenta of the same matrices of consecutive layers are orthogonalised together",
+        """@article{zhang2026teon,
+  title   = {{TEON: Tensorized Orthonormalization Beyond Layer-Wise Muon for Large Language Model Pre-Training}},
+  author  = {Zhang, Ruijie and Zhao, Yequan and Liu, Ziyue and Wang, Zhengyang and Li, Dongyang and Su, Yupeng and
+             Liu, Sijia and Zhang, Zheng},
+  journal = {arXiv preprint arXiv:2601.23261},
+  year    = {2026}
+}""",
+    ),
+    "muon": Method(
+        "Muon",
+        "[Jordan et al., 2024](https://kellerjordan.github.io/posts/muon/)",
+        "the momentum of a matrix is orthogonalised",
+        """@misc{jordan2024muon,
+  title  = {{Muon: An optimizer for hidden layers in neural networks}},
+  author = {Jordan, Keller and Jin, Yuchen and Boza, Vlado and You, Jiacheng and Cesista, Franz and Newhouse, Laker and
+            Bernstein, Jeremy},
+  url    = {https://kellerjordan.github.io/posts/muon/},
+  year   = {2024}
+}""",
+    ),
+}
+
+NUMBER_FORMATS = {"exact_match": "{:.1%}", "perplexity": "{:.2f}"}  # any other: four places
+
+HEADING = "### Framework versions"  # of transformers' cards and TRL's: what is added stands before it
+# What TRL's template makes of a base model from a folder, and of a model that is not pushed.
+NO_BASE, NO_ADDRESS = "[None](https://huggingface.co/None)", 'model="None"'
+
+
+def describe(trainer: Trainer) -> dict[str, Any]:
+    """The optimizer of a run: name, learning rate, schedule; of this package's also all options and who took what.
+
+    `rules` has a row for every rule, method and learning rate, with counts of tensors, matrices, stacks and parameters.
+    """
+    args = trainer.args
+    said = {
+        "name": args.optim.value,
+        "learning_rate": args.learning_rate,
+        "schedule": args.lr_scheduler_type.value,
+    }
+    optimizer = unwrap(trainer.optimizer)
+    if optimizer is None:
+        return said
+    matrices = [group for group in optimizer.param_groups if group["rule"] != "adamw"]
+    leading = min(matrices, key=lambda group: optimizer.matrix_rules.index(group["rule"]))
+    if said["name"] not in OPTIMIZER_CLASSES:  # built by hand
+        said["name"] = leading["rule"]
+    names = [n for n in inspect.signature(type(optimizer)).parameters if n not in ("params", "lr", "weight_decay")]
+    return {
+        **said,
+        "options": {name: leading[name] for name in names if name in leading},
+        "rules": list(_rules(optimizer).values()),
+        "frozen_parameters": sum(p.numel() for p in trainer.model.parameters() if not p.requires_grad),
+    }
+
+
+def _rules(optimizer: MatrixOptimizer) -> dict[tuple, dict[str, Any]]:
+    rows: dict[tuple, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        rule, method = group["rule"], group.get("method", "")
+        lr = float(group.get("initial_lr", group["lr"]))  # at the end of a schedule the group's own is often 0
+        row = rows.setdefault(
+            (rule, method, lr),
+            {
+                "rule": rule,
+                **({"method": method} if method else {}),
+                **dict.fromkeys(("tensors", "matrices", "stacks", "parameters"), 0),
+                "learning_rate": lr,
+                "weight_decay": 0.0,
+            },
+        )
+        row["tensors"] += len(group["params"])
+        row["parameters"] += sum(p.numel() for p in group["params"])
+        row["weight_decay"] = max(row["weight_decay"], group["weight_decay"])
+        row["stacks"] += len(group.get("stacks", ()))
+        if rule == "adamw":
+            row.update(betas=list(group["betas"]), eps=group["eps"])
+        else:
+            pieces = Layout.parse(group["layout"]).pieces
+            row["matrices"] += sum(pieces * (p.shape[0] if p.ndim == 3 else 1) for p in group["params"])
+    return rows
+
+
+def methods_of(optimizer: dict[str, Any]) -> list[str]:
+    """The keys of `METHODS` that the optimizer of `describe` makes use of."""
+    used = set()
+    for row in optimizer.get("rules", ()):
+        if row["rule"] == "pion" or row.get("method") == "rotate":
+            used.add("pion")
+        elif row["rule"] != "adamw":
+            used.add("teon" if row["stacks"] else "muon")
+    return [key for key in METHODS if key in used]
+
+
+def extend(path: Path, summary: dict[str, Any], *, dataset_name: str | None = None) -> None:
+    """Add to the card at `path`, as transformers or TRL wrote it, what `summary` says.
+
+    Args:
+        summary: of `PionTrainerMixin.run_summary`; `before` and `after`, if there (see `cli.report`), become a table.
+        dataset_name: the evaluation data's name at the hub. With it the measurements are in the metadata as well, which
+            has no place for those of data that nobody else can find.
+    """
+    card = ModelCard.load(path)
+    methods = methods_of(summary["optimizer"])
+    if methods:
+        card.data.tags = sorted({*(card.data.tags or ()), *methods, "pion_hf"})
+    results = list(_results(summary, dataset_name)) if dataset_name else []
+    if results:
+        card.data.model_name = card.data.model_name or path.parent.name
+        card.data.eval_results = results
+    text = card.text.replace(NO_BASE, "a model that is not on the Hub").replace(NO_ADDRESS, f'model="{path.parent}"')
+    added = [*_optimizer(summary, path.parent), *_measurements(summary, path.parent)]
+    beginning, heading, end = text.partition(HEADING)
+    parts = [beginning.rstrip(), *added, (heading + end).rstrip(), *_citations(methods)]
+    if methods and "## Citations" not in text:
+        parts.insert(-len(methods), "## Citations")
+    card.text = "\n\n".join(filter(None, parts)) + "\n"
+    card.save(path)
+
+
+def _optimizer(summary: dict[str, Any], folder: Path) -> Iterator[str]:
+    optimizer = summary["optimizer"]
+    methods = methods_of(optimizer)
+    of = f" of pion_hf {__version__}" if methods else ""
+    yield "### Optimizer"
+    yield (
+        f"{summary['steps']:,} steps of `{optimizer['name']}`{of} at a learning rate of "
+        f"{optimizer['learning_rate']:g} (schedule: `{optimizer['schedule']}`)."
+    )
+    if not methods:
+        return
+    yield "\n".join(f"- **{m.name}** ({m.source}): {m.what}." for m in map(METHODS.get, methods))
+    counts = ["tensors", "matrices", *(["stacks"] if "teon" in methods else []), "parameters"]
+    yield make_markdown_table([_rule_row(row, counts) for row in optimizer["rules"]]).rstrip()
+    yield "Options: " + ", ".join(f"`{name}={value}`" for name, value in optimizer["options"].items()) + "."
+    if "spectrum_drift" in summary:
+        yield (
+            f"Singular values of the {summary['rotated_matrices']:,} rotated matrices changed by at most "
+            f"{summary['spectrum_drift']:.1e} of their matrix's largest."
+        )
+    frozen = optimizer["frozen_parameters"]
+    said = [f"{frozen:,} parameters were frozen."] if frozen else []
+    if (folder / "routing.json").is_file():
+        said.append("Every parameter and its rule: [routing.json](routing.json).")
+    if said:
+        yield " ".join(said)
+
+
+def _rule_row(row: dict[str, Any], counts: list[str]) -> dict[str, str]:
+    """Words and figures: transformers' table would round a small learning rate to 0."""
+    name = ", ".join(filter(None, (row["rule"], row.get("method"))))
+    rates = {"learning rate": f"{row['learning_rate']:g}", "weight decay": f"{row['weight_decay']:g}"}
+    return {"rule": name, **{key: f"{row[key]:,}" for key in counts}, **rates}
+
+
+def _measurements(summary: dict[str, Any], folder: Path) -> Iterator[str]:
+    rows = table_rows(summary["before"], summary["after"]) if "after" in summary else []
+    if not rows:
+        return
+    yield "### Before and after training"
+    yield make_markdown_table(rows).rstrip()
+    if (folder / "eval.json").is_file():
+        yield "All figures: [eval.json](eval.json)."
+
+
+def table_rows(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> list[dict[str, str]]:
+    """Rows of `domain`, `measure`, `before` and `after`, in words and figures (see `evaluation.Measures`)."""
+    rows = []
+    for domain, values in before.items():
+        for metric, value in values.items():
+            number = NUMBER_FORMATS.get(metric, "{:.4f}")
+            words = {"domain": domain.replace("_", " "), "measure": metric.replace("_", " ")}
+            rows.append({**words, "before": number.format(value), "after": number.format(after[domain][metric])})
+    return rows
+
+
+def _results(summary: dict[str, Any], dataset_name: str) -> Iterator[EvalResult]:
+    for metric, value in summary.get("after", {}).get("task", {}).items():
+        if math.isfinite(value):
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type=dataset_name,
+                dataset_name=dataset_name,
+                metric_type=metric,
+                metric_value=value,
+            )
+
+
+def _citations(methods: list[str]) -> list[str]:
+    return [f"Cite {METHODS[m].name} as:\n\n```bibtex\n{METHODS[m].citation}\n```" for m in methods]
