@@ -1,21 +1,28 @@
-"""`pion-hf plan`: routing table, learning rates, and bytes of optimizer state, without training or weights."""
+"""`pion-hf plan`: routing table, learning rates, memory of a step and bytes of optimizer state, without weights."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import peft
 import torch
 import trl
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel, TrainingArguments
 
 from pion_hf.arguments import OPTIMIZER_CLASSES
-from pion_hf.cli.cpt import ScratchArguments
+from pion_hf.cli import cpt, grpo
+from pion_hf.cli.configs import local_config
+from pion_hf.cli.corpus import CorpusArguments, set_budget
 from pion_hf.cli.curves import check_plot, learning_rate_curves, save_plot
-from pion_hf.cli.recipe import RecipeParser
-from pion_hf.cli.training import ARGUMENTS, check_model, model_from_config
+from pion_hf.cli.memory import Memory, estimate, memory_table, quantized_bytes
+from pion_hf.cli.recipe import RecipeParser, named_keys
+from pion_hf.cli.training import check_model, model_from_config
 from pion_hf.integrations.registry import choose_form, groups_from
+from pion_hf.routing import Routing
 
 
 @dataclass
@@ -31,54 +38,151 @@ class PlanArguments:
     )
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe would do: its optimizer over the routed parameters, and the memory of a step, AdamW's beside it.
+
+    length: tokens of a row, of which a step on one device takes `args.per_device_train_batch_size`.
+    """
+
+    args: TrainingArguments
+    optim: str
+    routing: Routing
+    optimizer: torch.optim.Optimizer
+    length: int
+    memory: Memory
+    adamw: Memory
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rate of every rule."""
+        return {group["rule"]: group["lr"] for group in self.optimizer.param_groups}
+
+    def tables(self) -> list[Table]:
+        """Routing, memory, and the optimizer's state in bytes."""
+        memory = memory_table(self.optim, self.memory, self.adamw)
+        memory.caption = (
+            f"One device, {self.args.per_device_train_batch_size} rows of {self.length:,} tokens,\n"
+            f"activation checkpointing {'on' if self.args.activation_checkpointing else 'off'}."
+        )
+        return [
+            self.routing.table(self.rates),
+            memory,
+            _state_table(self.optim, self.memory.state, self.adamw.state),
+        ]
+
+
 def main(argv: list[str]) -> None:
     """Build the recipe's model without weights, route it, and print what training would use."""
-    arguments = (*ARGUMENTS, ScratchArguments, PlanArguments)
-    parser = RecipeParser(arguments, prog="pion-hf plan", description=__doc__)
-    # Nothing runs: a recipe for a GPU (bf16) can be planned where there is none.
-    _, args, model_args, *_, plan_args = parser.parse_recipe(["--use_cpu", "true", *argv])
+    args, model_args, plan_args, on_cpu = parse(argv)
+    if plan_args.plot:
+        check_plot(args, plan_args.plot)
+    plan = make_plan(args, model_args, on_cpu=on_cpu)
+    if plan_args.routing_file:
+        plan.routing.save(plan_args.routing_file, plan.rates)
+    if plan_args.plot:
+        save_plot(args, learning_rate_curves(args, plan.optimizer, plan.routing), plan_args.plot)
+    console = Console()
+    for table in plan.tables():
+        console.print(table)
+
+
+def make_plan(args: TrainingArguments, model_args: trl.ModelConfig, *, on_cpu: bool = False) -> Plan:
+    """What training with these arguments would do. on_cpu: of the memory that the loss takes.
+
+    Raises:
+        ValueError: no optimizer of this package, no config, or what the optimizer could not train.
+    """
     optim = args.optim.value
     if optim not in OPTIMIZER_CLASSES:
         raise ValueError(f"plan shows this package's optimizers ({', '.join(OPTIMIZER_CLASSES)}), not optim={optim!r}")
     check_model(args, model_args)
-    if plan_args.plot:
-        check_plot(args, plan_args.plot)
-    # As TRL's script loads it: the state is in the dtype of the weights.
-    dtype = (args.model_init_kwargs or {}).get("dtype", model_args.dtype)
-    model = model_without_weights(model_args.model_name_or_path, dtype=dtype, trust_remote_code=args.trust_remote_code)
-    adapter = trl.get_peft_config(model_args)
-    if adapter is not None:
-        with torch.device("meta"):
-            model = peft.get_peft_model(model, adapter)
+    model, quantized = _trained_model(args, model_args)
     optim, options, group_options = choose_form(args, model)
     routing, groups = groups_from(args, model, optim, group_options)
     optimizer = OPTIMIZER_CLASSES[optim](groups, lr=args.learning_rate, **options)
-    rates = {group["rule"]: group["lr"] for group in groups}
-    if plan_args.routing_file:
-        routing.save(plan_args.routing_file, rates)
-    if plan_args.plot:
-        save_plot(args, learning_rate_curves(args, optimizer, routing), plan_args.plot)
-    console = Console()
-    console.print(routing.table(rates))
-    console.print(_cost_table(optimizer, optim, [r.parameter for r in routing]))
+    # Rows are as long as SFT cuts them, answers as GRPO does: None is no limit but the model's.
+    length = getattr(args, "max_length", None) or getattr(args, "max_completion_length", None)
+    length = length or getattr(model.config, "max_position_embeddings", 1024)
+    memory = estimate(
+        model, args, length=length, state_bytes=optimizer.state_bytes(), quantized=quantized, on_cpu=on_cpu
+    )
+    adamw = dataclasses.replace(memory, state=sum(2 * r.parameter.nbytes for r in routing))
+    return Plan(args, optim, routing, optimizer, length, memory, adamw)
 
 
 def model_without_weights(
-    name: str, *, dtype: str | None = "float32", trust_remote_code: bool = False
-) -> torch.nn.Module:
+    name: str, *, dtype: str | None = "float32", revision: str = "main", trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model of a checkpoint folder or hub id on the meta device: all shapes, no memory.
 
     `dtype` is as in `from_pretrained`: `"auto"` or None is the checkpoint's own.
+
+    Raises:
+        ValueError: no config in the folder, the hub's cache or this package, and no hub at hand either.
     """
-    with torch.device("meta"):
-        model = model_from_config(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    remote = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source = local_config(name, **remote)
+    try:
+        with torch.device("meta"):
+            model = model_from_config(name if source is None else source, dtype=dtype, **remote)
+    except ValueError as error:
+        if source is not None:
+            raise
+        raise ValueError(
+            f"{error} It is no folder with a config, nor in the hub's cache or in this package: with a network, "
+            f"`hf download {name} config.json` brings it."
+        ) from None
     model.tie_weights()
     return model
 
 
-def _cost_table(optimizer: torch.optim.Optimizer, optim: str, parameters: list[torch.Tensor]) -> Table:
-    ours = optimizer.state_bytes()
-    adamw = sum(2 * p.numel() * p.element_size() for p in parameters)
+def parse(argv: list[str]) -> tuple[TrainingArguments, trl.ModelConfig, PlanArguments, bool]:
+    """What `argv` says, by the flags of `grpo` if it names one that only `grpo` has; the last: whether it is for a CPU.
+
+    Raises:
+        ValueError, FileNotFoundError: as `RecipeParser.parse_recipe`.
+    """
+    arguments = cpt.ARGUMENTS
+    if named_keys(argv) & (_flags(grpo.ARGUMENTS) - _flags(arguments)):
+        arguments = grpo.ARGUMENTS
+    parser = RecipeParser((*arguments, PlanArguments), prog="pion-hf plan", description=__doc__)
+    # Nothing runs: a recipe for a GPU (bf16) can be planned where there is none.
+    _, args, model_args, *rest, plan_args = parser.parse_recipe(["--use_cpu", "true", *argv])
+    if isinstance(rest[-1], CorpusArguments):
+        set_budget(args, rest[-1])
+    return args, model_args, plan_args, bool(parser.get_default("use_cpu"))
+
+
+def _flags(arguments: tuple[Any, ...]) -> set[str]:
+    return {f.name for of in arguments for f in dataclasses.fields(of)}
+
+
+def _trained_model(args: TrainingArguments, model_args: trl.ModelConfig) -> tuple[torch.nn.Module, dict[int, int]]:
+    """The model as TRL's script would load it, on meta, and the bytes of parameters that it would quantize."""
+    options = args.model_init_kwargs or {}
+    model = model_without_weights(
+        model_args.model_name_or_path,
+        dtype=options.get("dtype", model_args.dtype),
+        revision=options.get("revision", model_args.model_revision),
+        trust_remote_code=args.trust_remote_code,
+    )
+    quantized = {}
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        bits = 4 if model_args.load_in_4bit else 8
+        quantized = quantized_bytes(model, bits=bits, nested=model_args.use_bnb_nested_quant)
+    adapter = trl.get_peft_config(model_args)
+    if adapter is not None:
+        with torch.device("meta"):
+            model = peft.get_peft_model(model, adapter)
+    if quantized:  # TRL trains adapters of such a model in bfloat16, but for DoRA's magnitudes
+        for name, p in model.named_parameters():
+            if p.requires_grad and "lora_magnitude_vector" not in name:
+                p.data = p.data.to(torch.bfloat16)
+    return model, quantized
+
+
+def _state_table(optim: str, ours: int, adamw: int) -> Table:
     table = Table(title="Optimizer state")
     table.add_column("optimizer")
     table.add_column("bytes", justify="right")

@@ -3,14 +3,84 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import inspect
+from collections.abc import Callable, Collection, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
+import transformers
 import yaml
+from torch.utils.checkpoint import checkpoint
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import OptimizerNames
 from trl import TrlParser
+from trl.scripts.utils import DatasetConfig
 
+from pion_hf.arguments import OPTIMIZER_CLASSES, PionOptions, option_types, parse_optim_args, resolve_options
+from pion_hf.cli.configs import local_config
 from pion_hf.errors import unknown
+from pion_hf.schedules import SCHEDULES
+
+# Keys of older versions of TRL, transformers and the alignment handbook, and what they are called now.
+RENAMED = {
+    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
+    "chat_template": "chat_template_path",
+    "dataset_mixer": "datasets",
+    "evaluation_strategy": "eval_strategy",
+    "group_by_length": "train_sampling_strategy: group_by_length",
+    "include_inputs_for_metrics": "include_for_metrics: [inputs]",
+    "lora_target": "lora_target_modules",
+    "max_seq_length": "max_length",
+    "no_cuda": "use_cpu",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+    "target_modules": "lora_target_modules",
+    "torch_dtype": "dtype",
+    "use_flash_attention_2": "attn_implementation: flash_attention_2",
+    "use_liger": "use_liger_kernel",
+    "warmup_ratio": "warmup_steps: a fraction below 1",
+    "xpu_backend": "ddp_backend",
+}
+# Keys that are gone without a successor, and why they are not needed.
+GONE = {
+    "bnb_4bit_compute_dtype": "TRL computes in dtype",
+    "dataset_splits": "each entry of datasets has a split",
+    "fp16_backend": "there is only one",
+    "half_precision_backend": "there is only one",
+    "logging_dir": "trackers take their folder from the environment (TENSORBOARD_LOGGING_DIR)",
+    "overwrite_output_dir": "a run always writes into output_dir; resume_from_checkpoint continues one",
+    "save_safetensors": "nothing else is saved",
+    "tokenizer_name": "the tokenizer is the model's",
+    "tokenizer_name_or_path": "the tokenizer is the model's",
+    "use_mps_device": "it is found by itself",
+}
+# What `from_pretrained` takes out of its `**kwargs`, beside the parameters in its signature.
+LOADER_OPTIONS = (
+    *("adapter_kwargs", "allow_all_kernels", "attn_implementation", "code_revision", "device_map", "device_mesh"),
+    *("distributed_config", "dtype", "experts_implementation", "generation_config", "gguf_file", "kernel_config"),
+    *("key_mapping", "max_memory", "offload_buffers", "offload_folder", "proxies", "quantization_config", "subfolder"),
+    *("torch_dtype", "tp_plan", "tp_size", "trust_remote_code", "use_kernels", "variant"),
+)
+# Of transformers' `activation_checkpointing_enable`, of TRL, and of torch, which takes one more in its `**kwargs`.
+CHECKPOINTING_OPTIONS = (
+    *("every_n_layers", "offload", "selective", "preserve_rng_state"),
+    *(p.name for p in inspect.signature(checkpoint).parameters.values() if p.kind is p.KEYWORD_ONLY),
+)
+# Keys that hold a mapping, and what it may hold. (Of schedulers and models it depends on which: see `_check_parsed`.)
+MAPPINGS = {
+    "accelerator_config": tuple(f.name for f in dataclasses.fields(AcceleratorConfig)),
+    "activation_checkpointing_kwargs": CHECKPOINTING_OPTIONS,
+    "dataset_kwargs": ("skip_prepare_dataset",),
+    "gradient_checkpointing_kwargs": CHECKPOINTING_OPTIONS,
+}
+# What the Trainer gives a scheduler itself.
+GIVEN_TO_SCHEDULERS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 
 
 class RecipeParser(TrlParser):
@@ -20,22 +90,17 @@ class RecipeParser(TrlParser):
         """The dataclasses of `argv`, whose `--config FILE` gives defaults.
 
         Raises:
-            ValueError: an unknown key or flag, a value of the wrong type or not among the choices, or a recipe that is
-                no YAML mapping. FileNotFoundError: no such recipe.
+            ValueError: an unknown, outdated or repeated key or flag, a value of the wrong type or not among the
+                choices, an option of another optimizer, or a recipe that is no YAML mapping. FileNotFoundError: no
+                such recipe.
         """
         argv = _split_config_flag(argv)
-        if "--config" in argv:
-            position = argv.index("--config") + 1
-            if position >= len(argv):
-                raise ValueError("--config needs the path of a recipe")
-            self._check_recipe(Path(argv[position]))
-        *dataclasses, rest = self.parse_args_and_config(argv, return_remaining_strings=True)
-        if rest:
-            flag = next((r for r in rest if r.startswith("--")), None)
-            if flag is None:
-                raise ValueError(f"{rest[0]!r} belongs to no flag; a recipe is named by --config FILE")
-            raise unknown("flag", flag.lstrip("-").replace("-", "_").split("=")[0], self._by_key())
-        return tuple(dataclasses)
+        path, recipe = _named_recipe(argv)
+        self._check_recipe(path, recipe)
+        self._check_flags(argv)
+        parsed = self.parse_args_and_config(argv)
+        _check_parsed(parsed, lambda key: f"{path}: {key}" if key in recipe else key)
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         """argparse would print the usage of all flags, pages of it, and exit."""
@@ -45,28 +110,156 @@ class RecipeParser(TrlParser):
         if action.choices is not None and value not in action.choices:
             raise argparse.ArgumentError(action, str(unknown("value", value, action.choices)))
 
+    def _check_flags(self, argv: list[str]) -> None:
+        """Before the arguments are made, which could fail for another reason and hide this one."""
+        position = argv.index("--config") if "--config" in argv else len(argv)
+        _, rest = self.parse_known_args(argv[:position] + argv[position + 2 :])
+        if rest:
+            flag = next((r for r in rest if r.startswith("--")), None)
+            if flag is None:
+                raise ValueError(f"{rest[0]!r} belongs to no flag; a recipe is named by --config FILE")
+            raise _unknown_key("flag", flag.lstrip("-").replace("-", "_").split("=")[0], self._by_key())
+
     def _by_key(self) -> dict[str, argparse.Action]:
         return {a.dest: a for a in self._actions if not isinstance(a, argparse._HelpAction)}
 
-    def _check_recipe(self, path: Path) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no recipe {str(path)!r}")
-        try:
-            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from None
-        if not isinstance(recipe, dict):
-            raise ValueError(f"{path} must hold keys and values (a YAML mapping)")
+    def _check_recipe(self, path: Path | None, recipe: dict[str, Any]) -> None:
         actions = self._by_key()
         for key, value in recipe.items():
             if key == "env":
                 continue
             if key not in actions:
-                raise ValueError(f"{path}: {unknown('key', key, actions)}")
+                raise ValueError(f"{path}: {_unknown_key('key', key, actions)}")
             # argparse does not hold defaults, which is what a recipe's values become, to the choices.
             choices = actions[key].choices
             if choices is not None and value is not None and value not in choices:
                 raise ValueError(f"{path}: {unknown(f'value of {key}', value, choices)}")
+        if "datasets" in actions:
+            _check_mixture(f"{path}: datasets", recipe.get("datasets") or [])
+        for key, known in MAPPINGS.items():
+            if isinstance(recipe.get(key), Mapping):
+                _check_mapping(f"{path}: {key}", recipe[key], known)
+        if "optim" in actions:
+            _check_optimizer(path, recipe, str(recipe.get("optim", self.get_default("optim"))))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which no mapping has a key twice: PyYAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise ValueError(f"line {key.start_mark.line + 1}: the key {key.value!r} is given twice")
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
+        return super().construct_mapping(node, deep)
+
+
+def named_keys(argv: list[str]) -> set[str]:
+    """All keys and flags that `argv` names, those of its `--config FILE` too.
+
+    Raises:
+        ValueError, FileNotFoundError: as `RecipeParser.parse_recipe`, of a recipe that cannot be read.
+    """
+    _, recipe = _named_recipe(_split_config_flag(argv))
+    flags = (a.lstrip("-").partition("=")[0].replace("-", "_") for a in argv if a.startswith("--"))
+    return {*recipe, *flags}
+
+
+def _named_recipe(argv: list[str]) -> tuple[Path | None, dict[str, Any]]:
+    if "--config" not in argv:
+        return None, {}
+    position = argv.index("--config") + 1
+    if position >= len(argv):
+        raise ValueError("--config needs the path of a recipe")
+    path = Path(argv[position])
+    return path, read_recipe(path)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys and values of a recipe.
+
+    Raises:
+        ValueError: no YAML, no mapping, or a key given twice. FileNotFoundError: no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no recipe {str(path)!r}")
+    try:
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must hold keys and values (a YAML mapping)")
+    return recipe
+
+
+def _unknown_key(what: str, key: str, known: Collection[str]) -> ValueError:
+    if key in RENAMED:
+        return ValueError(f"{key!r} is outdated: it is now {RENAMED[key]!r}.")
+    if key in GONE:
+        return ValueError(f"{key!r} is outdated: leave it out, {GONE[key]}.")
+    return unknown(what, key, known)
+
+
+def _check_mapping(where: str, given: Any, known: Collection[str]) -> None:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where} must hold keys and values, got {given!r}")
+    for key in given:
+        if key not in known:
+            what = f"key of {where.rpartition(' ')[2]}"
+            raise ValueError(f"{where}: {unknown(what, key, known) if known else f'{key!r} would be ignored.'}")
+
+
+def _check_mixture(where: str, entries: Any) -> None:
+    known = [f.name for f in dataclasses.fields(DatasetConfig)]
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ValueError(f"{where} must be a list of mappings, each with a path, got {entries!r}")
+    for entry in entries:
+        _check_mapping(where, entry, known)
+        if "path" not in entry:
+            raise ValueError(f"{where}: {dict(entry)!r} has no path, which names the data")
+
+
+def _check_optimizer(path: Path, recipe: dict[str, Any], optim: str) -> None:
+    """Raise ValueError for options, in the recipe itself, that its optimizer does not have."""
+    if optim not in OptimizerNames._value2member_map_:  # PionOptions names the nearest
+        return
+    own = option_types(optim) if optim in OPTIMIZER_CLASSES else {}
+    for field in dataclasses.fields(PionOptions):
+        option = "exclude" if field.name == "optim_exclude_modules" else field.name.removeprefix("optim_")
+        if recipe.get(field.name) is not None and option not in own:
+            owners = ", ".join(name for name in OPTIMIZER_CLASSES if option in option_types(name))
+            raise ValueError(
+                f"{path}: {field.name} is an option of optim: {owners}, not of optim: {optim}: leave out one of the two"
+            )
+    text = recipe.get("optim_args")
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f'{path}: optim_args must be a string, as in optim_args: "rms=0.2, side=in", got {text!r}')
+    if own:
+        try:
+            resolve_options(optim, parse_optim_args(text))
+        except ValueError as error:
+            raise ValueError(f"{path}: optim_args: {str(error).removeprefix('optim_args: ')}") from None
+
+
+def _check_parsed(parsed: tuple[Any, ...], where: Callable[[str], str]) -> None:
+    """Raise ValueError for options that the chosen scheduler or model does not have; `where` names a key's place."""
+    args = next((a for a in parsed if isinstance(a, transformers.TrainingArguments)), None)
+    schedule = getattr(args, "lr_scheduler_type", None)
+    if schedule is not None and schedule.value not in SCHEDULES:  # of ours PionOptions has checked them
+        scheduler = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[schedule]).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in scheduler.values()):
+            known = [name for name in scheduler if name not in GIVEN_TO_SCHEDULERS]
+            _check_mapping(where("lr_scheduler_kwargs"), args.lr_scheduler_kwargs or {}, known)
+    model = next((a.model_name_or_path for a in parsed if hasattr(a, "model_name_or_path")), None)
+    options = getattr(args, "model_init_kwargs", None) or {}
+    source = local_config(model, trust_remote_code=args.trust_remote_code) if options and model else None
+    if source is not None:  # else `from_pretrained` says which options it does not know
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+        signature = inspect.signature(transformers.PreTrainedModel.from_pretrained).parameters
+        _check_mapping(where("model_init_kwargs"), options, (*signature, *LOADER_OPTIONS, *config.to_dict()))
 
 
 def _split_config_flag(argv: list[str]) -> list[str]:
