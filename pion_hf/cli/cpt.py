@@ -1,13 +1,17 @@
 """`pion-hf cpt`: continued pretraining on plain text, packed, with this package's optimizer and a report at the end.
 
-Data are rows with a column of text (`dataset_text_field`, default `text`), one document each. Every flag of `trl sft`
-works, with two other defaults: `packing` is on, and `packing_strategy` is `wrapped`, which joins all documents, an
-end-of-text token after each, and cuts rows of `max_length`. So no text is lost, in training or evaluation, and the
-rows are equally long (the last of every 1,000 documents may be shorter), which makes losses comparable. A row may
-begin with the end of another document, which attention sees. TRL's `bfd_split` keeps documents apart, but only through
-position ids: without flash attention that takes one dense mask over the whole batch (nearly twice the time of a step
-on a CPU), and models whose masks ignore position ids (OPT, MPT, Mamba) see other documents all the same. TRL's own
-default, `bfd`, drops what is longer than `max_length`.
+`dataset_name` is a folder of .txt, .jsonl or .parquet files, one such file, a folder that `save_to_disk` wrote, or a
+name at the hub. A row is a document, its text in the column `dataset_text_field` (default `text`); so is a .txt file
+(see `sample_by`). `dataset_streaming` reads while training, over and over, for `max_steps` or `max_tokens`; a run that
+is resumed reads again what it has trained on, without training, and goes on at the same row.
+
+Every flag of `trl sft` works, with two other defaults: `packing` is on, and `packing_strategy` is `wrapped`, which
+joins all documents, an end-of-text token after each, and cuts rows of `max_length`. So no text is lost, in training or
+evaluation, and the rows are equally long (the last of every 1,000 documents may be shorter), which makes losses
+comparable. A row may begin with the end of another document, which attention sees. TRL's `bfd_split` keeps documents
+apart, but only through position ids: without flash attention that takes one dense mask over the whole batch (nearly
+twice the time of a step on a CPU), and models whose masks ignore position ids (OPT, MPT, Mamba) see other documents all
+the same. TRL's own default, `bfd`, drops what is longer than `max_length`.
 """
 
 from __future__ import annotations
@@ -16,14 +20,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
-import torch
 import transformers
 import trl
 from transformers.utils import logging
-from trl.data_utils import get_dataset_column_names
 
+from pion_hf.cli import training
+from pion_hf.cli.corpus import CorpusArguments, check_corpus, load_corpus, located, rows_to_train, set_budget
 from pion_hf.cli.recipe import RecipeParser
-from pion_hf.cli.training import ARGUMENTS, ReportArguments, ReportingSFTTrainer, model_from_config, train
+from pion_hf.cli.training import ReportArguments, ReportingSFTTrainer, model_from_config, substituted, train
 from pion_hf.initialization import spectral_init_
 from pion_hf.integrations.trl import PionSFTConfig
 
@@ -46,65 +50,40 @@ class ScratchArguments:
     )
 
 
+ARGUMENTS = (*training.ARGUMENTS, ScratchArguments, CorpusArguments)
+
+
 def parser() -> RecipeParser:
-    """Every flag of `pion-hf sft`, and where to start from."""
-    recipe_parser = RecipeParser((*ARGUMENTS, ScratchArguments), prog="pion-hf cpt", description=__doc__)
+    """Every flag of `pion-hf sft`, where to start from, and what to read."""
+    recipe_parser = RecipeParser(ARGUMENTS, prog="pion-hf cpt", description=__doc__)
     recipe_parser.set_defaults(**DEFAULTS)
     return recipe_parser
 
 
 def main(argv: list[str]) -> None:
-    """Train; ends with a table and `report.json` in the output folder."""
-    *common, scratch_args = parser().parse_recipe(argv)
-    _, training_args, model_args, _, report_args = common
+    """Train; ends with a table and `eval.json` in the output folder."""
+    *common, scratch_args, corpus_args = parser().parse_recipe(argv)
+    script_args, training_args, model_args, dataset_args, report_args = common
     _check(training_args, model_args, report_args, scratch_args)
+    set_budget(training_args, corpus_args)
+    check_corpus(script_args, training_args, dataset_args, corpus_args)
 
-    def make_trainer(*, model: str, args: PionSFTConfig, **kwargs: Any) -> TextTrainer:
+    def corpus(*_: Any, **__: Any) -> dict[str, Any]:
+        return load_corpus(script_args, training_args, dataset_args, corpus_args)
+
+    def make_trainer(*, model: str, args: PionSFTConfig, train_dataset: Any, **kwargs: Any) -> ReportingSFTTrainer:
         tokenizer = _tokenizer(model, args)
+        train_dataset = rows_to_train(train_dataset, tokenizer, args)
         if scratch_args.from_config:
             model = fresh_model(model, args, scratch_args.spectral_init)
-        return TextTrainer(model=model, args=args, processing_class=tokenizer, **kwargs)
+        return ReportingSFTTrainer(
+            model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs
+        )
 
-    train(*common, make_trainer=make_trainer)
-
-
-class TextTrainer(ReportingSFTTrainer):
-    """Trains on one column of plain text; reports perplexity."""
-
-    def __init__(self, *, args: PionSFTConfig, train_dataset: Any, eval_dataset: Any = None, **kwargs: Any) -> None:
-        train_dataset = text_only(train_dataset, args.dataset_text_field)
-        if eval_dataset is not None:
-            eval_dataset = text_only(eval_dataset, args.dataset_text_field)
-        super().__init__(args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
-
-    def measure(self) -> dict[str, float]:
-        values = {}
-        for name, value in super().measure().items():
-            values[name] = value
-            if name == "evaluation loss":  # inf, not an error, where training has diverged
-                values["perplexity"] = torch.tensor(value, dtype=torch.float64).exp().item()
-        return values
-
-
-def text_only(dataset: Any, column: str) -> Any:
-    """`dataset` without its other columns, which TRL might take for chats or prompts; tokenised rows as they are.
-
-    Raises:
-        ValueError: there is no such column, or it holds anything else than text.
-    """
-    columns = get_dataset_column_names(dataset)
-    if "input_ids" in columns:
-        return dataset
-    if column not in columns:
-        there = ", ".join(map(repr, columns))
-        raise ValueError(f"the dataset has no column {column!r} (it has {there}): set dataset_text_field to its text")
-    kind = dataset.features[column] if dataset.features else datasets.Value("string")
-    if not isinstance(kind, datasets.Value) or kind.dtype not in ("string", "large_string"):
-        raise ValueError(f"dataset_text_field: the column {column!r} holds {kind}, not text")
-    empty = dataset.data.column(column).null_count if isinstance(dataset, datasets.Dataset) else 0
-    if empty:
-        raise ValueError(f"dataset_text_field: {empty:,} rows of the dataset have no text in the column {column!r}")
-    return dataset.select_columns([column])
+    # TRL's script loads data by one of these.
+    loader = (trl, "get_dataset") if dataset_args.datasets else (datasets, "load_dataset")
+    with located(script_args, training_args), substituted(*loader, corpus):
+        train(*common, make_trainer=make_trainer)
 
 
 def fresh_model(name: str, args: PionSFTConfig, spectral_scale: float | None) -> transformers.PreTrainedModel:
