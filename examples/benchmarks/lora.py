@@ -55,7 +55,7 @@ CONTENDERS = {
     "teon_lora": ("teon_lora", {}, (1e-2, 3e-2, 1e-1, 3e-1)),
 }
 # The contenders of the other ranks and their learning rates.
-TRANSFER = {"adamw": (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2), "pion_lora": (3e-2, 5e-2, 1e-1)}
+TRANSFER = {"adamw": (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2), "pion_lora": (3e-2, 5e-2, 7e-2, 1e-1, 2e-1)}
 PEFT_OPTIMIZERS = ("lora+", "riemannian")
 
 
