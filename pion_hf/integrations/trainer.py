@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from pion_hf.arguments import PionOptions
 from pion_hf.integrations import model_card
 from pion_hf.integrations.callbacks import SpectrumCallback
+from pion_hf.integrations.checkpoints import CheckpointMixin
 
 
 @dataclass
@@ -26,7 +27,7 @@ class PionTrainingArguments(PionByDefault, TrainingArguments):
     """transformers' `TrainingArguments` with `PionByDefault`."""
 
 
-class PionTrainerMixin:
+class PionTrainerMixin(CheckpointMixin):
     """Mix into any Trainer: all groups' learning rates in the logs, a measurement of what rotations must not change,
     and a model card that tells of both.
 

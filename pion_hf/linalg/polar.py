@@ -56,8 +56,13 @@ def polar_factor(x: Tensor, *, method: str = "express", steps: int = 5) -> Tenso
     batch = x.reshape(-1, *x.shape[-2:])
     # On CPU a product of two matrices is faster than a batch of one.
     start = batch[0] if len(batch) == 1 else batch
-    start = start / torch.linalg.matrix_norm(start, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    start = start / torch.linalg.matrix_norm(start, keepdim=True).clamp_min(_smallest_norm(x.dtype))
     return (_express(start, steps) if method == "express" else _iterate(start, [QUINTIC] * steps)).reshape(x.shape)
+
+
+def _smallest_norm(dtype: torch.dtype) -> float:
+    """The squares of anything smaller underflow: of a momentum, say, that has decayed for a thousand steps."""
+    return torch.finfo(dtype).tiny ** 0.5
 
 
 def is_skinny(x: Tensor) -> bool:
@@ -74,8 +79,7 @@ def polar_map(x: Tensor, *, method: str = "express", steps: int = 5) -> Tensor:
     """
     table = _express_table(steps, x.dtype) if method == "express" else [QUINTIC] * steps
     gram = x @ x.mT
-    # The squares of anything smaller underflow.
-    norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].sqrt().clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
+    norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].sqrt().clamp_min(_smallest_norm(x.dtype))
     gram = gram / norm / norm
     if method == "express":
         bound = _express_norm(gram @ gram)

@@ -90,22 +90,27 @@ def taylor(x: Tensor, gram: Tensor | None = None, *, degree: int = 2) -> Tensor:
     return out
 
 
-def root(x: Tensor, *, angle: float) -> Tensor:
+def root(x: Tensor, *, angle: float | Tensor) -> Tensor:
     """`E(x) - I` of `E(x) = I + x^2/2 + x (I + x^2/4)^(1/2)`, orthogonal for skew `x` up to angles of 2 rad.
 
     The even part is exact, so a short series of the odd part leaves it orthogonal to rounding: two to five products
     instead of a decomposition. Angles above 0.5 are halved first, the rotation squared: `(I + F)^2 - I = 2F + F^2`.
 
-    angle: an upper estimate of the largest rotation angle, `||x||_2`, which chooses how many terms are needed.
+    angle: an upper estimate of the largest rotation angle, `||x||_2`, which chooses how many terms are needed; of every
+    matrix, `(..., 1, 1)`, in a batch: how often one is halved, which shows in the result, is no other's affair.
     """
-    halvings = root_halvings(angle)
-    if halvings:
-        x = x / 2**halvings
+    angle = torch.as_tensor(angle, dtype=torch.float64)
+    halvings = (angle / SERIES_ANGLES[-1][0]).log2().ceil().clamp_min(0).nan_to_num(0, posinf=0)
+    most = int(halvings.max())
+    if most:
+        x = x / (2**halvings).to(x)
     square = x @ x
-    terms = SERIES_ANGLES[-1][1] if x.dtype == torch.float64 else max(3, root_terms(angle / 2**halvings))
+    largest = (angle / 2**halvings).max().item()
+    terms = SERIES_ANGLES[-1][1] if x.dtype == torch.float64 else max(3, root_terms(largest))
     increment = square / 2 + x + x @ _odd_series(square, terms)
-    for _ in range(halvings):
-        increment = 2 * increment + increment @ increment
+    for done in range(most):
+        doubled = 2 * increment + increment @ increment
+        increment = torch.where((halvings > done).to(x.device), doubled, increment)
     return increment
 
 
@@ -128,12 +133,6 @@ def _linear(z: Tensor, constant: float, slope: float) -> Tensor:
     if constant:
         out.diagonal(dim1=-2, dim2=-1).add_(constant)
     return out
-
-
-def root_halvings(angle: float) -> int:
-    """How often a rotation of `angle` is halved before the series takes it."""
-    largest = SERIES_ANGLES[-1][0]
-    return max(0, math.ceil(math.log2(angle / largest))) if math.isfinite(angle) and angle > 0 else 0
 
 
 def root_terms(angle: float) -> int:
@@ -302,12 +301,13 @@ class Generator(NamedTuple):
     def _root_increment(self, alpha: Tensor | float, rows: int | None) -> Increment:
         angles = self.spectral_norm(iterations=4) * alpha
         # Power iteration is a lower bound. Meta tensors (a plan without weights) have shapes and no angle.
-        angle = 0.0 if angles.is_meta else 1.5 * angles.max().item()
+        angles = torch.zeros(1, 1) if angles.is_meta else 1.5 * angles.cpu()
+        angle = angles.max().item()
         tail = None if self.low is None else self.low * _like(alpha, self.low)
         few_rows = tail is not None or (rows is not None and rows < self.core.shape[-1])
         if few_rows and angle <= SERIES_ANGLES[-1][0]:
             return Increment(self.core, terms=root_terms(angle), alpha=alpha, angle=angle, tail=tail)
-        increment = root(self.core * alpha, angle=angle)
+        increment = root(self.core * alpha, angle=angles)
         return Increment(increment, tail=None if tail is None else increment.to(tail.dtype))
 
 

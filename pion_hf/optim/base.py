@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import numbers
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +18,7 @@ from pion_hf.errors import unknown
 from pion_hf.linalg.precision import full_float32
 from pion_hf.optim import blocks, precision
 from pion_hf.optim.batches import REST, Block, Plan
+from pion_hf.optim.saved import check_saved
 
 # Keys that torch, its schedulers or the routing put into a group, besides the options of a rule.
 STRUCTURAL_KEYS = {"params", "param_names", "rule", "layout", "role", "stacks", "method", "reach", "initial_lr"}
@@ -172,25 +175,35 @@ class MatrixOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{name} holds values that are not finite: load or initialise it before training.")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but state keeps its dtype: torch casts it to the parameter's, rounding that of half weights."""
+        """As torch's, but state keeps its dtype: torch casts it to the parameter's, rounding that of half weights.
+
+        Raises:
+            ValueError: the state is of other parameters, or of another rule or option (see `check_saved`).
+        """
+        check_saved(state_dict, self.param_groups, self.defaults)
         super().load_state_dict(state_dict)
-        self._plans.clear()
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for index, p in zip(saved["params"], group["params"], strict=True):
                 for key, value in state_dict["state"].get(index, {}).items():
                     if isinstance(value, Tensor) and value.dtype != self.state[p][key].dtype:
                         self.state[p][key] = value.to(device=p.device, copy=True)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of loading, copying and unpickling: what is not state starts anew."""
+        super().__setstate__(state)
+        self._plans = {}
+        self.__dict__.setdefault("skipped_steps", 0)
+
     def _gradients_are_finite(self) -> bool:
-        by_device = defaultdict(list)
+        by_kind = defaultdict(list)
         for group in self.param_groups:
             for name, p in named_parameters(group):
                 if p.grad is None:
                     continue
                 if p.grad.is_sparse:
                     raise ValueError(f"the gradient of {name} is sparse: use nn.Embedding(sparse=False).")
-                by_device[p.grad.device].append(p.grad)
-        return all(_all_finite(grads) for grads in by_device.values())
+                by_kind[p.grad.device, p.grad.dtype].append(p.grad)
+        return all(_all_finite(grads) for grads in by_kind.values())
 
     def _matrix_step(self, index: int) -> None:
         group = self.param_groups[index]
@@ -306,10 +319,12 @@ def check_choices(group: dict, choices: dict[str, tuple[str, ...]]) -> None:
             raise unknown(f"value of {option}", group[option], known)
 
 
-def check_range(option: str, value: float, ok: bool, wanted: str) -> None:
-    """Raises ValueError unless `ok`."""
-    if not ok:
-        raise ValueError(f"{option} must be {wanted}, got {value}")
+def check_range(option: str, value: Any, ok: Callable[[float], bool], wanted: str, *, whole: bool = False) -> None:
+    """Raises ValueError unless `value` is a finite number, a whole one where that is `wanted`, and `ok`."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    kind = numbers.Integral if whole else numbers.Real
+    if isinstance(number, bool) or not isinstance(number, kind) or not (math.isfinite(number) and ok(number)):
+        raise ValueError(f"{option} must be {wanted}, got {value!r}")
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -318,24 +333,19 @@ def _working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _all_finite(grads: list[Tensor]) -> bool:
-    """A sum of norms is finite exactly when all entries are, and their squares do not overflow: else look closer."""
-    squares = torch.stack([norm.float() for norm in torch._foreach_norm(grads)]).sum()
-    if squares.isfinite().item():
-        return True
-    return all(grad.isfinite().all().item() for grad in grads)
+    """Whether all entries are finite, and their squares too: those of larger ones would stay in second moments."""
+    squares = torch._foreach_norm(grads, dtype=torch.float64 if grads[0].dtype == torch.float64 else torch.float32)
+    return torch.stack(squares).sum().isfinite().item()
 
 
 def _check_common(group: dict) -> None:
-    lr, eps, decay = group["lr"], group["eps"], group["weight_decay"]
-    if not lr >= 0:
-        raise ValueError(f"lr must be at least 0, got {lr}")
-    if not eps >= 0:
-        raise ValueError(f"eps must be at least 0, got {eps}")
-    if not decay >= 0:
-        raise ValueError(f"weight_decay must be at least 0, got {decay}")
+    for option in ("lr", "eps", "weight_decay"):
+        check_range(option, group[option], lambda v: v >= 0, "at least 0")
     betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    for beta in betas:
+        check_range("betas", beta, lambda v: 0 <= v < 1, "two numbers in [0, 1)")
 
 
 def _check_parameter(name: str, p: Tensor) -> None:

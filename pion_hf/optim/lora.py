@@ -111,9 +111,9 @@ class PionLora(MatrixOptimizer):
             return
         _require_reach(group)
         check_choices(group, CHOICES)
-        check_range("polar_steps", group["polar_steps"], 1 <= group["polar_steps"] <= MOST_STEPS, f"in 1..{MOST_STEPS}")
-        tolerance = group["rank_tolerance"]
-        check_range("rank_tolerance", tolerance, 0 <= tolerance < 1, "in [0, 1)")
+        steps = group["polar_steps"]
+        check_range("polar_steps", steps, lambda v: 1 <= v <= MOST_STEPS, f"in 1..{MOST_STEPS}", whole=True)
+        check_range("rank_tolerance", group["rank_tolerance"], lambda v: 0 <= v < 1, "in [0, 1)")
 
     def keeps_spectrum(self, group: dict) -> bool:
         return group["rule"] == "pion_lora" and group["method"] == "rotate"
@@ -124,6 +124,11 @@ class PionLora(MatrixOptimizer):
             return
         # Of stored half precision, what is missing of the rank shows as rounding.
         rounding = torch.finfo(matrix.dtype).eps / 2 if matrix.dtype in HALF else 0.0
+        if matrix.shape[-1] == 1:
+            raise ValueError(
+                f"{name} has one direction only on its layer's side, which no rotation can turn: let it grow (lora_a "
+                "or lora_b = 'orthogonal', or 'adamw'), or freeze it (requires_grad_(False))."
+            )
         zero = numerical_zero(singular_values(matrix).float(), tolerance=rounding)
         if zero.any():
             what = "zero" if zero.all() else f"of rank {int((~zero).sum(-1).min())} instead of {zero.shape[-1]}"

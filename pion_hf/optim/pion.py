@@ -139,11 +139,11 @@ class Pion(MatrixOptimizer):
 
     def check_options(self, group: dict) -> None:
         check_choices(group, CHOICES)
-        check_range("rms", group["rms"], group["rms"] > 0, "above 0")
-        check_range("hold", group["hold"], 0 <= group["hold"] < 1, "in [0, 1)")
-        check_range("rank_tolerance", group["rank_tolerance"], 0 <= group["rank_tolerance"] < 1, "in [0, 1)")
-        check_range("polar_steps", group["polar_steps"], 1 <= group["polar_steps"] <= MOST_STEPS, f"in 1..{MOST_STEPS}")
-        check_range("degree", group["degree"], 1 <= group["degree"] <= 20, "in 1..20")
+        check_range("rms", group["rms"], lambda v: v > 0, "above 0")
+        for option in ("hold", "rank_tolerance"):
+            check_range(option, group[option], lambda v: 0 <= v < 1, "in [0, 1)")
+        for option, most in (("polar_steps", MOST_STEPS), ("degree", 20)):
+            check_range(option, group[option], lambda v, most=most: 1 <= v <= most, f"in 1..{most}", whole=True)
         lie, ambient = group["momentum"] == "lie", group["metric"] == "ambient"
         gradient, msign = group["direction"] == "gradient", group["direction"] == "msign"
         clashes = (
@@ -177,6 +177,12 @@ class Pion(MatrixOptimizer):
             raise ValueError(
                 f"{name} is (or holds) a zero matrix, which no rotation can move. Initialise it, train it with AdamW "
                 "(exclude it from the rotated matrices), or freeze it."
+            )
+        if not _can_move(*matrix.shape[-2:], group):
+            form = " x ".join(map(str, matrix.shape[-2:]))
+            raise ValueError(
+                f"{name} is {form}, which no rotation with side={group['side']!r} and hold={group['hold']} can move. "
+                "Train it with AdamW (exclude it from the rotated matrices), freeze it, or change these options."
             )
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
@@ -224,6 +230,15 @@ def _sides(side: str, step: int) -> tuple[str, ...]:
     return ("in", "out") if side == "both" else (side,)
 
 
+def _can_move(m: int, n: int, group: dict) -> bool:
+    """Whether a rotation of some side turns at least two directions of which not both are held."""
+    k = min(m, n)
+    free = k - int(group["hold"] * k)
+    sizes = {"in": n, "out": m}
+    sides = {side for step in (1, 2) for side in _sides(group["side"], step)}
+    return any(size > 1 and free > (0 if size > k else 1) for side, size in sizes.items() if side in sides)
+
+
 def _seen_from(x: Tensor, side: str) -> Tensor:
     """The frame in which a rotation of `side` acts from the right."""
     return x if side == "in" else x.mT
@@ -248,14 +263,19 @@ def direction_of(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: i
     if group["direction"] == "adam":
         second = average_of_squares(state, grad, beta2)
         root = (second / (1 - beta2**step)).sqrt_().add_(group["eps"]).mul_(1 - beta1**step)
-        return torch.div(momentum, root, out=root)
+        return _where_seen(torch.div(momentum, root, out=root), second)
     if group["direction"] == "natural":
         second = average_of_squares(state, grad, beta2)
         unbiased = (second * ((1 - beta1**step) / (1 - beta2**step))).add_(group["eps"] ** 2 * (1 - beta1**step))
-        return torch.div(momentum, unbiased, out=unbiased)
+        return _where_seen(torch.div(momentum, unbiased, out=unbiased), second)
     if group["second_moment"]:
         return momentum / (average(state, "second", momentum.square(), beta2).sqrt() + group["eps"])
     return momentum
+
+
+def _where_seen(direction: Tensor, second: Tensor) -> Tensor:
+    """0 where no gradient ever was: a rotation carries momentum there too, and divided by `eps` it would be all."""
+    return direction.masked_fill_(second == 0, 0)
 
 
 def generator_of(weight: Tensor, direction: Tensor, state: dict[str, Tensor], *, side: str, group: dict) -> Generator:

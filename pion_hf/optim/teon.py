@@ -94,10 +94,10 @@ class Teon(MatrixOptimizer):
     def check_options(self, group: dict) -> None:
         check_choices(group, CHOICES)
         stack, steps = group["stack"], group["polar_steps"]
-        check_range("momentum", group["momentum"], 0 <= group["momentum"] < 1, "in [0, 1)")
-        check_range("rms", group["rms"], group["rms"] > 0, "above 0")
-        check_range("stack", stack, isinstance(stack, int) and stack >= 1, "a whole number of layers, 1 (Muon) or more")
-        check_range("polar_steps", steps, 1 <= steps <= MOST_STEPS, f"in 1..{MOST_STEPS}")
+        check_range("momentum", group["momentum"], lambda v: 0 <= v < 1, "in [0, 1)")
+        check_range("rms", group["rms"], lambda v: v > 0, "above 0")
+        check_range("stack", stack, lambda v: v >= 1, "a whole number of layers, 1 (Muon) or more", whole=True)
+        check_range("polar_steps", steps, lambda v: 1 <= v <= MOST_STEPS, f"in 1..{MOST_STEPS}", whole=True)
         if group["rule"] == self.stacked_rule:
             check_stacks(group)
         elif "stacks" in group:

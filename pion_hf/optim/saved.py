@@ -1,0 +1,113 @@
+"""Whether saved state belongs to an optimizer: the same parameters, in the same form, under the same rules."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from pion_hf.optim.precision import REST_DTYPES
+
+LISTED = 5
+# What state depends on, of what the routing puts into a group. (`reach` is measured anew; state holds the first one.)
+ROUTED = ("rule", "layout", "method", "stacks")
+ADAMW_OPTIONS = ("betas", "eps", "weight_decay")
+HALF_OF_REST = {rest: half for half, rest in REST_DTYPES.items()}
+
+
+def check_saved(saved: dict[str, Any], groups: list[dict[str, Any]], options: Iterable[str]) -> None:
+    """Compare a state dict with the groups of the optimizer that is to load it.
+
+    options: the optimizer's. Those that are numbers are the saved ones after loading, as with every torch optimizer,
+    and a warning says so where they differ; a learning rate is a schedule's.
+
+    Raises:
+        ValueError: parameters of other names, shapes or precision, in other groups, or under another rule, layout,
+            stack or other option that is a word.
+    """
+    theirs, ours = _names(saved["param_groups"], groups), _names(groups, saved["param_groups"])
+    found, replaced = _missing(theirs, ours), []
+    if not found:
+        before = {name: group for names, group in zip(theirs, saved["param_groups"], strict=True) for name in names}
+        after = {name: group for names, group in zip(ours, groups, strict=True) for name in names}
+        for name in {(id(before[name]), id(after[name])): name for name in reversed(after)}.values():
+            words, numbers = _options(name, before[name], after[name], options)
+            found += words
+            replaced += numbers
+        if theirs != ours:
+            found = found or ["its parameters are in other groups, or in another order"]
+        else:
+            found += _forms(saved, groups, after)
+    if found:
+        raise ValueError(
+            f"the saved optimizer state does not fit: {_listing(found)}. Continue with the model, the routing and the "
+            "options of the saved run, or load its weights only and start with fresh state."
+        )
+    if replaced:
+        warnings.warn(f"Numbers of the saved optimizer state replace those given: {_listing(replaced)}.", stacklevel=3)
+
+
+def _names(groups: list[dict], others: list[dict]) -> list[list[str]]:
+    """Of every group's parameters; numbers where one of the two sides has no names."""
+    named = all("param_names" in group for group in (*groups, *others))
+    start, found = 0, []
+    for group in groups:
+        numbers = range(start, start := start + len(group["params"]))
+        found.append(list(group["param_names"]) if named else [f"parameter {i}" for i in numbers])
+    return found
+
+
+def _missing(theirs: list[list[str]], ours: list[list[str]]) -> list[str]:
+    found, sides = [], [[name for names in side for name in names] for side in (theirs, ours)]
+    for names, others, who in zip(sides, sides[::-1], ("saved state", "optimizer"), strict=True):
+        known = set(others)
+        alone = [name for name in names if name not in known]
+        found += [f"only the {who} has {_listing(alone)}"] if alone else []
+    return found
+
+
+def _options(name: str, before: dict, group: dict, options: Iterable[str]) -> tuple[list[str], list[str]]:
+    """What differs between two groups, in words and in numbers; `name` is the group's first parameter."""
+    adamw = before.get("rule") == group["rule"] == "adamw"
+    words, numbers = [], []
+    for key in ADAMW_OPTIONS if adamw else (*ROUTED, *options):
+        saved, given = before.get(key), group.get(key)
+        if key == "lr" or saved == given:
+            continue
+        kind = numbers if _is_number(saved) and _is_number(given) else words
+        if isinstance(saved, list) and isinstance(given, list):  # the first of many stacks says enough
+            saved, given = next(pair for pair in itertools.zip_longest(saved, given) if pair[0] != pair[1])
+        kind.append(f"{key} of {name} was {saved!r} and is {given!r}")
+        if key == "rule":
+            break
+    return words, numbers
+
+
+def _is_number(value: Any) -> bool:
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+
+
+def _forms(saved: dict[str, Any], groups: list[dict], by_name: dict[str, dict]) -> list[str]:
+    """Shapes and precisions that saved state says its parameters have, where theirs are others."""
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    params = [p for group in groups for p in group["params"]]
+    found = []
+    for (name, group), index, p in zip(by_name.items(), indices, params, strict=True):
+        # Entries of one matrix of several (`basis.0`) have shapes of their own.
+        state = {k: v for k, v in saved["state"].get(index, {}).items() if isinstance(v, Tensor) and "." not in k}
+        shapes = [tuple(v.shape) for v in state.values() if v.ndim and v.shape != p.shape]
+        half = HALF_OF_REST.get(state["rest"].dtype) if "rest" in state else None
+        if shapes:
+            found.append(f"{name} was {shapes[0]} and is {tuple(p.shape)}")
+        elif state and group["rule"] != "adamw" and half != (p.dtype if p.dtype in REST_DTYPES else None):
+            found.append(f"{name} was {half or 'of full precision'} and is {p.dtype}")
+    return found
+
+
+def _listing(parts: list[str]) -> str:
+    more = f" and {len(parts) - LISTED} more" if len(parts) > LISTED else ""
+    return ", ".join(parts[:LISTED]) + more

@@ -1,0 +1,189 @@
+"""`resume_from_checkpoint` in a new process continues a run bit for bit: weights, masters, state, schedule, logs."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from pion_hf import PionTrainer, PionTrainingArguments
+from pion_hf.integrations.callbacks import unwrap
+from pion_hf.integrations.registry import OPTIMIZER_NAMES
+from pion_hf.optim import lora, pion
+from tests.conftest import toy_llama
+
+STEPS, INTERRUPTED = 10, 5
+REFRESHED_IN = (pion, lora)
+
+
+class Case(NamedTuple):
+    """A run. metric, refresh: of rotations, and the steps between decompositions of their bases, if not the default."""
+
+    optim: str
+    schedule: str
+    dtype: torch.dtype
+    adapters: bool = False
+    metric: str | None = None
+    refresh: int | None = None
+
+    def __str__(self) -> str:
+        kind = "lora" if self.adapters else "full"
+        every = f"-refresh{self.refresh}" if self.refresh else ""
+        return f"{self.optim}-{kind}-{str(self.dtype).removeprefix('torch.')}-{self.schedule}{every}"
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+COSINE, WSD = "pion_cosine", "teon_wsd"
+CASES = [
+    *(Case(optim, COSINE, F32) for optim in ("pion", "teon", "muon")),
+    *(Case(optim, WSD, BF16) for optim in ("pion", "teon", "muon")),
+    *(Case(optim, WSD, F32, adapters=True) for optim in ("pion_lora", "teon_lora", "muon")),
+    *(Case(optim, COSINE, BF16, adapters=True) for optim in ("pion_lora", "teon_lora", "muon")),
+    # Fresh bases at the first step after the interruption; at the last one before it and once more.
+    Case("pion", WSD, F32, metric="ambient", refresh=5),
+    Case("pion", COSINE, BF16, metric="ambient", refresh=4),
+    Case("pion_lora", COSINE, F32, adapters=True, metric="ambient", refresh=4),
+]
+
+
+class CountSteps(TrainerCallback):
+    """Counts the steps that this process takes."""
+
+    taken = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.taken += 1
+
+
+def rows() -> list[dict]:
+    """An epoch of 13 batches of two, the last step of which accumulates one alone: it ends between 5 and 10 steps."""
+    ids = torch.randint(5, 105, (26, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def build(case: Case) -> torch.nn.Module:
+    model = toy_llama(attention_dropout=0.1).to(case.dtype)
+    if not case.adapters:
+        return model
+    config = peft.LoraConfig(
+        r=4, target_modules="all-linear", modules_to_save=["embed_tokens"], task_type="CAUSAL_LM", lora_dropout=0.1
+    )
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+@contextlib.contextmanager
+def refreshing(every: int | None) -> Iterator[None]:
+    """Singular bases decomposed anew every so many steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in REFRESHED_IN if every else ():
+            patch.setattr(module, "BASIS_REFRESH", every)
+        yield
+
+
+def train(case: Case, folder: Path, *, resume: str | None = None) -> dict[str, Any]:
+    """Train to the last step; what the run is then."""
+    args = PionTrainingArguments(
+        output_dir=str(folder),
+        optim=case.optim,
+        optim_adamw_lr=1e-3,
+        optim_metric=case.metric,
+        learning_rate=1e-2,
+        lr_scheduler_type=case.schedule,
+        warmup_steps=3,
+        max_steps=STEPS,
+        save_steps=INTERRUPTED,
+        logging_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        weight_decay=0.1,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    counter = CountSteps()
+    with refreshing(case.refresh):
+        trainer = PionTrainer(model=build(case), args=args, train_dataset=rows(), callbacks=[counter])
+        trainer.train(resume_from_checkpoint=resume)
+    assert counter.taken == (STEPS - INTERRUPTED if resume else STEPS)
+    return {
+        "weights": {n: p.detach() for n, p in trainer.model.named_parameters()},
+        "optimizer": unwrap(trainer.optimizer).state_dict(),
+        "schedule": trainer.lr_scheduler.state_dict(),
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+def resume_all(folder: Path) -> None:
+    """In another process: every case from its checkpoint to the end."""
+    for case in CASES:
+        checkpoint = folder / str(case) / f"checkpoint-{INTERRUPTED}"
+        torch.save(train(case, folder / f"{case}-resumed", resume=str(checkpoint)), folder / f"{case}.pt")
+
+
+def differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two trees of dicts, lists, tensors and values are not the same to the bit."""
+    if type(one) is not type(other) and not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return [f"{path}: {type(one).__name__} and {type(other).__name__}"]
+    if isinstance(one, dict):
+        if one.keys() != other.keys():
+            return [f"{path}: keys {sorted(map(str, one.keys() ^ other.keys()))}"]
+        return [d for key in one for d in differences(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, (list, tuple)):
+        if len(one) != len(other):
+            return [f"{path}: {len(one)} and {len(other)} entries"]
+        return [d for i, pair in enumerate(zip(one, other, strict=True)) for d in differences(*pair, f"{path}/{i}")]
+    if isinstance(one, Tensor):
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return [f"{path}: {one.dtype} {tuple(one.shape)} and {other.dtype} {tuple(other.shape)}"]
+        same = torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (one, other)))
+        return [] if same else [f"{path}: bits"]
+    return [] if one == other else [f"{path}: {one} and {other}"]
+
+
+def masters(result: dict[str, Any]) -> list[Tensor]:
+    return [entry["rest"] for entry in result["optimizer"]["state"].values() if "rest" in entry]
+
+
+def test_every_optimizer_is_resumed_below():
+    assert {case.optim for case in CASES} == set(OPTIMIZER_NAMES)
+
+
+def test_differences_are_seen():
+    x = torch.tensor([0.0, 1.0])
+    tree = {"a": [x, 1], "b": (x,)}
+    assert differences(tree, {"a": [x.clone(), 1], "b": (x.clone(),)}) == []
+    assert differences({"a": x}, {"a": torch.tensor([-0.0, 1.0])}) == ["/a: bits"]
+    assert differences({"a": x}, {"a": x.double()}) == ["/a: torch.float32 (2,) and torch.float64 (2,)"]
+    assert differences(tree, {"a": [x, 2], "b": ()}) == ["/a/1: 1 and 2", "/b: 1 and 0 entries"]
+    assert differences({"a": x}, {"b": x}) == [": keys ['a', 'b']"]
+
+
+def test_a_new_process_resumes_bit_for_bit(tmp_path, monkeypatch, subtests):
+    straight = {case: train(case, tmp_path / str(case)) for case in CASES}
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # of the other process, which ends without tidying up
+    other = multiprocessing.get_context("spawn").Process(target=resume_all, args=(tmp_path,))
+    other.start()
+    other.join()
+    assert other.exitcode == 0
+    for case, expected in straight.items():
+        with subtests.test(str(case)):
+            resumed = torch.load(tmp_path / f"{case}.pt", weights_only=True)
+            assert differences(resumed, expected) == []
+            assert len(expected["log"]) == STEPS
+            assert bool(masters(expected)) == (case.dtype == BF16)
+            assert all(rest.any() for rest in masters(expected))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.refresh], ids=str)
+def test_a_fresh_basis_shows(case, tmp_path):
+    """Without it, the cases above that cross one would show nothing."""
+    usual = train(case._replace(refresh=None), tmp_path / "usual")
+    assert differences(train(case, tmp_path / "fresh")["weights"], usual["weights"])
