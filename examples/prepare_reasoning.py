@@ -1,7 +1,8 @@
 """Seeded chat examples from `reasoning-gym`, and unrelated text to see what training on them makes a model forget.
 
-Writes train.jsonl and validation.jsonl (rows of `prompt` and `completion` messages, generated from different seeds)
-and the text of Python's own language documentation, which ships with the interpreter.
+Writes train.jsonl and validation.jsonl (rows of `prompt` and `completion` messages, generated from different seeds,
+with the `task` and, for rewards that score other answers, reasoning-gym's own `entry` as JSON) and the text of Python's
+own language documentation, which ships with the interpreter.
 """
 
 import argparse
@@ -28,6 +29,7 @@ def examples(count: int, seed: int) -> list[dict]:
                     "prompt": [{"role": "user", "content": item["question"]}],
                     "completion": [{"role": "assistant", "content": str(item["answer"])}],
                     "task": task,
+                    "entry": json.dumps(item, ensure_ascii=False),
                 }
             )
     random.Random(seed).shuffle(rows)

@@ -28,6 +28,7 @@ FLOORS = {
     "arguments": 3,
     "metrics": 3,
     "evaluation": 4,
+    "rewards": 4,
     "initialization": 4,
     "integrations": 4,
     "": 5,  # pion_hf itself: the public names

@@ -1,4 +1,4 @@
-"""The command `pion-hf`: sft, cpt, run, plan."""
+"""The command `pion-hf`: sft, cpt, grpo, run, plan."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from importlib import import_module
 COMMANDS = {
     "sft": "fine-tune on chat or text data: TRL's own script and flags, a recipe with --config",
     "cpt": "continue pretraining on packed plain text, or start from scratch: the same flags and more",
+    "grpo": "reinforcement learning from rewards of the model's own answers: every flag of trl grpo",
     "run": "run an unmodified Hugging Face script with --optim pion available",
     "plan": "show which rule would update what, and what it costs, without training",
 }

@@ -151,11 +151,14 @@ class ReportMixin:
             raise ValueError(f"{name}={getattr(self.report_arguments, name)!r}: {error}") from None
 
     def _evaluation_loss(self) -> float:
-        """Of the model as it is; the Trainer has often evaluated it at its last step already."""
+        return self.evaluation()["eval_loss"]
+
+    def evaluation(self) -> dict[str, float]:
+        """Metrics of the model as it is; the Trainer has often evaluated it at its last step already."""
         last = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {})
         if last.get("step") == self.state.global_step and not self.args.load_best_model_at_end:
-            return last["eval_loss"]
-        return self.evaluate()["eval_loss"]
+            return last
+        return self.evaluate()
 
     def _table(self) -> Table:
         table = Table(title=f"{self.args.optim.value}, {self.state.global_step} steps")

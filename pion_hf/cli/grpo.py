@@ -1,0 +1,161 @@
+"""`pion-hf grpo`: TRL's GRPO script with this package's optimizer, rewards by rule, and a report at the end.
+
+Data are rows with a column `prompt`. The model's own answers are scored by `reward_funcs`: those of `pion_hf.rewards`
+(on data of examples/prepare_reasoning.py), TRL's, or any function by its import path; by `reward_model_name_or_path`;
+or by both. With `eval_strategy` the mean rewards on the evaluation data are measured before training and after it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import trl
+from trl.data_utils import get_dataset_column_names
+from trl.import_utils import is_vllm_available
+from trl.scripts import grpo as trl_grpo
+from trl.trainer.utils import get_callable_name
+
+from pion_hf.cli.adapters import ModelArguments, changes_base, initialisation
+from pion_hf.cli.recipe import RecipeParser
+from pion_hf.cli.report import ReportArguments, ReportMixin
+from pion_hf.cli.training import train
+from pion_hf.errors import unknown
+from pion_hf.integrations.trl import PionGRPOConfig
+
+# What `reward_funcs` knows by name: the function's import path, and the package that some need.
+OWN = {name: f"pion_hf.rewards.{name}" for name in ("reasoning_gym_reward", "answer_similarity_reward")}
+OF_TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
+REWARDS = {**OWN, **{name: f"trl.rewards.{name}" for name in OF_TRL}}
+PACKAGES = {
+    **dict.fromkeys(OWN, "reasoning-gym"),
+    "accuracy_reward": "math-verify",
+    "reasoning_accuracy_reward": "math-verify",
+}
+# What the trainer gives to reward functions besides the columns of the data.
+GIVEN = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+
+
+@dataclass
+class RewardArguments(trl_grpo.GRPOScriptArguments):
+    """TRL's, with one more reward."""
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Rewards, which are added up: {', '.join(REWARDS)}, or import paths of functions."},
+    )
+
+
+ARGUMENTS = (RewardArguments, PionGRPOConfig, ModelArguments, trl.DatasetMixtureConfig, ReportArguments)
+
+
+class RewardReport(ReportMixin):
+    """The task is the reward: its mean over evaluation data, of answers sampled as in training; of several, each."""
+
+    def __init__(self, *args: Any, reward_funcs: list, train_dataset: Any, eval_dataset: Any, **kwargs: Any) -> None:
+        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        for dataset in data.values():
+            if dataset is not None:
+                check_columns(dataset, [reward for reward in reward_funcs if callable(reward)])
+        super().__init__(*args, reward_funcs=reward_funcs, **data, **kwargs)
+
+    def measure_task(self) -> dict[str, float]:
+        values = {}
+        if self.eval_dataset is not None:
+            metrics = self.evaluation()
+            values["reward"] = metrics["eval_reward"]
+            if len(self.reward_func_names) > 1:
+                values.update({name: metrics[f"eval_rewards/{name}/mean"] for name in self.reward_func_names})
+        if self.questions:
+            values["exact_match"] = self.exact_match(self.questions)
+        return values
+
+
+def parser() -> RecipeParser:
+    """Every flag of `trl grpo`, the optimizer's `--optim_*`, and the report's."""
+    return RecipeParser(ARGUMENTS, prog="pion-hf grpo", description=__doc__)
+
+
+def main(argv: list[str]) -> None:
+    """Train; ends with a table, and `eval.json` in the output folder."""
+    script_args, training_args, model_args, *others = parser().parse_recipe(argv)
+    _check(script_args, training_args, model_args)
+    # TRL's script knows its own by name, and imports the rest.
+    script_args.reward_funcs = [OWN.get(name, name) for name in script_args.reward_funcs or []]
+
+    from pion_hf.integrations.trl import PionGRPOTrainer  # not before it is needed: see there
+
+    class ReportingGRPOTrainer(RewardReport, PionGRPOTrainer):
+        """TRL's `GRPOTrainer` with this package's optimizer, and the report."""
+
+    train(
+        script_args,
+        training_args,
+        model_args,
+        *others,
+        make_trainer=ReportingGRPOTrainer,
+        script=trl_grpo,
+        trainer_name="GRPOTrainer",
+    )
+
+
+def check_reward(name: str) -> None:
+    """Raise ValueError for an entry of `reward_funcs` that is no function, or whose package is not installed."""
+    module_name, _, function = REWARDS.get(name, name).rpartition(".")
+    if not module_name:
+        raise ValueError(f"{unknown('reward function', name, REWARDS)} Or give an import path: package.function.")
+    package = PACKAGES.get(name)
+    if package is not None and find_spec(package.replace("-", "_")) is None:
+        raise ValueError(f"reward_funcs: {name} needs the package {package}: pip install {package}")
+    sys.path.insert(0, os.getcwd())  # as TRL's script does
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"reward_funcs: cannot import {module_name!r} of {name!r}: {error}") from error
+    if not callable(getattr(module, function, None)):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"reward_funcs: {unknown(f'function of {module_name}', function, known)}")
+
+
+def check_columns(dataset: Any, rewards: Iterable[Callable]) -> None:
+    """Raise ValueError for rows without a prompt, or without a column that one of `rewards` takes."""
+    columns = get_dataset_column_names(dataset)
+    there = ", ".join(map(repr, columns))
+    if "prompt" not in columns:
+        raise ValueError(f"the dataset has no column 'prompt' (it has {there}), a text or messages to be answered")
+    for reward in rewards:
+        name = get_callable_name(reward)
+        for parameter in inspect.signature(reward).parameters.values():
+            named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            needed = named and parameter.default is parameter.empty and parameter.name not in GIVEN
+            if needed and parameter.name not in columns:
+                made = "; examples/prepare_reasoning.py writes it" if name in OWN else ""
+                raise ValueError(
+                    f"the dataset has no column {parameter.name!r} (it has {there}), which {name} needs{made}"
+                )
+
+
+def _check(script_args: RewardArguments, args: PionGRPOConfig, model_args: ModelArguments) -> None:
+    """Raise ValueError, before anything is loaded, for what does not fit together."""
+    rewards = len(script_args.reward_funcs or []) + bool(script_args.reward_model_name_or_path)
+    if not rewards:
+        raise ValueError(f"name a reward: reward_funcs: [{next(iter(REWARDS))}], or reward_model_name_or_path")
+    for name in script_args.reward_funcs or []:
+        check_reward(name)
+    if args.reward_weights is not None and len(args.reward_weights) != rewards:
+        raise ValueError(f"reward_weights: {len(args.reward_weights)} weights for {rewards} rewards: one for each")
+    if args.use_vllm and not is_vllm_available():
+        raise ValueError("use_vllm needs the package vllm: install it, or leave use_vllm out")
+    if args.sync_ref_model and (args.beta == 0 or model_args.use_peft):
+        why = "beta=0 keeps no reference model" if args.beta == 0 else "the reference of an adapter is the bare model"
+        raise ValueError(f"sync_ref_model has nothing to update: {why}; leave it out")
+    if model_args.init_lora_weights is not None:
+        start = initialisation(model_args.init_lora_weights)
+        if start == "eva" or changes_base(start):
+            raise ValueError(f"init_lora_weights={start!r} is for sft and cpt alone: choose another, or leave it out")
