@@ -214,7 +214,7 @@ class Increment(NamedTuple):
     def _shows(self, power: Tensor, term: int, size: Tensor | None) -> bool:
         """Whether rounding a power to 8 bits would show in a float32 result of norm `size`."""
         largest = self.angle**term if size is None else (torch.linalg.matrix_norm(power) / size).amax().item()
-        return abs(ROOT_SERIES.get(term, ROOT_SERIES[3])) * largest > 2**-14
+        return abs(ROOT_SERIES.get(term, ROOT_SERIES[3])) * largest > 2**-18
 
 
 def _product(x: Tensor, factor: Tensor, side: str) -> Tensor:
