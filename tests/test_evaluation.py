@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pion_hf.cli import main
-from pion_hf.cli.report import ReportMixin
+from pion_hf.cli.outcome import ReportMixin
 from pion_hf.cli.training import ReportingSFTTrainer
 from pion_hf.evaluation import (
     answer_tokens,
@@ -242,7 +242,7 @@ def test_chats_of_another_domain_are_measured(recipe, other_data, tmp_path, toke
         answered.append((rows, max_new_tokens))
         return 0.5
 
-    monkeypatch.setattr("pion_hf.cli.report.exact_match", half)
+    monkeypatch.setattr("pion_hf.cli.outcome.exact_match", half)
     changes = {"other_dataset": str(other_data), "exact_match_samples": 2, "max_new_tokens": 3, "max_steps": 4}
     main(["sft", "--config", recipe(**changes)])
     record = strict(tmp_path / "run" / "eval.json")

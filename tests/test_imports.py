@@ -29,6 +29,8 @@ FLOORS = {
     "metrics": 3,
     "evaluation": 4,
     "rewards": 4,
+    "runs": 3,
+    "report": 5.1,
     "initialization": 4,
     "integrations": 4,
     "": 5,  # pion_hf itself: the public names

@@ -23,8 +23,8 @@ from trl.scripts import grpo as trl_grpo
 from trl.trainer.utils import get_callable_name
 
 from pion_hf.cli.adapters import ModelArguments, changes_base, initialisation
+from pion_hf.cli.outcome import ReportArguments, ReportMixin
 from pion_hf.cli.recipe import RecipeParser
-from pion_hf.cli.report import ReportArguments, ReportMixin
 from pion_hf.cli.training import train
 from pion_hf.errors import unknown
 from pion_hf.integrations.trl import PionGRPOConfig

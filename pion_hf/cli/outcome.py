@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,8 +27,8 @@ from pion_hf.evaluation import (
     token_loss,
 )
 from pion_hf.integrations.model_card import table_rows
+from pion_hf.runs import EVALUATION, write_json
 
-FILE = "eval.json"
 OTHER_ROWS = 128  # rows of `other_dataset` whose loss is measured
 
 
@@ -87,7 +85,7 @@ class ReportMixin:
         output = super().train(*args, **kwargs)
         self.measured["after"] = self.measure()
         if self.is_world_process_zero():
-            _write(Path(self.args.output_dir) / FILE, self.run_summary())
+            write_json(Path(self.args.output_dir) / EVALUATION, self.run_summary())
         return output
 
     def measure(self) -> Measures:
@@ -215,19 +213,3 @@ def _other_rows(report: ReportArguments) -> list[dict]:
     except ValueError as error:
         raise ValueError(f"other_dataset={name!r}: {error}") from None
     return rows
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    """Write JSON, whole or not at all; a number that is none (training diverged) becomes null, as JSON has no word."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"_{path.name}")  # never uploaded: transformers leaves out what begins with "_"
-    part.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
