@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pion_hf.linalg.precision import full_float32
+from pion_hf.linalg import rotation
+from pion_hf.linalg.precision import full_float32, split_product
 from pion_hf.linalg.rotation import (
     RETRACTIONS,
     SERIES_ANGLES,
@@ -84,6 +85,36 @@ def test_a_low_precision_tail_leaves_the_rotation_orthogonal(angle, rows):
     e = increment.rotate(identity).double()
     # The float32 identity itself is stored to 6e-8: errors of that size are what any float32 rotation makes.
     assert (e.mT @ e - identity.double()).abs().max() < 3e-7
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_split_product_is_sixteen_bits_exact(side):
+    """What a GPU multiplies in place of float32; bfloat16 alone would be off by 2^-9."""
+    torch.manual_seed(0)
+    x, low = torch.randn(2, 40, 40), random_skew(40, 0.01, dtype=torch.bfloat16)
+    exact = x.double() @ low.double() if side == "in" else low.double() @ x.double()
+    split = split_product(x, low, left=side == "out")
+    assert split.dtype == torch.float32
+    assert (split.double() - exact).norm() < 2**-17 * exact.norm()
+
+
+@pytest.mark.parametrize(("angle", "split"), [(1e-3, True), (5e-3, True), (0.05, False), (0.3, False)])
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_split_products_rotate_as_exactly_as_float32_ones(angle, split, side, monkeypatch):
+    """And are left where they would show: at larger angles what `moved` has split is multiplied again."""
+    torch.manual_seed(0)
+    calls = []
+    monkeypatch.setattr(rotation, "splitting_pays", lambda device: True)
+    monkeypatch.setattr(rotation, "split_product", lambda *a, **k: calls.append(0) or split_product(*a, **k))
+    low, x = random_skew(64, angle, dtype=torch.bfloat16), torch.randn(2, 64, 64)
+    generator = Generator(low.float(), low=low)
+    moved = generator.moved(x, side=side)
+    assert len(calls) == 1
+    rotated = generator.increment(1.0, retraction="root", rows=8).rotate(x, side=side, first=moved)
+    assert split or len(calls) == 1
+    gram = (x @ x.mT if side == "in" else x.mT @ x).double()
+    after = (rotated @ rotated.mT if side == "in" else rotated.mT @ rotated).double()
+    assert (after - gram).norm() < 3e-7 * gram.norm()
 
 
 @pytest.mark.parametrize("angle", [1e-3, 0.03, 0.06, 0.12, 0.2, 0.3])

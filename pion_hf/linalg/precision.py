@@ -28,6 +28,32 @@ def full_float32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def split_product(x: Tensor, low: Tensor, *, left: bool = False) -> Tensor:
+    """`x a`, or `a x` with `left`, of batches `(b, ., .)`, in float32, with `a` given in bfloat16 as `low`.
+
+    Only `x` is rounded, to two bfloat16 numbers, 16 of its 24 bits: the result has a relative error of 2^-17, for two
+    bfloat16 products instead of one in float32.
+    """
+    high = x.to(low.dtype)
+    rest = (x - high).to(low.dtype)
+    if left:
+        return _summed_in_float32(low, high).add_(_summed_in_float32(low, rest))
+    return _summed_in_float32(high, low).add_(_summed_in_float32(rest, low))
+
+
+def _summed_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """`a b` of bfloat16 batches, in float32; CPU products would round it."""
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
+
+
+def splitting_pays(device: torch.device) -> bool:
+    """Whether `split_product` is faster than a float32 product: by 5 or more where bfloat16 has units of its own.
+
+    On a CPU with such units (AMX) the memory that cutting `x` moves eats what is won.
+    """
+    return device.type == "cuda"
+
+
 def product_dtype(x: Tensor, choice: str) -> torch.dtype:
     """Of products of `x` that may be rounded: `choice`, or with `auto` bfloat16 where the hardware is faster in it."""
     if x.dtype == torch.float64 or choice == "float32":

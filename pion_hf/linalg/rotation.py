@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pion_hf.linalg.precision import split_product, splitting_pays
+
 RETRACTIONS = ("root", "cayley", "taylor")
 
 # Angles (radians) up to which so many terms of the root series are orthogonal to float32 rounding: with odd terms up to
@@ -20,6 +22,8 @@ RETRACTIONS = ("root", "cayley", "taylor")
 SERIES_ANGLES = ((0.006, 2), (0.05, 3), (0.1, 5), (0.2, 7), (0.35, 9), (0.5, 11))
 # Coefficients of x^2, x^3, ... in E(x) - I (those of even powers above 2 are 0): x^2/2 + x (1 + x^2/4)^(1/2).
 ROOT_SERIES = {2: 1 / 2, 3: 1 / 8, 5: -1 / 128, 7: 1 / 1024, 9: -5 / 32768, 11: 7 / 262144}
+# Up to this angle what `split_product` rounds, 2^-17 of the first power, is below float32's own rounding of the result.
+SPLIT_ANGLE = 2**-7
 # Low-rank cores up to this size are inverted as a batch on CPU, by so many products at most.
 SMALL_CORE = 128
 NEUMANN_PRODUCTS = 6
@@ -150,7 +154,8 @@ class Increment(NamedTuple):
 
     With `terms` the matrix is never formed: `right` is a generator, and so many terms of the root series of
     `alpha right` act on the rows one after another. The first power is exact, as are all that `angle` (of the rotation,
-    at most) lets a float32 result notice; the others are multiplied in `tail`, `alpha right` in lower precision.
+    at most) lets a float32 result notice; the others are multiplied in `tail`, `alpha right` in lower precision. `low`
+    is as in `Generator`.
     """
 
     right: Tensor
@@ -159,6 +164,7 @@ class Increment(NamedTuple):
     alpha: Tensor | float = 1.0
     angle: float = 0.0
     tail: Tensor | None = None
+    low: Tensor | None = None
 
     def rotate(
         self,
@@ -189,9 +195,12 @@ class Increment(NamedTuple):
         if low:
             power, terms = _skew_product(x.to(self.tail.dtype), self.tail, side), half_terms(self.angle)
         else:
+            # What `moved` has split may be used for as long as that does not show.
+            exact = self.low if self.angle <= SPLIT_ANGLE else None
+            if first is None or (exact is None and _is_split(x, self.low)):
+                first = _skew_product(x, self.right, side, low=exact)
             # Each power takes its share of alpha at once: the generator itself may be of any size.
-            power = (_skew_product(x, self.right, side) if first is None else first) * self.alpha
-            terms = self.terms
+            power, terms = first * self.alpha, self.terms
         # On a GPU no norm is read: the first power is taken to be as large as its angle.
         size = torch.linalg.matrix_norm(x).clamp_min(torch.finfo(x.dtype).tiny) if x.device.type == "cpu" else None
         total, rest = x + power, None
@@ -202,7 +211,7 @@ class Increment(NamedTuple):
             if lower is not None and (low or power.dtype != x.dtype or not self._shows(lower, term, size)):
                 power = lower
             else:
-                power = _skew_product(power, self.right, side).mul_(self.alpha)
+                power = _skew_product(power, self.right, side, low=exact).mul_(self.alpha)
             if term not in ROOT_SERIES:
                 continue
             if power.dtype == x.dtype:
@@ -223,9 +232,20 @@ def _product(x: Tensor, factor: Tensor, side: str) -> Tensor:
     return (low @ factor if side == "in" else factor.mT @ low).to(x.dtype)
 
 
-def _skew_product(x: Tensor, a: Tensor, side: str) -> Tensor:
-    """`x A`, or `A^T x = -A x` for `side="out"`: products without transposes, which are slow in low precision."""
+def _skew_product(x: Tensor, a: Tensor, side: str, *, low: Tensor | None = None) -> Tensor:
+    """`x A`, or `A^T x = -A x` for `side="out"`: products without transposes, which are slow in low precision.
+
+    low: `A` in bfloat16, if that is the same and `split_product` will do.
+    """
+    if _is_split(x, low):
+        product = split_product(x, low, left=side == "out")
+        return product if side == "in" else product.neg_()
     return x @ a if side == "in" else (a @ x).neg_()
+
+
+def _is_split(x: Tensor, low: Tensor | None) -> bool:
+    """Whether `x` times a matrix that is `low`, in bfloat16, goes through `split_product`."""
+    return low is not None and x.dtype == torch.float32 and x.ndim == 3 and splitting_pays(x.device)
 
 
 class Generator(NamedTuple):
@@ -242,7 +262,7 @@ class Generator(NamedTuple):
 
     def moved(self, x: Tensor, *, side: str = "in") -> Tensor | None:
         """`x A`, or `A^T x` for `side="out"`, at first order what a rotation changes; None in the factored form."""
-        return None if self.factor is not None else _skew_product(x, self.core, side)
+        return None if self.factor is not None else _skew_product(x, self.core, side, low=self.low)
 
     def act(self, x: Tensor) -> Tensor:
         """`x A` for rows `x` of shape `(..., p, n)`."""
@@ -306,7 +326,8 @@ class Generator(NamedTuple):
         tail = None if self.low is None else self.low * _like(alpha, self.low)
         few_rows = tail is not None or (rows is not None and rows < self.core.shape[-1])
         if few_rows and angle <= SERIES_ANGLES[-1][0]:
-            return Increment(self.core, terms=root_terms(angle), alpha=alpha, angle=angle, tail=tail)
+            terms = root_terms(angle)
+            return Increment(self.core, terms=terms, alpha=alpha, angle=angle, tail=tail, low=self.low)
         increment = root(self.core * alpha, angle=angles)
         return Increment(increment, tail=None if tail is None else increment.to(tail.dtype))
 
