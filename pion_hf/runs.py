@@ -99,7 +99,7 @@ def read_run(folder: str | os.PathLike) -> Run:
         folder=folder,
         record=record,
         logs=_read_lines(folder / LOG),
-        snapshots=[Snapshot(line["step"], line["values"]) for line in _read_lines(folder / MATRICES)],
+        snapshots=[Snapshot(line["step"], line.get("values", {})) for line in _read_lines(folder / MATRICES)],
         evaluation=_read_json(folder / EVALUATION),
         routing=_read_json(folder / ROUTING),
     )
@@ -162,10 +162,15 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error}") from None
     entries = []
     for number, line in enumerate(lines, start=1):
         try:
-            entries.append(_nan(json.loads(line)))
+            entry = _nan(json.loads(line))
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+                raise ValueError("it says nothing of a step")
+            entries.append(entry)
         except ValueError as error:
             if number < len(lines):
                 raise ValueError(f"line {number} of {str(path)!r} is damaged: {error}") from None

@@ -11,10 +11,6 @@ from transformers import TrainingArguments, get_scheduler
 from pion_hf.errors import unknown
 from pion_hf.routing import Routing
 
-# Told apart by the colour-blind: Okabe and Ito, "Color Universal Design" (2008), less the yellow, which is faint on
-# white. With a style for each, curves that coincide for a while stay visible, and a print without colours readable.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", "-.", ":")
 # Their rates answer to the evaluation loss.
 UNFORESEEABLE = ("reduce_lr_on_plateau", "greedy")
 
@@ -79,6 +75,8 @@ def picture(args: TrainingArguments, curves: list[Curve]) -> Any:
     """Learning rate against optimizer step (the first is 1, as in the logs), as a `matplotlib.figure.Figure`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from pion_hf.report.looks import COLOURS, STYLES
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)  # without a display, and without touching pyplot's own state

@@ -1,0 +1,342 @@
+"""What a report says in words and tables: what ran, how the runs differ, and what stands in the way of comparing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pion_hf.integrations.model_card import NUMBER_FORMATS
+from pion_hf.linalg.spectrum import spectral_drift
+from pion_hf.report.figures import diverged
+from pion_hf.report.looks import numbered
+from pion_hf.runs import FAILED, RUNNING, Run
+
+# Arguments that say where a run goes, not what it does; and those that `optimizer` says too, under its own names.
+PLACES = {"output_dir", "logging_dir", "run_name", "hub_model_id", "project", "trackio_space_id", "push_to_hub"}
+OPTIMIZER_ARGUMENTS = {"name": "optim", "learning_rate": "learning_rate", "schedule": "lr_scheduler_type"}
+NO_NUMBER = "NaN"
+HIGHER_IS_BETTER = {"exact_match", "reward"}
+SAME = 1e-4  # relative: measurements before training that agree to this are of the same model and data
+
+
+class Table(NamedTuple):
+    """Columns and rows of text; a cell in `best` is set off."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    best: frozenset[tuple[int, int]] = frozenset()
+
+
+def steps_of(run: Run) -> int:
+    """How far the run came."""
+    return max([int(run.record.get("steps") or 0), *(entry["step"] for entry in run.logs)])
+
+
+def status_of(run: Run) -> str:
+    """Finished or not, and whether it diverged."""
+    said = "running, or killed" if run.status == RUNNING else run.status
+    step = diverged(run)
+    return said if step is None else f"{said}, diverged at step {step:,}"
+
+
+def drift_of(run: Run) -> float | None:
+    """The largest change of a singular value relative to its matrix's largest: as noted, or as the spectra say."""
+    noted = run.record.get("spectrum_drift")
+    if _value(noted) is not None:
+        return noted
+    drifts = (spectral_drift(*pair).max().item() for pair in run.spectra.values() if pair[0].amax(-1).min() > 0)
+    return max(drifts, default=None)
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """Name and value of what there is to know of a run, in the order in which to read it."""
+    record, model, optimizer = run.record, _part(run, "model"), _part(run, "optimizer")
+    parameters = ", ".join(
+        f"{model[key]:,} {words}"
+        for key, words in (("parameters", "parameters"), ("trainable", "of them trained"))
+        if model.get(key)
+    )
+    rate, schedule = optimizer.get("learning_rate"), optimizer.get("schedule")
+    found = {
+        "status": status_of(run),
+        "model": ", ".join(filter(None, (str(model.get("name") or ""), parameters))),
+        "data": _data(run),
+        "optimizer": ", ".join(
+            filter(
+                None,
+                (
+                    str(optimizer.get("name") or ""),
+                    "" if rate is None else f"learning rate {text(rate)}",
+                    "" if schedule is None else f"schedule {schedule}",
+                ),
+            )
+        ),
+        "steps": f"{steps_of(run):,}",
+        "time": duration(record.get("seconds")),
+        "peak memory": memory(record.get("peak_memory_bytes")),
+        "device": str(record.get("device") or ""),
+        "started": str(record.get("started") or ""),
+        "drift of the spectrum": _formatted(drift_of(run), "{:.1e}".format),
+        "optimizer's share of the time": _formatted(record.get("optimizer_share"), "{:.1%}".format),
+        "skipped steps": _formatted(record.get("skipped_steps"), "{:,}".format),
+    }
+    return [(name, value) for name, value in found.items() if value]
+
+
+def settings(run: Run) -> list[tuple[str, str]]:
+    """Optimizer options, the arguments that differ from their defaults, and versions, as one line each."""
+    options = _part(run, "optimizer").get("options") or {}
+    groups = {
+        "optimizer options": options,
+        "arguments that differ from their defaults": {
+            key: value for key, value in _part(run, "arguments").items() if key not in PLACES
+        },
+        "versions": _part(run, "versions"),
+    }
+    return [(name, ", ".join(f"{k}={text(v)}" for k, v in of.items())) for name, of in groups.items() if of]
+
+
+def rules_table(run: Run) -> Table | None:
+    """Which rule trained how much, of this package's optimizers."""
+    rules = _part(run, "optimizer").get("rules") or []
+    if not rules:
+        return None
+    counts = ["tensors", "matrices", "parameters"]
+    rows = [
+        [
+            ", ".join(filter(None, (rule["rule"], rule.get("method")))),
+            *(f"{rule[count]:,}" for count in counts),
+            text(rule["learning_rate"]),
+            text(rule["weight_decay"]),
+        ]
+        for rule in rules
+    ]
+    return Table(["rule", *counts, "learning rate", "weight decay"], rows)
+
+
+def runs_table(runs: Sequence[Run]) -> Table:
+    """The runs side by side; of the options only those that differ."""
+    differing = differences(runs)
+    columns = ["run", "status", "steps", *differing, "time", "peak memory", "spectrum drift", "optimizer's share"]
+    rows = [
+        [
+            name,
+            status_of(run),
+            f"{steps_of(run):,}",
+            *(values[i] for values in differing.values()),
+            duration(run.record.get("seconds")),
+            memory(run.record.get("peak_memory_bytes")),
+            _formatted(drift_of(run), "{:.1e}".format),
+            _formatted(run.record.get("optimizer_share"), "{:.0%}".format),
+        ]
+        for i, (name, run) in enumerate(zip(numbered(runs), runs, strict=True))
+    ]
+    kept = [c for c in range(len(columns)) if any(row[c] for row in rows)]
+    return Table([columns[c] for c in kept], [[row[c] for c in kept] for row in rows])
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Options that differ between runs, under the names by which they are set, and their value in every run.
+
+    An argument that a run does not name has its default there. The options of an optimizer are compared among the runs
+    that use it; that another has no such option is no difference.
+    """
+    optimizers = [_part(run, "optimizer") for run in runs]
+    arguments = [_arguments(run) for run in runs]
+    found = {}
+    for key in dict.fromkeys(key for of in arguments for key in of):
+        values = [text(of[key]) if key in of else "default" for of in arguments]
+        if len(set(values)) > 1:
+            found[key] = values
+    options = [of.get("options") or {} for of in optimizers]
+    for key in dict.fromkeys(key for of in options for key in of):
+        seen: dict[Any, set[str]] = {}
+        for optimizer, of in zip(optimizers, options, strict=True):
+            if key in of:
+                seen.setdefault(optimizer.get("name"), set()).add(text(of[key]))
+        if any(len(values) > 1 for values in seen.values()):
+            found[f"optim_{key}"] = [text(of[key]) if key in of else "" for of in options]
+    return found
+
+
+def results_table(runs: Sequence[Run]) -> Table | None:
+    """Before and after by domain and metric; of several runs a row each. None without a measurement."""
+    measured = [(name, run.evaluation) for name, run in zip(numbered(runs), runs, strict=True) if has_results(run)]
+    if not measured:
+        return None
+    return _result_of_one(measured[0][1]) if len(runs) == 1 else _results_of_several(measured)
+
+
+def has_results(run: Run) -> bool:
+    """Whether what the model could do was measured before training and after it."""
+    return isinstance(run.evaluation, dict) and bool(run.evaluation.get("before")) and bool(run.evaluation.get("after"))
+
+
+def warnings(runs: Sequence[Run]) -> list[str]:
+    """What a reader must know before comparing these runs, or believing them."""
+    running, failed, lost, unmeasured = [], [], [], []
+    for name, run in zip(numbered(runs), runs, strict=True):
+        at = f"{name} (step {steps_of(run):,})"
+        if run.status == RUNNING:
+            running.append(at)
+        elif run.status == FAILED:
+            failed.append(at)
+        if diverged(run) is not None:
+            lost.append(f"{name} (step {diverged(run):,})")
+        elif has_results(run) and any(_value(v) is None for d in run.evaluation["after"].values() for v in d.values()):
+            lost.append(f"{name} (measured after training)")
+        if run.status != RUNNING and not has_results(run) and any(map(has_results, runs)):
+            unmeasured.append(name)
+    kinds = {
+        "Still running, or killed, and shown as far as it came": running,
+        "Failed": failed,
+        "Diverged, the loss is NaN": lost,
+        "Not measured before and after training, so without results": unmeasured,
+    }
+    return [*_incomparable(runs), *(f"{kind}: {', '.join(which)}." for kind, which in kinds.items() if which)]
+
+
+def text(value: Any) -> str:
+    """A setting as one would type it."""
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if isinstance(value, int) else json.dumps(value)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours."""
+    if not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
+        return ""
+    if seconds < 120:
+        return f"{seconds:.1f}\N{NO-BREAK SPACE}s"
+    hours = seconds >= 7200
+    return f"{seconds / 3600:.1f}\N{NO-BREAK SPACE}h" if hours else f"{seconds / 60:.1f}\N{NO-BREAK SPACE}min"
+
+
+def memory(count: float | None) -> str:
+    """Bytes as GiB or MiB."""
+    if not count:
+        return ""
+    large = count >= 2**30
+    return f"{count / 2**30:.2f}\N{NO-BREAK SPACE}GiB" if large else f"{count / 2**20:.0f}\N{NO-BREAK SPACE}MiB"
+
+
+def _part(run: Run, key: str) -> dict[str, Any]:
+    return run.record.get(key) or {}
+
+
+def _data(run: Run) -> str:
+    data = _part(run, "data")
+    told = {"trained on": data.get("train"), "evaluated on": data.get("evaluation")}
+    return ", ".join(f"{words} {name}" for words, name in told.items() if name)
+
+
+def _formatted(value: Any, form: Callable[[float], str]) -> str:
+    return "" if _value(value) is None else form(value)
+
+
+def _value(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _arguments(run: Run) -> dict[str, Any]:
+    optimizer = _part(run, "optimizer")
+    said = {argument: optimizer[key] for key, argument in OPTIMIZER_ARGUMENTS.items() if optimizer.get(key) is not None}
+    given = {key: value for key, value in _part(run, "arguments").items() if key not in PLACES}
+    options = {f"optim_{key}" for key in optimizer.get("options") or {}}
+    return {**said, **{key: value for key, value in given.items() if key not in said and key not in options}}
+
+
+def _incomparable(runs: Sequence[Run]) -> Iterator[str]:
+    """Of which models, data and machines the runs are, where those differ."""
+    what = {
+        "models": (lambda run: _part(run, "model").get("name"), "their losses and spectra cannot be compared"),
+        "training data": (lambda run: _part(run, "data").get("train"), "they learnt different things"),
+        "evaluation data": (
+            lambda run: _part(run, "data").get("evaluation"),
+            "their evaluation losses and results cannot be compared",
+        ),
+        "devices": (lambda run: run.record.get("device"), "their times cannot be compared"),
+    }
+    for kind, (of, consequence) in what.items():
+        values: dict[str, list[str]] = {}
+        for name, run in zip(numbered(runs), runs, strict=True):
+            values.setdefault(str(of(run) or "none"), []).append(name)
+        if len(values) > 1:
+            said = "; ".join(f"{value} ({', '.join(of)})" for value, of in values.items())
+            yield f"These runs are of different {kind}: {consequence}. {said}."
+
+
+def _result_of_one(evaluation: Mapping[str, Any]) -> Table:
+    rows = []
+    for domain, metrics in evaluation["before"].items():
+        for metric, before in metrics.items():
+            after = (evaluation["after"].get(domain) or {}).get(metric)
+            both = _value(before) is not None and _value(after) is not None
+            change = _signed(metric, after - before) if both else ""
+            rows.append([_words(domain), _words(metric), _number(metric, before), _number(metric, after), change])
+    gains = {"learnt: task": evaluation.get("learnt")} if "learnt" in evaluation else {}
+    gains |= {f"forgotten: {_words(domain)}": gain for domain, gain in (evaluation.get("forgotten") or {}).items()}
+    for name, gain in gains.items():
+        rows.append([name, "", "", "", NO_NUMBER if _value(gain) is None else f"{gain:+.4f}"])
+    return Table(["domain", "measure", "before", "after", "change"], rows)
+
+
+def _results_of_several(measured: list[tuple[str, Mapping[str, Any]]]) -> Table:
+    """A row for every run; a first one of what all of them began with, where that was the same."""
+    keys = list(dict.fromkeys((d, m) for _, e in measured for d, metrics in e["before"].items() for m in metrics))
+    domains = list(dict.fromkeys(d for _, e in measured for d in e.get("forgotten") or {}))
+
+    def at(evaluation: Mapping[str, Any], moment: str, domain: str, metric: str) -> Any:
+        return (evaluation[moment].get(domain) or {}).get(metric)
+
+    starts = {key: [at(e, "before", *key) for _, e in measured] for key in keys}
+    same = all(_agree(values) for values in starts.values())
+    columns = ["run", *(f"{_words(d)}: {_words(m)}" for d, m in keys), "learnt"]
+    columns += [f"forgotten: {_words(d)}" for d in domains]
+    rows, numbers = [], []
+    if same:
+        first = measured[0][1]
+        rows.append(
+            ["before training", *(_number(m, at(first, "before", d, m)) for d, m in keys), "", *("" for _ in domains)]
+        )
+    for name, evaluation in measured:
+        after = [at(evaluation, "after", *key) for key in keys]
+        gains = [evaluation.get("learnt"), *((evaluation.get("forgotten") or {}).get(d) for d in domains)]
+        cells = [_number(m, value) for (_, m), value in zip(keys, after, strict=True)]
+        if not same:
+            cells = [
+                f"{_number(m, at(evaluation, 'before', d, m))} → {c}" for (d, m), c in zip(keys, cells, strict=True)
+            ]
+        rows.append([name, *cells, *("" if _value(gain) is None else f"{gain:+.4f}" for gain in gains)])
+        numbers.append([*after, *gains])
+    best = set()
+    if same and len(measured) > 1:  # of one model and the same data
+        signs = [1 if m in HIGHER_IS_BETTER else -1 for _, m in keys] + [1] + [-1] * len(domains)
+        for column, sign in enumerate(signs):
+            values = {r: sign * row[column] for r, row in enumerate(numbers) if _value(row[column]) is not None}
+            best |= {(r + 1, column + 1) for r, value in values.items() if value == max(values.values())}
+    return Table(columns, rows, frozenset(best))
+
+
+def _agree(values: Sequence[Any]) -> bool:
+    known = [value for value in values if _value(value) is not None]
+    return len(known) == len(values) and max(known) - min(known) <= SAME * max(map(abs, known))
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _number(metric: str, value: Any) -> str:
+    if value is None or _value(value) is None:
+        return NO_NUMBER
+    return NUMBER_FORMATS.get(metric, "{:.4f}").format(value)
+
+
+def _signed(metric: str, value: float) -> str:
+    return NUMBER_FORMATS.get(metric, "{:.4f}").replace("{:", "{:+").format(value)

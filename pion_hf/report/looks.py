@@ -1,0 +1,172 @@
+"""How the pictures look: colours, line styles and sizes, and which run has which."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
+
+from pion_hf.runs import Run
+
+# Told apart by the colour-blind: Okabe and Ito, "Color Universal Design" (2008), less the yellow, which is faint on
+# white. With a style for each, curves that coincide for a while stay visible, and a print without colours readable.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SEQUENTIAL = "viridis"  # for what has an order; as readable without colours
+
+WIDTH = 4.2  # inches. On a phone's 360 px an inch is 86 px, and 8.5 points are 10 px
+LEGEND_LETTERS = 52  # that fit on a line of a legend
+LEGEND_LINE = 0.18  # inches
+LONGEST_LABEL = 44
+
+# Small enough for a phone, and with the least ink.
+SETTINGS = {
+    "font.size": 9.5,
+    "figure.labelsize": 9.5,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9.5,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4,
+    "axes.formatter.limits": (-3, 4),
+    "axes.formatter.useoffset": False,
+    "image.cmap": SEQUENTIAL,
+}
+
+
+class Look(NamedTuple):
+    """How the curves of a run are drawn. Runs of one group share a label and a colour."""
+
+    label: str
+    colour: str
+    style: str
+    marker: str
+
+
+def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """Draw with `SETTINGS`, and leave matplotlib's own as they were."""
+
+    @functools.wraps(draw)
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with matplotlib.rc_context(SETTINGS):
+            return draw(*args, **kwargs)
+
+    return within
+
+
+def new_figure(height: float) -> Figure:
+    """A figure of `WIDTH` x `height` inches, without a display and without touching pyplot's own state."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def names(runs: Sequence[Run]) -> list[str]:
+    """The folders' names, with as much of the path before them as it takes to tell them apart."""
+    paths = [run.folder.resolve().parts for run in runs]
+
+    def depth(path: tuple[str, ...]) -> int:
+        depths = range(1, len(path))
+        return next((d for d in depths if sum(other[-d:] == path[-d:] for other in paths) == 1), len(path))
+
+    return ["/".join(path[-depth(path) :]) for path in paths]
+
+
+def numbered(runs: Sequence[Run]) -> list[str]:
+    """`names`, after their number if there are several: how pictures and tables refer to a run."""
+    return names(runs) if len(runs) == 1 else [f"{i} {name}" for i, name in enumerate(names(runs), start=1)]
+
+
+def looks(runs: Sequence[Run]) -> list[Look]:
+    """A look for every run: a colour each; of more runs than colours, one for each optimizer, or colours by turns."""
+    labels = [plain(label) for label in numbered(runs)]
+    optimizers = [str((run.record.get("optimizer") or {}).get("name", "unknown")) for run in runs]
+    groups = list(dict.fromkeys(optimizers))
+    if len(runs) > len(COLOURS) and 1 < len(groups) <= len(COLOURS):
+        found = []
+        for i, optimizer in enumerate(optimizers):
+            of = [str(k) for k, other in enumerate(optimizers, start=1) if other == optimizer]
+            label = plain(f"{optimizer} ({_and(of)})")
+            nth, colour = optimizers[:i].count(optimizer), groups.index(optimizer)
+            found.append(Look(label, COLOURS[colour], STYLES[nth % len(STYLES)], MARKERS[colour]))
+        return found
+    # With more runs than colours a colour comes again, in another style.
+    turns = [(i % len(COLOURS), (i % len(COLOURS) + i // len(COLOURS)) % len(STYLES)) for i in range(len(runs))]
+    return [Look(label, COLOURS[c], STYLES[s], MARKERS[c]) for label, (c, s) in zip(labels, turns, strict=True)]
+
+
+def plain(label: str) -> str:
+    """Text as it is, not as mathematics, and not too long for a phone."""
+    if len(label) > LONGEST_LABEL:
+        half = LONGEST_LABEL // 2
+        label = f"{label[:half]}…{label[-half + 1 :]}"
+    return label.replace("$", r"\$")
+
+
+def add_legend(figure: Figure, handles: Iterable[Line2D]) -> None:
+    """A legend above all axes, for which the figure grows: each label once, in as many columns as there is room for."""
+    unique = {handle.get_label(): handle for handle in handles}
+    if unique:
+        columns = max(1, LEGEND_LETTERS // (max(map(len, unique)) + 7))
+        figure.set_figheight(figure.get_figheight() + LEGEND_LINE * -(-len(unique) // columns))
+        figure.legend(list(unique.values()), list(unique), loc="outside upper left", ncols=columns)
+
+
+def run_handles(shown: Sequence[Look], *, styles: bool = True) -> list[Line2D]:
+    """Legend entries of several runs; solid where the style says something else, or differs within a group."""
+    solid = not styles or len({look.label for look in shown}) < len(shown)
+    return [Line2D([], [], color=k.colour, linestyle="-" if solid else k.style, label=k.label) for k in shown]
+
+
+def panels(figure: Figure, titles: Sequence[str], **options: Any) -> list[Axes]:
+    """Axes with these titles, two or three beside each other, as many as there are titles."""
+    columns = 1 if len(titles) == 1 else 2 if len(titles) <= 8 else 3
+    rows = -(-len(titles) // columns)
+    grid = figure.subplots(rows, columns, squeeze=False, **options).flatten()
+    for axes in grid[len(titles) :]:
+        axes.remove()
+    for i, title in enumerate(titles):
+        grid[i].set_title(plain(title))
+        if i + columns >= len(titles):  # nothing below it has them
+            grid[i].tick_params(labelbottom=True)
+    return list(grid[: len(titles)])
+
+
+def log_scale(axes: Axes) -> None:
+    """A logarithmic y axis for what is drawn, if any of it is positive; its labels leave room for each other."""
+    if not any((np.asarray(line.get_ydata()) > 0).any() for line in axes.get_lines()):
+        return
+    axes.set_yscale("log", nonpositive="mask")
+    low, high = axes.get_ylim()
+    if high < 10 * low:  # a power of ten may not be among them
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.2g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _and(numbers: list[str]) -> str:
+    """`3-6`, where they follow each other, or `1, 4, 7`."""
+    first, last = int(numbers[0]), int(numbers[-1])
+    if len(numbers) > 2 and last - first == len(numbers) - 1:
+        return f"{first}-{last}"
+    return ", ".join(numbers)
