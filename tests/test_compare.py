@@ -1,0 +1,467 @@
+"""`pion-hf compare`: the grid, the runs, what becomes of them, and every way of getting it wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pion_hf.cli import child, main
+from pion_hf.cli.contest import remarks, rows, standings
+from pion_hf.cli.frontier import frontier, unbeaten
+from pion_hf.cli.grid import make_grid, parse_axes, read_contenders
+from pion_hf.cli.jobs import LOCK, is_finished
+from tests.test_cli import fails
+
+# One that learns and diverges at the second rate, one of ours, and one that fails: its package is not there.
+CONTENDERS = {
+    "AdamW": {"optim": "adamw_torch", "learning_rate": ["1e-2", "1e30"]},
+    "Pion, polar": {"optim": "pion", "optim_direction": "polar", "optim_metric": "lie", "learning_rate": 1e-2},
+    "Not here": {"optim": "galore_adamw", "learning_rate": 1e-2},
+}
+RUNS = 4
+UNTIMED = ("seconds", "process_seconds", "peak_memory_bytes", "optimizer_share")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, checkpoint, chat_data) -> Path:
+    """A folder with a recipe, contenders, and a comparison of them in `runs`, two at once."""
+    folder = tmp_path_factory.mktemp("compared")
+    (folder / "sft").mkdir()
+    (folder / "other.txt").write_text("Another domain, of which nothing must be forgotten. " * 50, encoding="utf-8")
+    recipe = {
+        "model_name_or_path": str(checkpoint),
+        "dataset_name": str(chat_data),
+        "optim": "pion",
+        "optim_adamw_lr": 1e-3,
+        "optim_args": "rank_tolerance=0.03",
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "bf16": False,
+        "use_cpu": True,
+        "eval_strategy": "epoch",
+        "report_to": "none",
+        "exact_match_samples": 2,
+        "max_new_tokens": 2,
+        "other_text_file": str(folder / "other.txt"),
+    }
+    (folder / "sft" / "toy.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    (folder / "contenders.yaml").write_text(yaml.safe_dump(CONTENDERS, sort_keys=False), encoding="utf-8")
+    done = subprocess.run(command(folder, "runs", "--jobs", "2"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (folder / "stdout").write_text(done.stdout, encoding="utf-8")
+    return folder
+
+
+def command(folder: Path, output: str, *flags: str) -> list[str]:
+    start = [sys.executable, "-m", "pion_hf.cli", "compare", str(folder / "sft" / "toy.yaml")]
+    return [*start, "--contenders", str(folder / "contenders.yaml"), "--output_dir", str(folder / output), *flags]
+
+
+def record_of(output: Path) -> dict:
+    return json.loads((output / "compare.json").read_text(encoding="utf-8"))
+
+
+def timeless(record: dict) -> list[dict]:
+    return [{key: value for key, value in run.items() if key not in UNTIMED} for run in record["runs"]]
+
+
+def table_of(record: dict) -> list[list[str]]:
+    """All cells but the measurements of time and memory."""
+    headings, cells = rows(record)
+    kept = [i for i, heading in enumerate(headings) if heading not in ("seconds", "peak memory")]
+    return [[row[i] for i in kept] for row in cells]
+
+
+# -- runs -------------------------------------------------------------------------------------------
+
+
+def test_the_table_holds_what_the_runs_measured(compared):
+    record = record_of(compared / "runs")
+    assert len(record["runs"]) == RUNS
+    headings, cells = rows(record)
+    by_name = {row[0]: dict(zip(headings, row, strict=True)) for row in cells}
+    assert list(by_name) == list(CONTENDERS)
+    for name, words in (("AdamW", "adamw"), ("Pion, polar", "pion-polar")):
+        (folder,) = (compared / "runs").glob(f"{words}_lr0.01_*")
+        after = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["after"]
+        assert by_name[name]["learning rate"] == "0.01"
+        assert by_name[name]["task loss"] == f"{after['task']['loss']:.4f}"
+        assert by_name[name]["exact match"] == f"{after['task']['exact_match']:.1%}"
+        assert by_name[name]["other text loss"] == f"{after['other_text']['loss']:.4f}"
+        assert float(by_name[name]["seconds"]) >= 0
+        assert by_name[name]["peak memory"].endswith("GiB")
+    assert float(by_name["Pion, polar"]["drift"]) < 1e-5
+    printed = (compared / "stdout").read_text(encoding="utf-8")
+    for row in cells:
+        assert any(all(cell in line for cell in row) for line in printed.splitlines() if line.startswith("| ")), row
+
+
+def test_runs_that_diverge_or_fail_are_shown_as_such(compared):
+    record = record_of(compared / "runs")
+    status = {(run["contender"], run["learning_rate"]): run for run in record["runs"]}
+    assert status["AdamW", 1e30]["status"] == "diverged"
+    assert status["Not here", 1e-2]["status"] == "failed"
+    assert "galore" in status["Not here", 1e-2]["error"].lower()
+    said = "\n".join(remarks(record))
+    assert "2 of 4 runs finished" in said
+    assert "Diverged: AdamW, learning rate 1e+30, seed 0" in said
+    assert "Failed: Not here, learning rate 0.01, seed 0: " in said
+    assert next(row for row in rows(record)[1] if row[0] == "Not here")[1] == "none finished"
+
+
+def test_a_run_keeps_its_recipe_and_log_and_no_weights(compared):
+    for run in record_of(compared / "runs")["runs"]:
+        folder = compared / "runs" / run["folder"]
+        assert (folder / "train.log").is_file()
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        assert (recipe["learning_rate"], recipe["seed"]) == (run["learning_rate"], 0)
+        assert [path.name for path in folder.glob("*.safetensors") if path.name != "spectra.safetensors"] == []
+        # Its optimizer's options are left out for another: with them a run would be refused.
+        assert ("optim_adamw_lr" in recipe) == ("optim_args" in recipe) == (recipe["optim"] == "pion")
+        if run["contender"].startswith("Pion"):
+            assert (folder / "spectra.safetensors").is_file()
+            assert not (folder / "checkpoint-2").exists()
+
+
+def test_table_picture_and_page_are_written(compared):
+    output = compared / "runs"
+    assert (output / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "Pion, polar" in page
+    assert "Learning and forgetting" in page
+    assert "<p>2 of 4 runs finished." in page
+    assert not list(output.glob("_*"))
+    for line in ("optim_adamw_lr is left out for AdamW; Not here.", "optim_args is left out for AdamW; Not here."):
+        assert (compared / "stdout").read_text(encoding="utf-8").count(line) == 1
+
+
+def test_what_is_finished_is_not_repeated_and_what_failed_is(compared):
+    output = compared / "runs"
+    trials = {path: (path.stat().st_mtime_ns, json.loads(path.read_text())) for path in output.glob("*/trial.json")}
+    before = record_of(output)
+    subprocess.run(command(compared, "runs"), check=True, capture_output=True)
+    for path, (changed, said) in trials.items():
+        assert (path.stat().st_mtime_ns == changed) == (said["status"] == "finished"), path
+    assert timeless(record_of(output)) == timeless(before)
+
+
+def test_report_only_makes_the_same_of_finished_runs(compared, monkeypatch):
+    output = compared / "runs"
+    record = record_of(output)
+    for name in ("compare.json", "frontier.png", "report.html"):
+        (output / name).unlink()
+    monkeypatch.setattr(subprocess, "Popen", None)  # nothing may run
+    main([*command(compared, "runs", "--report_only")[3:]])
+    assert record_of(output) == record
+    assert (output / "frontier.png").is_file()
+    assert (output / "report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_twice_it_ends_with_the_same_table(compared):
+    output = compared / "killed"
+    for killed_at in (1, 3):
+        process = subprocess.Popen(command(compared, "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until(lambda n=killed_at: len(list(output.glob("*/train.log"))) >= n and list(output.glob("*/run.json")))
+        time.sleep(1)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        until(lambda: not processes_of(output))
+        assert sum(is_finished(folder) for folder in output.iterdir() if folder.is_dir()) < RUNS - 1
+    subprocess.run(command(compared, "killed"), check=True, capture_output=True)
+    assert table_of(record_of(output)) == table_of(record_of(compared / "runs"))
+    assert timeless(record_of(output)) == timeless(record_of(compared / "runs"))
+
+
+def until(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def processes_of(output: Path) -> list[str]:
+    """Processes whose command line names the folder."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(path.read_bytes().decode(errors="replace"))
+        except OSError:
+            continue
+    return [line for line in lines if str(output) in line and "child" in line]
+
+
+def test_a_run_ends_with_what_started_it():
+    process = subprocess.Popen([sys.executable, child.__file__, "sft"], stdin=subprocess.PIPE, start_new_session=True)
+    process.stdin.close()  # as when the parent is gone
+    assert process.wait(60) == -signal.SIGKILL
+
+
+# -- what is found ----------------------------------------------------------------------------------
+
+
+def run_of(contender: str, rate: float, loss: float | None, seed: int = 0, *, other: float = 3.0, **more) -> dict:
+    """A finished run as compare.json has it; of a loss that is no number, a diverged one."""
+    measured = {
+        "before": {"task": {"loss": 4.0}, "other_text": {"loss": 3.0}},
+        "after": {"task": {"loss": loss}, "other_text": {"loss": other}},
+    }
+    gained = {} if loss is None else {"learnt": 4.0 - loss, "forgotten": {"other_text": other - 3.0}}
+    told = {"contender": contender, "learning_rate": rate, "seed": seed, "folder": f"{contender}{rate}{seed}"}
+    return {**told, "status": "diverged" if loss is None else "finished", **measured, **gained, **more}
+
+
+def record(*runs: dict) -> dict:
+    found = list(runs)
+    seeds = len({run["seed"] for run in found})
+    return {"recipe": {"path": "r.yaml"}, "seeds": seeds, "standings": standings(found), "runs": found}
+
+
+def test_the_best_rate_has_the_lowest_mean_over_seeds():
+    # The lowest loss of all is at 1e-2, but so is a bad one.
+    runs = [run_of("a", 1e-3, 2.0), run_of("a", 1e-3, 2.2, 1), run_of("a", 1e-2, 1.5), run_of("a", 1e-2, 3.0, 1)]
+    (place,) = standings(runs)
+    assert place["learning_rate"] == 1e-3
+    assert place["figures"]["task loss"] == {"mean": pytest.approx(2.1), "spread": pytest.approx(0.1)}
+    assert place["figures"]["learnt"]["mean"] == pytest.approx(1.9)
+    assert place["seeds"] == 2
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "interior"),
+    [
+        ({1e-3: 2.0, 1e-2: 1.5, 1e-1: 1.8}, 1e-2, True),
+        ({1e-3: 2.0, 1e-2: 1.5, 1e-1: None}, 1e-2, True),  # what diverges is a worse rate too
+        ({1e-3: 1.4, 1e-2: 1.5, 1e-1: 1.8}, 1e-3, False),
+        ({1e-3: 2.0, 1e-2: 1.5, 1e-1: 1.4}, 1e-1, False),
+        ({1e-3: 2.0}, 1e-3, False),
+        ({1e-3: None, 1e-2: None}, None, None),
+    ],
+)
+def test_whether_the_best_rate_is_interior(losses, best, interior):
+    (place,) = standings(run_of("a", rate, loss) for rate, loss in losses.items())
+    assert (place["learning_rate"], place["interior"]) == (best, interior)
+
+
+def test_a_rate_at_which_a_seed_diverged_is_not_the_best():
+    runs = [run_of("a", 1e-3, 2.0), run_of("a", 1e-3, 2.0, 1), run_of("a", 1e-2, 1.0), run_of("a", 1e-2, None, 1)]
+    assert standings(runs)[0]["learning_rate"] == 1e-3
+
+
+def test_of_rewards_the_highest_is_the_best():
+    runs = [run_of("a", rate, 0.0, after={"task": {"reward": reward}}) for rate, reward in ((1e-3, 0.2), (1e-2, 0.7))]
+    assert standings(runs)[0]["learning_rate"] == 1e-2
+
+
+def test_the_table_tells_of_missing_seeds_and_takes_any_name():
+    runs = [run_of("[b] a", 1e-3, 2.0), {**run_of("[b] a", 1e-3, 2.1, 1), "status": "not run"}]
+    _, cells = rows(record(*runs))
+    assert cells[0][0] == "[b] a (1 of 2 seeds)"
+    assert cells[0][3] == "2.0000"
+
+
+def test_unbeaten_is_what_no_other_point_betters():
+    points = [(1.0, 3.0), (2.0, 3.1), (1.5, 3.2), (2.0, 3.0), (0.5, 2.9)]
+    assert unbeaten(points) == [False, False, False, True, True]
+    assert unbeaten([(1.0, 3.0), (1.0, 3.0)]) == [True, True]
+
+
+def test_the_frontier_joins_points_by_rate_and_tells_contenders_apart():
+    names = [f"contender {i}" for i in range(9)]
+    runs = [run_of(name, rate, 2.0 - 10 * rate, other=3 + rate) for name in names for rate in (1e-2, 1e-3)]
+    picture = frontier(record(*runs))
+    lines = [line for line in picture.figure.axes[0].get_lines() if line.get_label() in names]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(names)
+    assert list(lines[0].get_xdata()) == pytest.approx([2.01, 2.1])  # rising rates, whatever the order of the runs
+    assert list(lines[0].get_ydata()) == pytest.approx([3.001, 3.01])
+    assert "contender 0 0.01" in picture.notes[0]
+
+
+def test_the_frontier_leaves_out_of_sight_what_would_flatten_it_and_says_so():
+    runs = [run_of("a", rate, 2.0 - rate, other=3 + rate) for rate in (1e-3, 1e-2, 1e-1)]
+    picture = frontier(record(*runs, run_of("b", 1e-2, 1.95, other=3.05), run_of("b", 1.0, 3.9, other=9.0)))
+    assert picture.figure.axes[0].get_ylim()[1] < 4
+    assert "Out of sight in other text: b 1 (fall 0.1000, loss 9.0000)." in picture.notes
+    assert not any("Out of sight" in note for note in frontier(record(*runs)).notes)
+
+
+def test_without_another_domain_there_is_no_frontier():
+    run = run_of("a", 1e-3, 2.0)
+    del run["after"]["other_text"], run["before"]["other_text"]
+    assert frontier(record(run)) is None
+
+
+# -- the grid ---------------------------------------------------------------------------------------
+
+BASE = {"optim": "pion", "optim_hold": 0.1, "optim_args": "rms=0.1", "learning_rate": 1e-3, "max_steps": 2}
+
+
+def grid_of(base: dict, contenders: str, tmp_path: Path, *axes: str, seeds: int = 1):
+    path = tmp_path / "contenders.yaml"
+    path.write_text(contenders, encoding="utf-8")
+    return make_grid(base, "sft", read_contenders(path, base), parse_axes(axes), seeds)
+
+
+def test_options_of_one_optimizer_are_left_out_for_another_and_said_once(tmp_path):
+    grid, said = grid_of(BASE, "A: {optim: adamw_torch}\nM: {optim: muon}\nP: {optim: pion}", tmp_path, seeds=2)
+    by_name = {trial.contender: trial.recipe for trial in grid}
+    assert "optim_hold" not in {**by_name["A"], **by_name["M"]}
+    assert by_name["P"]["optim_hold"] == 0.1
+    assert by_name["P"]["optim_args"] == "rms=0.1"
+    assert said == ["optim_args is left out for A; M.", "optim_hold is left out for A; M."]
+    assert [trial.seed for trial in grid] == [0, 0, 0, 1, 1, 1]
+    assert all(trial.recipe["data_seed"] == trial.recipe["seed"] == trial.seed for trial in grid)
+
+
+def test_an_axis_multiplies_those_it_says_something_to(tmp_path):
+    contenders = "A: {optim: adamw_torch, learning_rate: [1e-3, 1e-4]}\nP: {optim: pion}"
+    grid, _ = grid_of(BASE, contenders, tmp_path, "optim_side=in,out", "warmup_steps=1")
+    told = [(trial.contender, trial.learning_rate) for trial in grid]
+    assert told == [("A", 1e-4), ("A", 1e-3), ("P, optim_side=in", 1e-3), ("P, optim_side=out", 1e-3)]
+    assert all(trial.recipe["warmup_steps"] == "1" for trial in grid)
+
+
+def test_folders_are_readable_safe_and_differ_where_runs_do(tmp_path):
+    names = "'Pion, paper': {}\n'Pion paper': {}\n'../../x': {}\n'π': {}\n'" + 200 * "long" + "': {}"
+    grid, _ = grid_of(BASE, names, tmp_path, seeds=2)
+    folders = [trial.folder for trial in grid]
+    assert len(set(folders)) == 10
+    assert folders[0].startswith("pion-paper_lr0.001_seed0_")
+    assert all(
+        len(folder) < 120 and set(folder) <= set("abcdefghijklmnopqrstuvwxyz0123456789-_.") for folder in folders
+    )
+    assert not any(folder.startswith(".") for folder in folders)
+    again, _ = grid_of({**BASE, "max_steps": 3}, names, tmp_path, seeds=2)
+    assert not set(folders) & {trial.folder for trial in again}
+
+
+def test_values_stay_text_and_brackets_are_yaml():
+    axes = parse_axes(["save_strategy=no", "lr-scheduler-kwargs={min_lr_ratio: 0.1},{}", "optim_betas=[0.9, 0.95]"])
+    assert axes == {
+        "save_strategy": ["no"],
+        "lr_scheduler_kwargs": [{"min_lr_ratio": 0.1}, {}],
+        "optim_betas": [[0.9, 0.95]],
+    }
+
+
+# -- bad input --------------------------------------------------------------------------------------
+
+
+def refuse(recipe: str, *flags: str) -> str:
+    line = fails("compare", recipe, "--command", "sft", *flags)
+    assert line.startswith("pion-hf compare: ")
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--set", "optim_hld=0,0.1"], ["'optim_hld' is not a known key", "'optim_hold'"]),
+        (["--set", "max_seq_length=8"], ["'max_seq_length' is outdated", "'max_length'"]),
+        (["--set", "optim_side=inn"], ["'inn'", "Did you mean 'in'"]),
+        (["--set", "max_steps=2,4"], ["max_steps is '2' for", "'4' for", "no comparison under equal budget"]),
+        (["--set", "seed=1"], ["--set seed", "--seeds"]),
+        (["--set", "learning_rate=1"], ["--learning_rate"]),
+        (["--set", "optim_hold"], ["--set optim_hold", "key=value"]),
+        (["--set", "optim_hold="], ["holds an empty value"]),
+        (["--set", "optim_hold=[1"], ["no list of values"]),
+        (["--set", "optim_hold=0.1,0.1"], ["'0.1' is given twice"]),
+        (["--set", "optim_hold=0", "optim_hold=0.1"], ["given twice"]),
+        (["--optim", "muon", "--set", "optim_hold=0,0.1"], ["none of the optimizers"]),
+        (["--optim", "adamw_troch"], ["'adamw_troch' is not a known", "'adamw_torch'"]),
+        (["--optim", "pion,pion"], ["'pion' is given twice"]),
+        (["--learning_rate", "1e-3,fast"], ["'fast' is no learning rate"]),
+        (["--learning_rate", "0"], ["above 0"]),
+        (["--learning_rate", "1e-3,0.001"], ["each once"]),
+        (["--seeds", "0"], ["--seeds must be at least 1"]),
+        (["--jobs", "0"], ["--jobs must be at least 1"]),
+        (["--seeds", "two"], ["--seeds", "'two'"]),
+        (["--learning_rates", "1"], ["'--learning_rates' is not a known flag", "'--learning_rate'"]),
+        (["another.yaml"], ["'another.yaml' belongs to no flag"]),
+        (["--set", "eval_strategy=no"], ["nothing to compare", "eval_strategy"]),
+        (["--contenders", "absent.yaml"], ["--contenders", "'absent.yaml'"]),
+        (["--contenders", "absent.yaml", "--optim", "pion"], ["leave out --optim"]),
+        (["--report_only"], ["nothing to show"]),
+    ],
+)
+def test_flags_that_are_wrong_are_refused_before_anything_runs(recipe, tmp_path, flags, said):
+    line = refuse(recipe(), "--output_dir", str(tmp_path / "runs"), *flags)
+    assert all(part in line for part in said), line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("contenders", "said"),
+    [
+        ("A: {optim: muon, optim_hold: 0.1}", ["A", "optim_hold", "muon"]),
+        ("A: {optim: muon, momentun: 0.1}", ["A", "'momentun' is not a known key"]),
+        ("A: {max_steps: 3}\nB: {}", ["max_steps is 3 for A and 2 for B"]),
+        ("A: {per_device_train_batch_size: 3}\nB: {}", ["per_device_train_batch_size is 3 for A and 4 for B"]),
+        ("A: {seed: 3}", ["A: seed is set by --seeds"]),
+        ("A: pion", ["A must hold keys of a recipe"]),
+        ("{}", ["names no contenders"]),
+        ("A: {}\nA: {}", ["'A' is given twice"]),
+        ("A: {learning_rate: [high]}", ["A: learning_rate: 'high'"]),
+        ("A: {learning_rate: []}", ["A: learning_rate: needs learning rates"]),
+    ],
+)
+def test_contenders_that_are_wrong_are_refused(recipe, tmp_path, contenders, said):
+    path = tmp_path / "contenders.yaml"
+    path.write_text(contenders, encoding="utf-8")
+    line = refuse(recipe(), "--contenders", str(path), "--output_dir", str(tmp_path / "runs"))
+    assert all(part in line for part in said), line
+
+
+def test_a_recipe_that_is_not_there_or_does_not_say_its_command(recipe, tmp_path):
+    assert "there is no recipe 'absent.yaml'" in refuse("absent.yaml")
+    assert "add --command sft" in fails("compare", recipe())
+    assert "'sfd'" in fails("compare", recipe(), "--command", "sfd")
+
+
+def test_a_place_that_cannot_be_written_to(recipe, tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert "is no folder" in refuse(recipe(), "--output_dir", str(tmp_path / "file" / "runs"))
+
+
+def test_a_folder_without_permission(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)  # root may write anywhere
+    assert "cannot be written to" in refuse(recipe(), "--output_dir", str(tmp_path))
+
+
+def test_a_folder_that_another_comparison_holds(recipe, tmp_path):
+    from filelock import FileLock
+
+    with FileLock(tmp_path / "runs" / LOCK):
+        assert "another comparison is at work" in refuse(recipe(), "--output_dir", str(tmp_path / "runs"))
+
+
+def test_a_folder_with_other_things_or_other_arguments_is_left_alone(recipe, tmp_path):
+    base = yaml.safe_load(Path(recipe()).read_text(encoding="utf-8"))
+    (trial,), _ = grid_of(base, "pion: {optim: pion}", tmp_path)
+    folder = tmp_path / "runs" / trial.folder
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("all of it", encoding="utf-8")
+    assert "no run of a comparison" in refuse(recipe(), "--output_dir", str(tmp_path / "runs"))
+    said = {"status": "finished", "arguments": {**trial.arguments, "max_steps": 7}}
+    (folder / "trial.json").write_text(json.dumps(said), encoding="utf-8")
+    assert "a run with another max_steps" in refuse(recipe(), "--output_dir", str(tmp_path / "runs"))
+    (folder / "trial.json").write_text("{", encoding="utf-8")
+    assert "cannot read" in refuse(recipe(), "--output_dir", str(tmp_path / "runs"))
+    assert (folder / "thesis.txt").read_text(encoding="utf-8") == "all of it"
+
+
+def test_checking_leaves_no_trace_in_the_environment(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("KEPT", "1")
+    before = dict(os.environ)
+    refuse(recipe(env={"LEAKED": "1"}), "--output_dir", str(tmp_path / "runs"), "--set", "eval_strategy=no")
+    assert dict(os.environ) == before
