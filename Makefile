@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-distributed lint clean
 
 # torch first and alone: a pinned CPU build where one is at hand, before anything else asks for a looser version.
 $(VENV)/installed: setup.cfg constraints.txt pyproject.toml
@@ -18,12 +18,18 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/prepare_smollm2.py --output models/smollm2-135m-instruct
 	$(BIN)/python examples/prepare_reasoning.py --output data/reasoning
 	$(BIN)/pion-hf sft --config recipes/smollm2-135m/sft/full.yaml
+	$(BIN)/pion-hf report runs/smollm2-135m-pion
 
 test: $(VENV)/installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not distributed"
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m slow
+
+# Several processes, and what a run must survive; ends with a table of what was tried, how often, what was lost.
+test-distributed: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/test_sharding.py tests/test_distributed.py \
+		tests/test_faults.py tests/test_fuzz.py tests/test_resume.py tests/test_masters.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

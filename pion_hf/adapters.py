@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pion_hf.optim.blocks import Layout
+from pion_hf.optim.sharding import whole
 
 # The rank at which a step's singular values are `lr sqrt(out / in)`; at others its norm stays as it is there.
 USUAL_RANK = 16
@@ -111,4 +112,4 @@ def _factor(
 
 def _size(factor: Tensor, rank: int) -> float:
     """The root mean square of its singular values."""
-    return factor.detach().float().norm().item() / math.sqrt(rank)
+    return whole(factor.detach()).float().norm().item() / math.sqrt(rank)

@@ -132,6 +132,13 @@ class PionOptions:
     optim_generator_dtype: Literal["auto", "float32", "bfloat16"] | None = field(
         default=None, metadata=_help("Pion: precision of the products that form a generator.")
     )
+    optim_compile: bool | None = field(
+        default=None, metadata=_help("Elementwise parts of the matrices' steps through torch.compile.")
+    )
+    optim_share_work: bool | None = field(
+        default=None,
+        metadata=_help("DDP: each process updates a share of the matrices and tells the others, instead of all."),
+    )
 
     def __post_init__(self) -> None:
         """Check before a model is loaded what would otherwise fail, or be ignored, when the optimizer is built."""
@@ -208,7 +215,21 @@ def resolve_options(optim: str, *sources: dict[str, Any]) -> tuple[dict[str, Any
     return {**merged, **FIXED_OPTIONS.get(optim, {})}, groups
 
 
+# Options of other optimizers that one might look for here, and what to do instead.
+ELSEWHERE = {
+    "fused": "AdamW's groups are updated by torch's fused AdamW as it is, and matrices in batches: leave it out",
+    "foreach": "AdamW's groups are updated by torch's fused AdamW as it is, and matrices in batches: leave it out",
+    **dict.fromkeys(
+        ("optim_bits", "bits", "is_paged", "block_wise", "percentile_clipping"),
+        "the state is not kept in 8 bits or paged: leave it out (LoRA needs little state, FSDP2 divides it), or use "
+        "optim='adamw_bnb_8bit'",
+    ),
+}
+
+
 def _not_an_option(key: str, optim: str, types: dict[str, Any]) -> ValueError:
+    if key in ELSEWHERE:
+        return ValueError(f"optim={optim!r} has no option {key!r}: {ELSEWHERE[key]}.")
     owners = [name for name in OPTIMIZER_CLASSES if key in option_types(name)]
     if owners:
         return ValueError(f"{key!r} is an option of optim={' and '.join(map(repr, owners))}, not of optim={optim!r}.")

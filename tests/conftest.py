@@ -142,3 +142,37 @@ def recipe(tmp_path, checkpoint, chat_data):
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def tried(record_property):
+    """`tried(what, times, unit)`: a line for the table that ends the session, if the test comes to its end as well."""
+
+    def note(what: str, times: int, unit: str) -> None:
+        record_property("tried", (what, times, unit))
+
+    return note
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """The mark `tried` is the fixture for tests that cannot have one (hypothesis)."""
+    for item in items:
+        item.user_properties += [("tried", mark.args) for mark in item.iter_markers("tried")]
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What was tried, how often, and what was lost: what tests have noted with `tried`."""
+    rows: dict[tuple[str, str], list[int]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in getattr(report, "user_properties", ()):
+                if name == "tried" and report.when == "call" and not hasattr(report, "context"):
+                    what, times, unit = value
+                    row = rows.setdefault((what, unit), [0, 0])
+                    row[0] += times
+                    row[1] += times if outcome == "failed" else 0
+    if rows:
+        terminalreporter.section("what was tried, how often, what was lost")
+        width = max(len(what) for what, _ in rows)
+        for (what, unit), (times, lost) in sorted(rows.items()):
+            terminalreporter.write_line(f"{what:{width}}  {times:>6,} {unit:<12}  {lost or 'nothing'} lost")

@@ -110,7 +110,7 @@ def run_once(folder: Path, steps: int, *, messages: int, share: float) -> str | 
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_ends_as_if_it_had_not_been(kills, tmp_path, monkeypatch):
+def test_a_run_killed_at_random_ends_as_if_it_had_not_been(kills, tmp_path, monkeypatch, tried):
     steps = kills + 5
     straight = trainer_of(tmp_path / "straight", steps=steps)
     straight.train()
@@ -129,6 +129,7 @@ def test_a_run_killed_at_random_ends_as_if_it_had_not_been(kills, tmp_path, monk
     assert run_once(folder, steps, messages=10**6, share=0) is None
     print(f"{kills} kills, {broken} half-written checkpoints, killed {', '.join(killed)}")
     assert same_bits(torch.load(folder / "end.pt"), everything(straight))
+    tried("a process killed at random, resumed: bits of a run without", kills, "kills")
 
 
 # -- half-written checkpoints and full disks --------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def expect_a_failed_save(run: Path) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux")
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_full_disk_says_so_and_leaves_the_checkpoint_before(name, run):
+def test_a_full_disk_says_so_and_leaves_the_checkpoint_before(name, run, tried):
     """Of which torch.save says no more than `unexpected pos 69120 vs 69008`."""
     shutil.rmtree(run / "checkpoint-4")
     (run / "checkpoint-4").mkdir()
@@ -233,6 +234,7 @@ def test_a_full_disk_says_so_and_leaves_the_checkpoint_before(name, run):
     resumed = trainer_of(run, steps=4)
     resumed.train(resume_from_checkpoint=True)
     assert same_bits(everything(resumed), torch.load(run / "end.pt"))
+    tried("a full disk while saving: the checkpoint before is whole", 1, "files")
 
 
 def out_of_space(instance: Any, path: str, **kwargs: Any) -> None:
@@ -300,7 +302,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optim", OPTIMIZERS)
-def test_steps_with_gradients_that_are_not_finite_might_not_have_been(optim, dtype):
+def test_steps_with_gradients_that_are_not_finite_might_not_have_been(optim, dtype, tried):
     """At random steps, in a random entry of a random parameter."""
     cls, first, second, options = OPTIMIZERS[optim]
     chance = random.Random(0)
@@ -332,6 +334,7 @@ def test_steps_with_gradients_that_are_not_finite_might_not_have_been(optim, dty
             assert same_bits([torch.as_tensor(kept[key])], [torch.as_tensor(value)]), f"{key} of {name}"
             assert torch.as_tensor(value).isfinite().all(), f"{key} of {name}"
         assert not torch.equal(p, parameters(dtype)[name]), f"{name} did not move"
+    tried("NaN or Inf in a gradient: bits of a run without the step", len(poison), "steps")
 
 
 @pytest.mark.parametrize("optim", ["pion", "teon", "muon"])

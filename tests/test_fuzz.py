@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
@@ -213,6 +214,7 @@ def check(setup: Setup, optimizer: MatrixOptimizer, params: dict[str, nn.Paramet
             assert drift < 1e-5, f"the spectrum of {name} drifted by {drift:.1e}"
 
 
+@pytest.mark.tried("models, shapes, dtypes and options at random (hypothesis)", 200, "examples")
 @settings(FUZZ, max_examples=200)
 @given(setups())
 def test_steps_move_every_matrix_and_keep_every_spectrum(setup):
@@ -225,6 +227,7 @@ def test_steps_move_every_matrix_and_keep_every_spectrum(setup):
         check(setup, optimizer, params)
 
 
+@pytest.mark.tried("models, shapes, dtypes and options at random (hypothesis)", 200, "examples")
 @settings(FUZZ, max_examples=200)
 @given(setups(invalid=True))
 def test_an_invalid_option_is_an_error_of_ours_or_harmless(setup):
@@ -241,6 +244,7 @@ def absent(setup: Setup, step: int) -> dict[str, Tensor | None]:
     return {name: g if keep else None for (name, g), keep in zip(setup.gradients(step).items(), lot, strict=True)}
 
 
+@pytest.mark.tried("models, shapes, dtypes and options at random (hypothesis)", 60, "examples")
 @settings(FUZZ, max_examples=60)
 @given(setups())
 def test_saving_and_loading_between_any_two_steps_changes_nothing(setup):
@@ -267,6 +271,7 @@ def test_saving_and_loading_between_any_two_steps_changes_nothing(setup):
             assert torch.equal(p, copies[name]), f"{name} at step {t + 1}"
 
 
+@pytest.mark.tried("models, shapes, dtypes and options at random (hypothesis)", 60, "examples")
 @settings(FUZZ, max_examples=60)
 @given(setups(dtypes=(torch.float64,)))
 def test_matrices_together_move_as_each_alone(setup):

@@ -167,15 +167,19 @@ def test_other_optimizers_see_no_difference(arguments):
 @pytest.mark.parametrize(
     ("options", "environment", "what", "instead"),
     [
-        ({"fsdp": True}, {}, "FSDP2", "DDP"),
-        ({"fsdp": True, "fsdp_config": {"version": 2}}, {}, "FSDP2", "DDP"),
-        ({"fsdp": True, "fsdp_config": {"version": 1}}, {}, "FSDP1", "DDP"),
-        ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP1", "DDP"),
-        ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "FSDP2", "DDP"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, {}, "FSDP1", "FSDP2"),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP1", "FSDP2"),
+        ({"fsdp": True, "fsdp_config": {"cpu_offload": True}}, {}, "FSDP2", "cpu_offload=false"),
+        (
+            {},
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            "FSDP2",
+            "fsdp_offload_params: false",
+        ),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed", "DDP"),
     ],
 )
-def test_sharding_is_refused_with_the_alternative(options, environment, what, instead, arguments, monkeypatch, model):
+def test_wrappers_are_refused_with_the_alternative(options, environment, what, instead, arguments, monkeypatch, model):
     args = arguments(**options)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -184,6 +188,33 @@ def test_sharding_is_refused_with_the_alternative(options, environment, what, in
             refused()
         assert instead in str(raised.value)
         assert "adamw_torch" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "environment"),
+    [
+        ({"fsdp": True}, {}),
+        ({"fsdp": True, "fsdp_config": {"version": 2, "cpu_offload": False}}, {}),
+        ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}),
+    ],
+)
+def test_fsdp2_is_not_refused(options, environment, arguments, monkeypatch):
+    args = arguments(**options)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    refuse_wrappers(args)
+
+
+@pytest.mark.parametrize("option", ["fused=True", "optim_bits=8", "is_paged=True"])
+def test_options_of_fused_and_8_bit_optimizers_are_refused(option, arguments, model):
+    with pytest.raises(ValueError, match=f"optim='pion' has no option '{option.split('=')[0]}': .*leave it out"):
+        optimizer_of(arguments(optim_args=option), model)
+
+
+def test_weights_in_8_bits_are_refused():
+    weight = torch.ones(4, 4, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"w has dtype torch\.int8; freeze quantised weights .* train LoRA adapters"):
+        Pion([("w", weight)])
 
 
 def test_a_deepspeed_config_is_refused(arguments):

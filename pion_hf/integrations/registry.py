@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from pion_hf.arguments import (
     parse_optim_args,
     resolve_options,
 )
+from pion_hf.optim.sharding import of_first
 from pion_hf.routing import LORA_FORMS, Routing, param_groups, routing_table
 from pion_hf.schedules import SCHEDULES
 
@@ -107,6 +109,10 @@ def _handle(context: Any) -> tuple[type, dict[str, Any]]:
     refuse_wrappers(args)
     optim, options, group_options = choose_form(args, model)
     routing, groups = groups_from(args, model, optim, group_options)
+    # Measured of weights of which the first process's count: DDP and FSDP2 give them to the others, but only later.
+    measured = [group for group in groups if "reach" in group]
+    for group, reach in zip(measured, of_first([group["reach"] for group in measured]), strict=True):
+        group["reach"] = reach
     announce(routing, groups, args)
     return OPTIMIZER_CLASSES[optim], {"params": groups, "lr": args.learning_rate, **options}
 
@@ -154,13 +160,17 @@ def refuse_wrappers(args: Any) -> None:
             f"optim={args.optim.value!r} does not run under DeepSpeed: ZeRO keeps flat shards, in which no matrix is "
             "whole. Use DDP (accelerate launch --multi_gpu), or adamw_torch with DeepSpeed."
         )
-    fsdp_version = _fsdp_version(args)
-    if fsdp_version:
-        flat, sharded = "its flat shards hold no whole matrix", "updating sharded matrices is not built yet"
-        why = flat if fsdp_version == 1 else sharded
+    name = args.optim.value
+    if _fsdp_version(args) == 1:
         raise ValueError(
-            f"optim={args.optim.value!r} does not run under FSDP{fsdp_version}: {why}. "
-            "Use DDP (accelerate launch --multi_gpu), or adamw_torch with FSDP."
+            f"optim={name!r} does not run under FSDP1: its flat shards hold no whole matrix. Use FSDP2 (fsdp_version: "
+            "2, as in recipes/accelerate/fsdp2.yaml) or DDP (accelerate launch --multi_gpu), or adamw_torch with FSDP1."
+        )
+    if _fsdp_version(args) and _fsdp_offloads(args):
+        raise ValueError(
+            f"optim={name!r} does not run under FSDP2 with parameters offloaded to the CPU, where every step would "
+            "wait for whole matrices to be updated. Set fsdp_offload_params: false (in fsdp_config: "
+            "cpu_offload=false), or use adamw_torch."
         )
 
 
@@ -171,12 +181,18 @@ def _fsdp_version(args: Any) -> int:
     return int(os.environ.get("FSDP_VERSION", "1")) if _flag("ACCELERATE_USE_FSDP") else 0
 
 
+def _fsdp_offloads(args: Any) -> bool:
+    if getattr(args, "fsdp", None):
+        return bool((args.fsdp_config or {}).get("cpu_offload", False))
+    return _flag("FSDP_OFFLOAD_PARAMS")
+
+
 def _flag(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("1", "true", "yes")
 
 
 def announce(routing: Routing, groups: list[dict], args: Any) -> None:
-    """Write `routing.json` and print the table, once, on the first process."""
+    """Write `routing.json` and say who updates what, on the first process: a table, or a line where no terminal is."""
     if not args.should_save:
         return
     rates = {group["rule"]: group["lr"] for group in groups}
@@ -185,4 +201,20 @@ def announce(routing: Routing, groups: list[dict], args: Any) -> None:
     if args.should_log:
         from rich.console import Console
 
-        Console(file=sys.stderr).print(routing.table(rates))
+        console = Console(file=sys.stderr)
+        if console.is_terminal:
+            console.print(routing.table(rates))
+        else:
+            print(_summary(routing, rates), file=sys.stderr)
+
+
+def _summary(routing: Routing, rates: dict[str, float]) -> str:
+    rows: dict[str, Counter] = {}
+    for row in routing.rows(rates):
+        rows.setdefault(row["rule"], Counter()).update({key: row[key] for key in ("tensors", "matrices", "parameters")})
+    said = [
+        f"{rule}: {n['matrices'] or n['tensors']:,} {'matrices' if n['matrices'] else 'tensors'} of "
+        f"{n['parameters']:,} parameters, lr {rates[rule]:g}"
+        for rule, n in rows.items()
+    ]
+    return "; ".join(said) + (f"; frozen: {routing.frozen:,} parameters" if routing.frozen else "")

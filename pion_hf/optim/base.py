@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import numbers
@@ -16,8 +17,10 @@ from torch.optim.adamw import adamw
 
 from pion_hf.errors import unknown
 from pion_hf.linalg.precision import full_float32
-from pion_hf.optim import blocks, precision
-from pion_hf.optim.batches import REST, Block, Plan
+from pion_hf.linalg.rotation import Generator
+from pion_hf.optim import blocks, precision, sharding
+from pion_hf.optim.batches import REST, Batch, Block, Plan, is_apart
+from pion_hf.optim.observing import Observer, SelfCheck, Update
 from pion_hf.optim.saved import check_saved
 
 # Keys that torch, its schedulers or the routing put into a group, besides the options of a rule.
@@ -32,17 +35,23 @@ class MatrixOptimizer(torch.optim.Optimizer):
     A group's `rule` chooses: one of `matrix_rules`, or `"adamw"`. Groups without a rule, `(name, tensor)`
     pairs and bare tensors are divided: 2-D tensors are matrices, the rest goes to AdamW.
     Every hyperparameter lives in the groups; state is created at a parameter's first step, so that a wrapper
-    may replace parameters between construction and training.
+    may replace parameters between construction and training. Parameters may be sharded by FSDP2 (see `sharding`).
 
     A step whose gradients are not all finite is skipped before any state is touched; `skipped_steps` counts.
+    After its first step it checks that every matrix was moved; `observers` see what a step does (see `observing`).
     """
 
     matrix_rules: tuple[str, ...] = ()
     isospectral_rules: tuple[str, ...] = ()
 
-    def __init__(self, params: Iterable, defaults: dict[str, Any]) -> None:
+    def __init__(self, params: Iterable, defaults: dict[str, Any], *, share_work: bool = False) -> None:
+        """share_work: processes with equal gradients (DDP) each update a share of the matrices and tell the others."""
         self.skipped_steps = 0
+        self.share_work = share_work
+        self.observers: list[Observer] = [SelfCheck()]
+        self._rotations: dict[str, tuple[Generator, Tensor | float]] | None = None  # of the observed batch
         self._plans: dict[int, Plan] = {}  # by the group's index
+        self._forms: dict[tuple[int, torch.Size, torch.dtype], dict[str, Tensor]] = {}
         groups = list(itertools.chain.from_iterable(self._divide(entry) for entry in _as_groups(params)))
         for group in groups:
             self._check_rule(group["rule"])
@@ -85,7 +94,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 _check_parameter(name, p)
                 if rule != "adamw":
                     try:
-                        blocks.split(p, layout)
+                        blocks.split(sharding.stand_in(p), layout)
                     except ValueError as error:
                         raise ValueError(f"parameter {name}, rule {rule!r}: {error}") from None
             self.check_options(group)
@@ -110,6 +119,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._is_asked_for_state():
+            self._lay_out_state()
+            return loss
         if not self._gradients_are_finite():
             self.skipped_steps += 1
             if self.skipped_steps == 1:
@@ -125,6 +137,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     self._adamw_step(group)
                 else:
                     self._matrix_step(index)
+        self.observers = [observer for observer in self.observers if observer.step_done()]
         return loss
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
@@ -145,21 +158,28 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Bytes of optimizer state once every parameter has taken a step; takes none, allocates nothing."""
         total = 0
         for group in self.param_groups:
-            layout = blocks.Layout.parse(group["layout"])
-            shapes = Counter((tuple(p.shape), p.dtype) for p in group["params"])
+            shapes = Counter((p.shape, p.dtype) for p in group["params"])
             for (shape, dtype), count in shapes.items():
-                p = torch.empty(shape, dtype=dtype, device="meta")
                 if group["rule"] == "adamw":
-                    total += count * 2 * p.numel() * p.element_size()
+                    total += count * 2 * shape.numel() * dtype.itemsize
                     continue
-                if dtype in precision.HALF:
-                    total += count * p.numel() * precision.REST_DTYPES[dtype].itemsize
-                for view in blocks.split(p, layout):
-                    weight = blocks.merge_rows(view).to(_working_dtype(dtype))
-                    state = self.initial_state(0, weight, group)
-                    self.update(weight, torch.empty_like(weight), state, group=group, step=1)
-                    total += count * sum(value.numel() * value.element_size() for value in state.values())
+                forms = self._state_forms(shape, dtype, group).values()
+                total += count * sum(form.numel() * form.element_size() for form in forms)
         return total
+
+    def _state_forms(self, shape: torch.Size, dtype: torch.dtype, group: dict) -> dict[str, Tensor]:
+        """What the state of a matrix parameter holds after its first step, as tensors without memory."""
+        p, forms = torch.empty(shape, dtype=dtype, device="meta"), {}
+        if dtype in precision.HALF:
+            forms[REST] = torch.empty_like(p, dtype=precision.REST_DTYPES[dtype])
+        for index, view in enumerate(blocks.split(p, blocks.Layout.parse(group["layout"]))):
+            weight = blocks.merge_rows(view).to(_working_dtype(dtype))
+            state = self.initial_state(0, weight, group)
+            self.update(weight, torch.empty_like(weight), state, group={**group, "compile": False}, step=1)
+            for name, value in state.items():
+                apart = is_apart(name, value, weight.shape[-2:], self.per_block_state)
+                forms[f"{name}.{index}" if apart else name] = value if apart else torch.empty_like(p, dtype=value.dtype)
+        return forms
 
     def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
         """What the state of `matrices`, `(E, m, n)` of a group's parameter at `position`, holds at first."""
@@ -181,70 +201,136 @@ class MatrixOptimizer(torch.optim.Optimizer):
             ValueError: the state is of other parameters, or of another rule or option (see `check_saved`).
         """
         check_saved(state_dict, self.param_groups, self.defaults)
+        own = [group.get("compile") for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, value in zip(self.param_groups, own, strict=True):
+            group["compile"] = value
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for index, p in zip(saved["params"], group["params"], strict=True):
                 for key, value in state_dict["state"].get(index, {}).items():
-                    if isinstance(value, Tensor) and value.dtype != self.state[p][key].dtype:
-                        self.state[p][key] = value.to(device=p.device, copy=True)
+                    if isinstance(value, Tensor):
+                        if value.dtype != self.state[p][key].dtype:
+                            self.state[p][key] = value.to(device=p.device, copy=True)
+                        self.state[p][key] = sharding.placed(self.state[p][key], p, key)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of loading, copying and unpickling: what is not state starts anew."""
         super().__setstate__(state)
-        self._plans = {}
+        self._plans, self._forms = {}, {}
         self.__dict__.setdefault("skipped_steps", 0)
+        self.__dict__.setdefault("share_work", False)
+        self.__dict__.setdefault("observers", [])
+        self._rotations = None
+
+    def _is_asked_for_state(self) -> bool:
+        """Whether this step is not one of training: with zero gradients and rates, and before any other.
+
+        `torch.distributed.checkpoint` takes one before it saves or loads, to see what the state consists of.
+        """
+        if self.state or any(group["lr"] for group in self.param_groups):
+            return False
+        params = [p for group in self.param_groups for p in group["params"]]
+        still = not any(sharding.local(p.grad).any() for p in params if p.grad is not None)
+        return sharding.agree(still, params, shared=self.share_work)
+
+    def _lay_out_state(self) -> None:
+        """State at step 0 for every parameter with a gradient: a form to load into; a first step makes its own."""
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if group["rule"] == "adamw":
+                    self._begin_adamw(p)
+                else:
+                    forms = self._forms_of(index, p)
+                    self.state[p].update({key: sharding.zeros(form, p) for key, form in forms.items()}, step=0)
+
+    def _forms_of(self, index: int, p: Tensor) -> dict[str, Tensor]:
+        """`_state_forms` of a parameter of a group."""
+        kind = index, p.shape, p.dtype
+        if kind not in self._forms:
+            self._forms[kind] = self._state_forms(p.shape, p.dtype, self.param_groups[index])
+        return self._forms[kind]
 
     def _gradients_are_finite(self) -> bool:
-        by_kind = defaultdict(list)
+        by_kind, params = defaultdict(list), []
         for group in self.param_groups:
             for name, p in named_parameters(group):
+                params.append(p)
                 if p.grad is None:
                     continue
                 if p.grad.is_sparse:
                     raise ValueError(f"the gradient of {name} is sparse: use nn.Embedding(sparse=False).")
-                by_kind[p.grad.device, p.grad.dtype].append(p.grad)
-        return all(_all_finite(grads) for grads in by_kind.values())
+                grad = sharding.local(p.grad)
+                by_kind[grad.device, grad.dtype].append(grad)
+        finite = all(_all_finite(grads) for grads in by_kind.values())
+        return sharding.agree(finite, params, shared=self.share_work)
 
     def _matrix_step(self, index: int) -> None:
         group = self.param_groups[index]
         plan = self._plans.get(index)
         if plan is None or not plan.fits(group["params"]) or any(p not in self.state for p in plan.params):
-            plan = self._plans[index] = self._make_plan(group)
+            plan = self._plans[index] = self._make_plan(index)
         for p in plan.params:
             self.state[p]["step"] += 1
-        for batch in plan.batches:
-            state = batch.load(self.state)
-            step = self.state[batch.first.param]["step"]
-            new = self.update(batch.weights(self.state), batch.gradients(), state, group=group, step=step)
-            batch.store(state, self.state, by_block=self.per_block_state)
-            batch.write(new, self.state)
+        for batches, states in plan.rounds(self.state):
+            for batch in batches:
+                self._update_batch(batch, states, group)
 
-    def _make_plan(self, group: dict) -> Plan:
+    def _update_batch(self, batch: Batch, states: dict, group: dict) -> None:
+        state = batch.load(states)
+        step = states[batch.first.param]["step"]
+        weights, grad = batch.weights(states), batch.gradients()
+        watching = [(observer, observer.keep(weights)) for observer in self.observers if observer.wants(group)]
+        self._rotations = {} if watching else None
+        new = self.update(weights, grad, state, group=group, step=step)
+        for observer, kept in watching:
+            observer.see(Update(batch.names, group, kept, new, grad, self._rotations))
+        batch.store(state, states, by_block=self.per_block_state)
+        batch.write(new, states)
+
+    def note_rotation(self, side: str, a: Generator, alpha: Tensor | float) -> None:
+        """For rules: tell observers, if there are any, of the rotation `E(alpha A)` of a batch on `side`, in or out."""
+        if self._rotations is not None:
+            self._rotations[side] = a, alpha
+
+    def _make_plan(self, index: int) -> Plan:
         """Which matrices are updated together: stacks, then all others alone; their state, where they have none.
 
         Matrices of a stack that have no gradient are left out of it, and those that have taken fewer steps than
         others (a layer that was frozen for a while) form a stack of their own.
         """
+        group = self.param_groups[index]
         layout = blocks.Layout.parse(group["layout"])
         stacked = {name: i for i, names in enumerate(self.stacks_of(group)) for name in names}
         units: dict[tuple, list[Block]] = defaultdict(list)
+        plan_class, fresh = sharding.plan_class(group["params"], share_work=self.share_work), set()
         for position, (name, p) in enumerate(named_parameters(group)):
             if p.grad is None:
                 continue
-            state = self.state[p]
-            views = blocks.split(p, layout)
-            if not state:
-                for index, view in enumerate(views):
-                    self.check_matrix(name, blocks.merge_rows(view), group)
+            state, whole = self.state[p], sharding.stand_in(p)
+            views = blocks.split(whole, layout)
+            if not state.get("step"):
+                state.clear()
+                fresh.add(p)
+                for i, view in enumerate(views):
+                    if whole is p:
+                        self.check_matrix(name, blocks.merge_rows(view), group)
                     for key, value in self.initial_state(position, blocks.merge_rows(view), group).items():
-                        state[f"{key}.{index}"] = value
+                        state[f"{key}.{i}"] = sharding.placed(value, p, key)
                 if p.dtype in precision.HALF:
-                    state[REST] = torch.zeros_like(p, dtype=precision.REST_DTYPES[p.dtype])
+                    rest = torch.empty(p.shape, dtype=precision.REST_DTYPES[p.dtype], device="meta")
+                    state[REST] = sharding.zeros(rest, p)
                 state["step"] = 0
-            for index, view in enumerate(views):
-                own = blocks.name_of(name, index, len(views))
-                units[stacked.get(own, own), state["step"]].append(Block(p, name, index, view))
-        return Plan(((tuple(unit), step) for (_, step), unit in units.items()), layout, group["params"])
+            for i, view in enumerate(views):
+                own = blocks.name_of(name, i, len(views))
+                units[stacked.get(own, own), state["step"]].append(Block(p, name, i, view))
+        found = ((tuple(unit), step) for (_, step), unit in units.items())
+        if plan_class is Plan:
+            return Plan(found, layout, group["params"])
+        plan = plan_class(found, layout, group["params"], functools.partial(self._forms_of, index))
+        plan.inspect(lambda name, matrices: self.check_matrix(name, matrices, group), fresh)
+        return plan
 
     per_block_state: frozenset[str] = frozenset()
     """State whose shape may happen to equal the weight's, and is kept by block all the same."""
@@ -253,17 +339,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         for p in params:
             if not self.state[p]:
-                self.state[p].update(
-                    step=torch.zeros((), dtype=torch.float32, device=p.device),
-                    exp_avg=torch.zeros_like(p),
-                    exp_avg_sq=torch.zeros_like(p),
-                )
+                self._begin_adamw(p)
         states = [self.state[p] for p in params]
         adamw(
-            params,
-            [p.grad for p in params],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            [sharding.local(p) for p in params],
+            [sharding.local(p.grad) for p in params],
+            [sharding.local(s["exp_avg"]) for s in states],
+            [sharding.local(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
             fused=all(p.device.type in ("cpu", "cuda") for p in params),
@@ -274,6 +356,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+        )
+
+    def _begin_adamw(self, p: Tensor) -> None:
+        self.state[p].update(
+            step=torch.zeros((), dtype=torch.float32, device=p.device),
+            exp_avg=torch.zeros_like(p),
+            exp_avg_sq=torch.zeros_like(p),
         )
 
 
@@ -296,20 +385,16 @@ def named_parameters(group: dict) -> Iterator[tuple[str, Tensor]]:
     return zip(names, group["params"], strict=True)
 
 
-def average(state: dict[str, Tensor], key: str, value: Tensor, beta: float) -> Tensor:
-    """`average <- beta average + (1 - beta) value`, starting from zero; kept in `state[key]`."""
-    if key in state:
-        state[key].lerp_(value, 1 - beta)
-    else:
-        state[key] = value * (1 - beta)
+def buffer(state: dict[str, Tensor], key: str, like: Tensor) -> Tensor:
+    """`state[key]`, zero at first, of the shape and dtype of `like`."""
+    if key not in state:
+        state[key] = torch.zeros_like(like)
     return state[key]
 
 
-def average_of_squares(state: dict[str, Tensor], value: Tensor, beta: float) -> Tensor:
-    """`average` of `value^2`, kept in `state["second"]`."""
-    if "second" not in state:
-        return average(state, "second", value.square(), beta)
-    return state["second"].mul_(beta).addcmul_(value, value, value=1 - beta)
+def average(state: dict[str, Tensor], key: str, value: Tensor, beta: float) -> Tensor:
+    """`average <- beta average + (1 - beta) value`, starting from zero; kept in `state[key]`."""
+    return buffer(state, key, value).lerp_(value, 1 - beta)
 
 
 def check_choices(group: dict, choices: dict[str, tuple[str, ...]]) -> None:
@@ -354,13 +439,12 @@ def _check_parameter(name: str, p: Tensor) -> None:
     if p.is_sparse or p.layout != torch.strided:
         raise ValueError(f"{name} is sparse; only dense parameters can be optimized here.")
     if not p.is_floating_point():
-        raise ValueError(f"{name} has dtype {p.dtype}; freeze quantised weights (requires_grad_(False)).")
+        raise ValueError(
+            f"{name} has dtype {p.dtype}; freeze quantised weights (requires_grad_(False)) and train LoRA adapters on "
+            "them."
+        )
     if type(p).__name__ == "FlatParameter" or getattr(p, "_is_flat_param", False):
         raise ValueError(
             f"{name} is a flat shard of FSDP1, which holds no whole matrix: use FSDP2 (fsdp_version: 2) or DDP."
         )
-    if hasattr(p, "device_mesh"):
-        raise ValueError(
-            f"{name} is a DTensor (FSDP2 or tensor parallel), which this version does not update: use DDP or one "
-            "process."
-        )
+    sharding.check(name, p)

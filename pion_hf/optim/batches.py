@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -41,22 +42,35 @@ class Plan:
     """The batches of a group, for the parameters that had a gradient when it was made."""
 
     def __init__(self, units: Iterable[tuple[Unit, int]], layout: blocks.Layout, params: list[Tensor]) -> None:
+        self.watch(params)
+        self.batches = batches_of(units, layout)
+
+    def watch(self, params: list[Tensor]) -> None:
+        """Remember these, the group's, to see whether the plan still fits them."""
         self._seen = _signature(params)
         self.params = [p for p in params if p.grad is not None]
-        buckets: dict[tuple, list[Unit]] = defaultdict(list)
-        for unit, step in units:
-            view = unit[0].view
-            key = (len(unit), view.shape[1] * view.shape[2], view.shape[3], view.dtype, view.device, step)
-            buckets[key].append(unit)
-        self.batches = [
-            Batch(chunk, layout)
-            for (size, m, n, _, device, _), members in buckets.items()
-            for chunk in _chunks(members, elements=size * m * n, device=device)
-        ]
 
     def fits(self, params: list[Tensor]) -> bool:
         """Whether these are still the same parameters, in the same memory, with and without gradients."""
         return self._seen == _signature(params)
+
+    def rounds(self, state: dict) -> Iterator[tuple[list[Batch], dict]]:
+        """What is updated one after the other: batches, and the state of their parameters."""
+        yield self.batches, state
+
+
+def batches_of(units: Iterable[tuple[Unit, int]], layout: blocks.Layout) -> list[Batch]:
+    """Batches of units of one shape; with every unit comes the step it is at, which those of a batch share."""
+    buckets: dict[tuple, list[Unit]] = defaultdict(list)
+    for unit, step in units:
+        view = unit[0].view
+        key = (len(unit), view.shape[1] * view.shape[2], view.shape[3], view.dtype, view.device, step)
+        buckets[key].append(unit)
+    return [
+        Batch(chunk, layout)
+        for (size, m, n, _, device, _), members in buckets.items()
+        for chunk in _chunks(members, elements=size * m * n, device=device)
+    ]
 
 
 def _signature(params: list[Tensor]) -> list[tuple[int, int, bool]]:
@@ -82,6 +96,17 @@ class Batch:
         self.whole = all(b.param.ndim == 2 for b in self.blocks) and layout.pieces == 1
         self.matrix_shape = blocks.merge_rows(self.first.view).shape[1:]
         self._packed: dict[str, tuple[Tensor, list[Tensor]]] = {}
+
+    @cached_property
+    def names(self) -> list[str]:
+        """One for every matrix, in the order of the leading dimensions: parameters that hold several are indexed."""
+        pieces = self.layout.pieces
+        return [
+            blocks.name_of(block.name, block.index, pieces)
+            for unit in self.units
+            for _ in range(unit[0].view.shape[0])
+            for block in unit
+        ]
 
     def weights(self, state: dict) -> Tensor:
         """In full precision where they are stored in half; a lone matrix is its parameter's own memory."""
@@ -122,7 +147,7 @@ class Batch:
         for name, tensor in found.items():
             if name in self._packed and tensor is self._packed[name][0]:
                 continue
-            apart = name in by_block or tensor.shape[-2:] != self.matrix_shape
+            apart = is_apart(name, tensor, self.matrix_shape, by_block)
             if apart or self.whole:
                 parts = self._parts(tensor)
                 if not apart:
@@ -174,6 +199,11 @@ class Batch:
             view = blocks.split(of(block), self.layout)[block.index]
             if view.data_ptr() != part.data_ptr():  # a lone view was updated in place
                 view.copy_(part.reshape(view.shape))
+
+
+def is_apart(name: str, entry: Tensor, matrix_shape: tuple[int, ...], by_block: frozenset[str]) -> bool:
+    """Whether an entry of state is kept by block, and not whole, in the shape of its parameter."""
+    return name in by_block or entry.shape[-2:] != matrix_shape
 
 
 def _param(block: Block) -> Tensor:

@@ -7,16 +7,17 @@ inputs or outputs: on the other, of size `r`, they would only mix what the partn
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pion_hf.linalg.polar import MOST_STEPS, POLAR_METHODS, is_skinny, polar_factor, polar_map
-from pion_hf.linalg.rotation import RETRACTIONS
+from pion_hf.linalg.rotation import RETRACTIONS, Generator
 from pion_hf.linalg.spectrum import numerical_zero, singular_basis, singular_values
 from pion_hf.optim.base import MatrixOptimizer, average, check_choices, check_range
+from pion_hf.optim.blocks import Layout
 from pion_hf.optim.pion import BASIS_REFRESH, direction_of, generator_of
 from pion_hf.optim.precision import HALF
 from pion_hf.optim.teon import Teon
@@ -63,6 +64,7 @@ class PionLora(MatrixOptimizer):
         polar, polar_steps: how a step is orthogonalised; see `Teon`.
         retraction: `cayley` or `root`, both exact.
         weight_decay: decoupled, of factors that grow (and AdamW's groups).
+        share_work: under DDP, each process updates a share of the matrices and tells the others.
 
     Raises:
         ValueError: an unknown option or value; a factor asked to rotate that is zero or rank-deficient.
@@ -86,6 +88,7 @@ class PionLora(MatrixOptimizer):
         polar_steps: int = 5,
         retraction: Literal["root", "cayley"] = "cayley",
         weight_decay: float = 0.0,
+        share_work: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -101,10 +104,11 @@ class PionLora(MatrixOptimizer):
             "weight_decay": weight_decay,
             # What the rules of whole matrices can choose and these do not; products of factors are small.
             "generator_dtype": "float32",
+            "compile": False,
             "second_moment": False,
             "hold": 0.0,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, share_work=share_work)
 
     def check_options(self, group: dict) -> None:
         if group["rule"] == "adamw":
@@ -143,11 +147,23 @@ class PionLora(MatrixOptimizer):
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
         if group["method"] == "rotate":
-            return _rotated(weight, grad, state, group=group, step=step)
+            return _rotated(weight, grad, state, group=group, step=step, note=self._note)
         return grown(weight, grad, state, group=group, mu=group["betas"][0])
 
+    def _note(self, group: dict, a: Generator, alpha: Tensor) -> None:
+        """`B` is seen transposed, and turns on the side of its layer's outputs."""
+        self.note_rotation("out" if Layout.parse(group["layout"]).transposed else "in", a, alpha)
 
-def _rotated(weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+
+def _rotated(
+    weight: Tensor,
+    grad: Tensor,
+    state: dict[str, Tensor],
+    *,
+    group: dict,
+    step: int,
+    note: Callable[[dict, Generator, Tensor], None],
+) -> Tensor:
     direction = direction_of(grad, state, group=group, step=step)
     # Of the size of the weight, so that one Gram matrix holds both without loss. The angle is set below.
     size, length = (torch.linalg.matrix_norm(x, keepdim=True) for x in (weight, direction))
@@ -160,6 +176,7 @@ def _rotated(weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: d
     moved = a.act_norm(weight, seen=seen)
     # Without a gradient, as A's while B is zero, it stays as it is to the bit.
     alpha = torch.where(moved > _tiny(moved), group["lr"] * size / moved, 0)
+    note(group, a, alpha)
     increment = a.increment(alpha, retraction=group["retraction"], rows=weight.shape[-2])
     if group["momentum"] == "transported":
         state["momentum"] = increment.rotate(state["momentum"])
@@ -224,6 +241,7 @@ class TeonLora(Teon):
         params: groups from `pion_hf.param_groups(model, "teon_lora")`, which finds the stacks.
         lr: size of a step; see `PionLora`. momentum, nesterov, stack, polar, polar_steps: see `Teon`.
         weight_decay: decoupled, of the factors and AdamW's groups. adamw_betas, adamw_eps: of AdamW's groups.
+        share_work: under DDP, each process updates a share of the matrices and tells the others.
 
     Raises:
         ValueError: an unknown option or value.
@@ -246,8 +264,10 @@ class TeonLora(Teon):
         weight_decay: float = 0.0,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
+        share_work: bool = False,
     ) -> None:
         options = {"momentum": momentum, "nesterov": nesterov, "stack": stack, "weight_decay": weight_decay}
+        options |= {"share_work": share_work}
         options |= {"polar": polar, "polar_steps": polar_steps, "polar_dtype": "float32"}
         super().__init__(params, lr, adamw_betas=adamw_betas, adamw_eps=adamw_eps, **options)
 

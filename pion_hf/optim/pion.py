@@ -14,7 +14,8 @@ from pion_hf.linalg.polar import MOST_STEPS, POLAR_METHODS, polar_factor
 from pion_hf.linalg.precision import PRODUCT_DTYPES, product_dtype
 from pion_hf.linalg.rotation import RETRACTIONS, Generator, generator, rms_scale, skew
 from pion_hf.linalg.spectrum import Basis, ambient_generator, singular_basis
-from pion_hf.optim.base import MatrixOptimizer, average, average_of_squares, check_choices, check_range
+from pion_hf.optim import compiled
+from pion_hf.optim.base import MatrixOptimizer, average, buffer, check_choices, check_range
 
 CHOICES = {
     "momentum": ("transported", "lie", "ambient"),
@@ -78,8 +79,10 @@ class Pion(MatrixOptimizer):
             `theta^4 / 8` a step at degree 2.
         generator_dtype: of the products that form a generator and carry the momentum; they are skewed exactly
             afterwards, so the spectrum does not notice. `auto` is bfloat16 where the hardware multiplies it faster.
+        compile: the elementwise part of `adam` and `natural` through `torch.compile`.
         weight_decay: decoupled, of the AdamW groups.
         preset: `"paper"` sets momentum, direction, metric, hold, scale, side, retraction and degree as published.
+        share_work: under DDP, each process updates a share of the matrices and tells the others.
 
     Raises:
         ValueError: an unknown option or value, options that do not combine, a zero or non-finite matrix.
@@ -110,8 +113,10 @@ class Pion(MatrixOptimizer):
         retraction: Literal["root", "cayley", "taylor"] = "root",
         degree: int = 2,
         generator_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        compile: bool = False,
         weight_decay: float = 0.0,
         preset: Literal["paper"] | None = None,
+        share_work: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -131,11 +136,12 @@ class Pion(MatrixOptimizer):
             "retraction": retraction,
             "degree": degree,
             "generator_dtype": generator_dtype,
+            "compile": compile,
             "weight_decay": weight_decay,
         }
         if preset is not None:
             defaults.update(_preset_options(preset, defaults))
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, share_work=share_work)
 
     def check_options(self, group: dict) -> None:
         check_choices(group, CHOICES)
@@ -200,6 +206,7 @@ class Pion(MatrixOptimizer):
         moved = {side: a.moved(weight, side=side) for side, a in generators.items() if len(generators) == 1}
         alpha = _step_size(weight, generators, moved, group=group)
         for side, a in generators.items():
+            self.note_rotation(side, a, alpha)
             rows = _seen_from(weight, side).shape[-2]
             increment = a.increment(alpha, retraction=group["retraction"], degree=group["degree"], rows=rows)
             weight = increment.rotate(weight, side=side, first=moved.get(side))
@@ -257,20 +264,38 @@ def _polar(x: Tensor, group: dict) -> Tensor:
 def direction_of(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
     """`D`, the step one would take without the constraint, `(b, m, n)`."""
     beta1, beta2 = group["betas"]
+    if group["direction"] in ("adam", "natural"):
+        kernel = _adam_direction if group["direction"] == "adam" else _natural_direction
+        buffers = buffer(state, "momentum", grad), buffer(state, "second", grad)
+        scalars = beta1, beta2, 1 - beta1**step, 1 - beta2**step, group["eps"]
+        return compiled.run(kernel, grad, *buffers, *scalars, compiled=group["compile"])
     momentum = average(state, "momentum", grad, beta1)
     if group["direction"] == "polar":
         return _polar(momentum, group)
-    if group["direction"] == "adam":
-        second = average_of_squares(state, grad, beta2)
-        root = (second / (1 - beta2**step)).sqrt_().add_(group["eps"]).mul_(1 - beta1**step)
-        return _where_seen(torch.div(momentum, root, out=root), second)
-    if group["direction"] == "natural":
-        second = average_of_squares(state, grad, beta2)
-        unbiased = (second * ((1 - beta1**step) / (1 - beta2**step))).add_(group["eps"] ** 2 * (1 - beta1**step))
-        return _where_seen(torch.div(momentum, unbiased, out=unbiased), second)
     if group["second_moment"]:
         return momentum / (average(state, "second", momentum.square(), beta2).sqrt() + group["eps"])
     return momentum
+
+
+def _moments(grad: Tensor, momentum: Tensor, second: Tensor, beta1: float, beta2: float) -> None:
+    momentum.lerp_(grad, 1 - beta1)
+    second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+
+
+def _adam_direction(
+    grad: Tensor, momentum: Tensor, second: Tensor, beta1: float, beta2: float, bias1: float, bias2: float, eps: float
+) -> Tensor:
+    _moments(grad, momentum, second, beta1, beta2)
+    root = (second / bias2).sqrt_().add_(eps).mul_(bias1)
+    return _where_seen(torch.div(momentum, root, out=root), second)
+
+
+def _natural_direction(
+    grad: Tensor, momentum: Tensor, second: Tensor, beta1: float, beta2: float, bias1: float, bias2: float, eps: float
+) -> Tensor:
+    _moments(grad, momentum, second, beta1, beta2)
+    unbiased = (second * (bias1 / bias2)).add_(eps**2 * bias1)
+    return _where_seen(torch.div(momentum, unbiased, out=unbiased), second)
 
 
 def _where_seen(direction: Tensor, second: Tensor) -> Tensor:

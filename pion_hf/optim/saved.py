@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pion_hf.optim.precision import REST_DTYPES
@@ -14,8 +15,11 @@ from pion_hf.optim.precision import REST_DTYPES
 LISTED = 5
 # What state depends on, of what the routing puts into a group. (`reach` is measured anew; state holds the first one.)
 ROUTED = ("rule", "layout", "method", "stacks")
+# How a step is carried out, which is the optimizer's own affair, and what a schedule sets.
+NOT_COMPARED = ("lr", "compile")
 ADAMW_OPTIONS = ("betas", "eps", "weight_decay")
-HALF_OF_REST = {rest: half for half, rest in REST_DTYPES.items()}
+# Of a sharded bfloat16 weight it is kept as bfloat16 bits (see `sharding`).
+HALF_OF_REST = {**{rest: half for half, rest in REST_DTYPES.items()}, torch.bfloat16: torch.bfloat16}
 
 
 def check_saved(saved: dict[str, Any], groups: list[dict[str, Any]], options: Iterable[str]) -> None:
@@ -75,7 +79,10 @@ def _options(name: str, before: dict, group: dict, options: Iterable[str]) -> tu
     words, numbers = [], []
     for key in ADAMW_OPTIONS if adamw else (*ROUTED, *options):
         saved, given = before.get(key), group.get(key)
-        if key == "lr" or saved == given:
+        # torch.distributed.checkpoint makes lists of tuples, and loses empty ones.
+        if isinstance(saved, list) and isinstance(given, tuple):
+            saved = tuple(saved)
+        if key in NOT_COMPARED or saved == given or (saved is None and given == []):
             continue
         kind = numbers if _is_number(saved) and _is_number(given) else words
         if isinstance(saved, list) and isinstance(given, list):  # the first of many stacks says enough

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pion_hf.linalg.polar import MOST_STEPS, POLAR_METHODS, polar_factor
 from pion_hf.linalg.precision import PRODUCT_DTYPES, product_dtype
-from pion_hf.optim import blocks
-from pion_hf.optim.base import MatrixOptimizer, average, check_choices, check_range, named_parameters
+from pion_hf.optim import blocks, compiled
+from pion_hf.optim.base import MatrixOptimizer, buffer, check_choices, check_range, named_parameters
+from pion_hf.optim.sharding import stand_in
 
 CHOICES = {"polar": POLAR_METHODS, "scale": ("rms", "paper", "original"), "polar_dtype": PRODUCT_DTYPES}
 
@@ -42,8 +43,10 @@ class Teon(MatrixOptimizer):
         scale: the factor `f`. `rms`: `rms / sqrt(min(m, nK) / (m n K))`, AdamW's learning rates carry over; `paper`:
             `sqrt(m / n)`; `original`: `sqrt(max(1, m / n))`, as in `torch.optim.Muon`; its `match_rms_adamw` is `rms`.
         rms: the update's RMS at `lr = 1` (`scale="rms"`); 0.2 is that of a typical AdamW update.
+        compile: the elementwise parts through `torch.compile`.
         weight_decay: decoupled, of the matrices and of AdamW's groups.
         adamw_betas, adamw_eps: of AdamW's groups that bring none.
+        share_work: under DDP, each process updates a share of the matrices and tells the others.
 
     Raises:
         ValueError: an unknown option or value, stacks of unequal shapes or of unknown names, non-finite weights.
@@ -65,9 +68,11 @@ class Teon(MatrixOptimizer):
         polar_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         scale: Literal["rms", "paper", "original"] = "rms",
         rms: float = 0.2,
+        compile: bool = False,
         weight_decay: float = 0.0,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
+        share_work: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -79,11 +84,12 @@ class Teon(MatrixOptimizer):
             "polar_dtype": polar_dtype,
             "scale": scale,
             "rms": rms,
+            "compile": compile,
             "weight_decay": weight_decay,
             "betas": adamw_betas,
             "eps": adamw_eps,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, share_work=share_work)
         usual = inspect.signature(type(self).__init__).parameters["stack"].default
         found = {group["stack"] for group in self.param_groups if group["rule"] == self.stacked_rule} - {stack}
         if found and stack != usual:
@@ -110,12 +116,21 @@ class Teon(MatrixOptimizer):
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
         mu, lr = group["momentum"], group["lr"]
-        momentum = average(state, "momentum", grad, mu)
-        direction = grad.lerp(momentum, mu) if group["nesterov"] else momentum
+        ahead = mu if group["nesterov"] else 1.0
+        momentum = buffer(state, "momentum", grad)
+        direction = compiled.run(_look_ahead, grad, momentum, mu, ahead, compiled=group["compile"])
         factor = _orthogonalised(direction, group)
-        if group["weight_decay"]:
-            weight.mul_(1 - lr * group["weight_decay"])
-        return weight.add_(factor, alpha=-lr * _scale(weight.shape, group))
+        kept, size = 1 - lr * group["weight_decay"], lr * _scale(weight.shape, group)
+        return compiled.run(_decay_and_move, weight, factor, kept, size, compiled=group["compile"])
+
+
+def _look_ahead(grad: Tensor, momentum: Tensor, mu: float, ahead: float) -> Tensor:
+    momentum.lerp_(grad, 1 - mu)
+    return momentum if ahead == 1 else grad.lerp(momentum, ahead)
+
+
+def _decay_and_move(weight: Tensor, factor: Tensor, kept: float, size: float) -> Tensor:
+    return (weight if kept == 1 else weight.mul_(kept)).add_(factor, alpha=-size)
 
 
 def _orthogonalised(x: Tensor, group: dict) -> Tensor:
@@ -146,7 +161,7 @@ def check_stacks(group: dict) -> None:
         )
     layout, shapes = blocks.Layout.parse(group["layout"]), {}
     for name, p in named_parameters(group):
-        views = blocks.split(p, layout)
+        views = blocks.split(stand_in(p), layout)
         shapes.update({blocks.name_of(name, i, len(views)): tuple(v.shape) for i, v in enumerate(views)})
     for names in stacks:
         missing = [name for name in names if name not in shapes]
