@@ -2,6 +2,7 @@
 
 from pion_hf._version import __version__
 from pion_hf.initialization import spectral_init_
+from pion_hf.integrations.callbacks import watch
 from pion_hf.integrations.registry import register
 from pion_hf.integrations.trainer import PionTrainer, PionTrainerMixin, PionTrainingArguments
 from pion_hf.optim import Pion, PionLora, Teon, TeonLora
@@ -20,6 +21,7 @@ __all__ = [
     "register",
     "routing_table",
     "spectral_init_",
+    "watch",
 ]
 
 register()

@@ -130,7 +130,11 @@ def _matrices(model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter, st
             own = blocks.name_of(name, i, len(views))
             found.append(
                 _Matrix(
-                    own, name, layer, (template, i, tuple(view.shape), kind), _projection(name, i, len(views), modules)
+                    own,
+                    name,
+                    layer,
+                    (template, i, tuple(view.shape), kind),
+                    projection_of(name, i, len(views), modules),
                 )
             )
     return found
@@ -166,7 +170,7 @@ def _layer_types(model: nn.Module) -> list[Any]:
     return list(getattr(text_config(model), "layer_types", None) or ())
 
 
-def _projection(name: str, index: int, count: int, modules: dict[str, nn.Module]) -> str | None:
+def projection_of(name: str, index: int, count: int, modules: dict[str, nn.Module]) -> str | None:
     """`q`, `k` or `v`, or None for anything else."""
     owner, _, child = name.partition(".lora_")[0].removesuffix(".weight").rpartition(".")
     if count == 3 and (child in QKV_NAMES or child == "in_proj_weight"):

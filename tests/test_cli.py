@@ -76,7 +76,7 @@ def test_run_trains_an_unmodified_script(tmp_path, checkpoint):
     out = tmp_path / "out"
     options = ["--model", str(checkpoint), "--output_dir", str(out), "--optim_args", "betas=(0.9, 0.95), hold=0.0,"]
     done = run_process([*COMMAND, "run", str(script), *options, *TWO_STEPS])
-    assert "Which rule updates what" in done.stderr
+    assert "pion: 14 matrices of " in done.stderr  # a line for a pipe; the table is for terminals
     assert (out / "routing.json").is_file()
     assert_trained_by_rotations(out)
 

@@ -19,7 +19,8 @@ from transformers.trainer_utils import SchedulerType
 from pion_hf import Pion, PionTrainer, PionTrainingArguments, register
 from pion_hf.cli import curves, main
 from pion_hf.cli.recipe import RecipeParser
-from pion_hf.integrations.callbacks import SpectrumCallback, learning_rates
+from pion_hf.integrations.callbacks import RunCallback
+from pion_hf.integrations.optimizers import learning_rates
 from pion_hf.integrations.registry import groups_from
 from pion_hf.integrations.trl import PionSFTConfig
 from pion_hf.schedules import SCHEDULES, check_options
@@ -323,7 +324,7 @@ def test_our_trainer_logs_the_rates_of_both_kinds_of_groups(train):
 
 
 def test_the_callback_logs_them_in_a_plain_trainer(train):
-    trainer = train(Trainer, SpectrumCallback(), **PION)
+    trainer = train(Trainer, RunCallback(), **PION)
     assert logged(trainer, "learning_rate/pion") == logged(trainer, "learning_rate")
     close(logged(trainer, "learning_rate/adamw"), [1e-3 * m for m in literal_cosine(6, 3, 0.01)[:6]])
     assert not any("learning_rate/pion" in e for e in trainer.state.log_history if "learning_rate" not in e)
@@ -367,17 +368,6 @@ def test_groups_of_other_optimizers_are_logged_where_they_differ():
     assert learning_rates(torch.optim.AdamW(weights, lr=1e-3)) == {}
     assert learning_rates(torch.optim.AdamW(groups, lr=1e-3)) == {"learning_rate/0": 1e-3, "learning_rate/1": 2e-3}
     assert learning_rates(None) == {}
-
-
-def test_skipped_steps_are_reported_without_rotated_matrices():
-    weight = torch.nn.Parameter(torch.eye(3))
-    optimizer = Pion([weight], lr=1e-2)
-    weight.grad = torch.full((3, 3), torch.nan)
-    with pytest.warns(UserWarning, match="skip"):
-        optimizer.step()
-    callback = SpectrumCallback()  # as where no matrix keeps its spectrum, it has measured none
-    callback.on_train_end(None, None, None, optimizer=optimizer)
-    assert callback.summary == {"skipped_steps": 1}
 
 
 # -- plan --plot ------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ class Bench:
             "task": losses[STEPS],
             "curve": [[step, loss] for step, loss in sorted(losses.items())],
             "other": self.other_loss(trainer),
-            "spectrum_drift": trainer.spectrum.summary.get("spectrum_drift"),
+            "spectrum_drift": trainer.run_callback.summary.get("spectrum_drift"),
             "exact_match": None,
         }
         if answer:

@@ -98,7 +98,9 @@ CONTENDERS: dict[str, Build] = {
         for metric in ("lie", "ambient")
         if (direction, metric) != ("msign", "ambient")
     },
+    "pion, natural, ambient, compiled": pion("natural", "ambient", compile=True),
     "teon, stack 1 (muon)": ours("muon"),
+    "teon, stack 1 (muon), compiled": ours("muon", compile=True),
     "teon, stack 2": ours("teon", stack=2),
 }
 LORA_CONTENDERS: dict[str, Build] = {

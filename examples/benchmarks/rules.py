@@ -121,7 +121,7 @@ def run(rule: str, options: dict | str, lr: float, text: str) -> dict:
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    summary = {key: trainer.spectrum.summary.get(key) for key in ("spectrum_drift", "optimizer_share")}
+    summary = {key: trainer.run_callback.summary.get(key) for key in ("spectrum_drift", "optimizer_share")}
     return {"rule": rule, "lr": lr, **measure(trainer, text), **summary, "seconds": seconds, "seed": trainer.args.seed}
 
 

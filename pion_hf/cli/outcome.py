@@ -165,10 +165,13 @@ class ReportMixin:
         table.add_column("after", justify="right")
         for row in table_rows(self.measured["before"], self.measured["after"]):
             table.add_row(f"{row['domain']}: {row['measure']}", row["before"], row["after"])
-        summary = self.spectrum.summary
+        summary = self.run_callback.summary
         if "spectrum_drift" in summary:
-            matrices = f"{summary['rotated_matrices']:,} rotated matrices"
-            table.add_row(f"largest relative singular-value drift, {matrices}", "", f"{summary['spectrum_drift']:.1e}")
+            measured, rotated = summary["measured_spectra"], summary["rotated_matrices"]
+            of = f"{measured:,} of {rotated:,}" if measured < rotated else f"{rotated:,}"
+            table.add_row(
+                f"largest relative singular-value drift, {of} rotated matrices", "", f"{summary['spectrum_drift']:.1e}"
+            )
         if "optimizer_share" in summary:
             table.add_row("share of the training time in the optimizer", "", f"{summary['optimizer_share']:.0%}")
         table.add_row("checkpoint", "", str(self.args.output_dir))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+import datasets
 import torch
 import transformers
 import trl
@@ -45,6 +47,7 @@ def train(
     Raises:
         ValueError, FileNotFoundError: input that cannot be trained on; where possible before anything is loaded.
     """
+    quiet_without_terminal(training_args)
     check_model(training_args, model_args)
     if (model_args.load_in_4bit or model_args.load_in_8bit) and find_spec("bitsandbytes") is None:
         raise ValueError("load_in_4bit and load_in_8bit need the package bitsandbytes: pip install bitsandbytes")
@@ -73,6 +76,14 @@ def train(
         raise ValueError(f"cannot load {names}: {str(error).splitlines()[0]}") from error
     trainers[0].create_model_card(dataset_name=script_args.dataset_name)  # after peft's, which comes with saving
     trainers[0].finish()
+
+
+def quiet_without_terminal(training_args: PionSFTConfig) -> None:
+    """No progress bars in a log file or a pipe."""
+    if not sys.stderr.isatty():
+        training_args.disable_tqdm = True
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
 
 
 def check_model(training_args: PionSFTConfig, model_args: ModelArguments) -> None:

@@ -1,139 +1,372 @@
-"""What a run says of itself: spectrum drift, skipped steps, the optimizer's share of the time, all learning rates."""
+"""What a run says of itself: in the logs, and in the files of its folder (see `pion_hf.runs`)."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from pion_hf.linalg.spectrum import numerical_zero, singular_values, spectral_drift
-from pion_hf.optim import MatrixOptimizer, blocks
+from pion_hf.integrations import run_folder
+from pion_hf.integrations.matrices import (
+    COLD_STEPS,
+    WARM_STEPS,
+    HiddenMatrix,
+    Norms,
+    Spectra,
+    hidden_matrices,
+    orthogonality_error,
+)
+from pion_hf.integrations.model_card import describe
+from pion_hf.integrations.optimizers import learning_rates, unwrap
+from pion_hf.integrations.run_folder import RunFolder
+from pion_hf.integrations.updates import Meter
+from pion_hf.linalg.spectrum import numerical_zero
+from pion_hf.runs import FAILED, FINISHED
 
 logger = logging.get_logger(__name__)
 
+SNAPSHOTS = 10  # between the first and the last
+# Shares of the training time that measuring may take: single steps, spectra, snapshots between the first and the last.
+STEPS_SHARE, SPECTRA_SHARE, SNAPSHOTS_SHARE = 0.003, 0.003, 0.004
+# Seconds that each of them may take in any case: in a run of a few steps nothing is left out.
+FREE_SECONDS = 0.4
 
-class SpectrumCallback(TrainerCallback):
-    """Measures singular values when training begins and ends, and times the optimizer's steps.
 
-    At the end it adds to the logs `spectrum_drift` (the largest change of a singular value relative to its
-    matrix's spectral norm), `optimizer_share` (of the time between the first step and the last) and, if there
-    were any, `skipped_steps`. A callback cannot log where the loop does not, so the values also stay in `summary`.
+class RunCallback(TrainerCallback):
+    """Measures what training does, adds it to the logs and keeps it in the run's folder. One line: `watch(trainer)`.
 
-    Beside transformers' `learning_rate`, which is the first group's, it logs those of all groups (`learning_rates`).
-    In a Trainer without `PionTrainerMixin` the trackers of `report_to` do not see them: they come first.
+    At logging steps the logs also hold every group's learning rate, the root mean square of the updates by rule,
+    rotation angles, skipped steps and the optimizer's share of the time. Snapshots of every hidden matrix (spectral
+    norm, stable rank) are taken at the start, at the end and at ten points between, whatever the optimizer; the change
+    of the singular values of as many as time allows joins them. Measuring takes a hundredth of the training time:
+    where it would take more, fewer steps and spectra are measured, and `run.json` says how many.
+
+    `summary` holds what is known at the end: `optimizer_share`, `optimizer_seconds`, `logging_share`, `skipped_steps`
+    if there were any; of rotated matrices `spectrum_drift` (the largest change of a singular value relative to its
+    matrix's spectral norm), their number, and of how many the spectrum was measured. It joins the last log entry.
+
+    Only the first process measures and writes.
     """
 
     def __init__(self) -> None:
         self.summary: dict[str, float] = {}
-        self.before: dict[str, Tensor] = {}
-        self.rates: dict[str, float] = {}
-        self._optimizer_seconds = 0.0
-        self._started = self._entered = 0.0
+        self._run: _Run | None = None
+        self._early: list[dict[str, Any]] = []  # logged before training began
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
-        self._optimizer_seconds = 0.0
-        inner = unwrap(optimizer)
-        if inner is None or not state.is_world_process_zero:
-            return
-        self.before = spectra(inner)
-        deficient = [name for name, values in self.before.items() if _rank_deficient(values)]
-        if deficient:
-            logger.warning(
-                f"{len(deficient)} rotated matrices are rank-deficient and stay so under rotations "
-                f"(a zero singular value never grows): {', '.join(deficient[:5])}{' ...' if len(deficient) > 5 else ''}"
-            )
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        self.summary = {}
+        early, self._early = self._early, []
+        if state.is_world_process_zero:
+            self._run = _Run(args, state, model, optimizer, kwargs, [] if state.global_step else early)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self._started = self._started or time.perf_counter()
+        if self._run:
+            self._run.step_begins()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self._entered = time.perf_counter()
+        if self._run:
+            self._run.before_update(state)
 
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._optimizer_seconds += time.perf_counter() - self._entered
-        # The step just taken: by the time of logging the scheduler has set the next one's.
-        self.rates = learning_rates(optimizer)
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        if self._run:
+            self._run.after_update()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self._run:
+            self._run.step_ends(state)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        for entry in (logs, state.log_history[-1] if state.log_history else None):
-            if entry and "learning_rate" in entry:
-                entry.update(self.rates)
+        if not state.is_world_process_zero or logs is None:
+            return
+        if self._run is None:
+            self._early.append({**logs, "step": state.global_step})
+            return
+        added = self._run.additions(logs)
+        if "train_runtime" in logs and not self._run.measured:
+            added, self.summary = self._run.end(state)
+            added |= self.summary
+        logs.update(added)
+        if state.log_history:
+            state.log_history[-1].update(added)
+        self._run.folder.log({**logs, "step": state.global_step})
 
-    def on_train_end(self, args, state, control, optimizer=None, **kwargs) -> None:
-        inner = unwrap(optimizer)
-        elapsed = time.perf_counter() - self._started if self._started else 0.0
-        if elapsed:
-            self.summary["optimizer_share"] = self._optimizer_seconds / elapsed
-            self.summary["optimizer_seconds"] = self._optimizer_seconds
-        if inner is None:
-            return
-        if inner.skipped_steps:
-            self.summary["skipped_steps"] = inner.skipped_steps
-        if not self.before:
-            return
-        drifts = {
-            name: spectral_drift(self.before[name], values).max().item() for name, values in spectra(inner).items()
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if self._run:
+            self._run.finish(state, self.summary)
+
+    def failed(self, error: BaseException) -> None:
+        """Training has raised `error`."""
+        if self._run:
+            self._run.fail(error)
+
+
+def watch(trainer: Trainer) -> RunCallback:
+    """Log and record what `trainer` does (`RunCallback`); before other callbacks, so that trackers see it too."""
+    callbacks = trainer.callback_handler.callbacks
+    callback = next((known for known in callbacks if isinstance(known, RunCallback)), None) or RunCallback()
+    callbacks[:] = [callback, *(other for other in callbacks if other is not callback)]
+    return callback
+
+
+class _Run:
+    """One call of `Trainer.train`, on the first process."""
+
+    def __init__(self, args: Any, state: Any, model: Any, optimizer: Any, loaders: dict, early: list[dict]) -> None:
+        self.began = time.perf_counter()
+        self.args, self.optimizer, self.ours = args, optimizer, unwrap(optimizer)
+        self.matrices = hidden_matrices(model, optimizer, self.ours)
+        self.norms, self.spectra = Norms(self.matrices), Spectra(self.matrices)
+        self.meter = Meter(model, optimizer, self.ours)
+        self.stopwatch = Stopwatch(args.device)
+        self.seconds = dict.fromkeys(("logging", "snapshots", "evaluation"), 0.0)
+        self.rates: dict[str, float] = {}
+        self.pending: dict[str, float] = {}  # of the last snapshot, for the next log entry
+        self.drift: float | None = None
+        self.measured = False  # whether the end has been
+        self.first_step = 0.0
+        self._started = False
+        self._planned: set[int] = set()
+        self._step_cost = self._drift_seconds = 0.0
+        self.folder = RunFolder(args.output_dir)
+        record = {
+            "model": run_folder.describe_model(model),
+            "data": {
+                "train": run_folder.describe_data(loaders.get("train_dataloader")),
+                "evaluation": run_folder.describe_data(loaders.get("eval_dataloader")),
+            },
+            "optimizer": describe(args, optimizer, model),
+            "arguments": run_folder.describe_arguments(args),
+            "versions": run_folder.versions(),
+            "device": run_folder.describe_device(args.device),
+            "matrices": [matrix.describe() for matrix in self.matrices],
         }
-        self.summary["spectrum_drift"] = max(drifts.values())
-        self.summary["rotated_matrices"] = sum(values[..., 0].numel() for values in self.before.values())
+        self.folder.begin(record, state.global_step)
+        for entry in early:
+            self.folder.log(entry)
+        if self.ours is not None:
+            self.ours.observers.append(self.meter)
+        self.seconds["logging"] += time.perf_counter() - self.began
+
+    # -- in the loop ------------------------------------------------------------------------------
+
+    def step_begins(self) -> None:
+        self.first_step = self.first_step or time.perf_counter()
+
+    def before_update(self, state: Any) -> None:
+        if not self._started:
+            self._started = True
+            self._measure_start(state)
+        spent = self.meter.seconds
+        moves = any(group["lr"] > 0 for group in self.optimizer.param_groups)  # in a warmup's first step nothing does
+        wanted = moves and self._wants(state.global_step + 1, state)
+        if wanted and self._allows(STEPS_SHARE, spent + self._step_cost):
+            self.meter.begin()
+        self.stopwatch.start()
+
+    def after_update(self) -> None:
+        self.stopwatch.stop()
+        began = time.perf_counter()
+        # Of the step just taken: by the time of logging the scheduler has set the next one's.
+        self.rates = learning_rates(self.optimizer)
+        self.seconds["logging"] += time.perf_counter() - began
+        if self.meter.on:
+            self.meter.end()
+            self._step_cost = self.meter.last_seconds
+
+    def step_ends(self, state: Any) -> None:
+        self.folder.record["steps"] = state.global_step
+        if state.global_step in self._planned:
+            self._snapshot(state.global_step, self.spectra.affordable(self._drift_seconds))
+            self.folder.record["times"] = self.times()
+            self.folder.write_record()
+
+    def additions(self, logs: dict[str, Any]) -> dict[str, float]:
+        """What an entry of the training loop gets."""
+        self.seconds["evaluation"] += sum(
+            value for key, value in logs.items() if key.endswith("_runtime") and key != "train_runtime"
+        )
+        if "learning_rate" not in logs or self.measured:
+            return {}
+        news = self.meter.news()  # keeps its own time
+        began = time.perf_counter()
+        added = {**self.rates, **news, **self._shares(), **self.pending}
+        self.pending = {}
+        self.seconds["logging"] += time.perf_counter() - began
+        return added
+
+    def _wants(self, step: int, state: Any) -> bool:
+        """Whether what `step` does will be told: of rules that take turns, so that both sides are, of two steps."""
+        return any(
+            s in self._planned or s == state.max_steps or _is_logged(s, self.args, state) for s in (step, step + 1)
+        )
+
+    def _allows(self, share: float, seconds: float) -> bool:
+        return seconds <= max(FREE_SECONDS, share * (time.perf_counter() - self.began))
+
+    # -- measurements -----------------------------------------------------------------------------
+
+    def _measure_start(self, state: Any) -> None:
+        """Snapshot, spectra, and the plan of the rest: the first gradient is there, and tells how long that takes."""
+        if self.args.device.type == "cuda":
+            torch.cuda.synchronize(self.args.device)
+        began = time.perf_counter()
+        steps = state.max_steps - state.global_step
+        expected = (began - self.first_step) * steps
+        if not self.matrices:
+            return
+        resumed = state.global_step > 0 and self.folder.has_snapshots()
+        values = self.norms.measure()
+        cost = (time.perf_counter() - began) * WARM_STEPS / COLD_STEPS
+        if not resumed:
+            self._store(state.global_step, values, [])
+        allowed = max(FREE_SECONDS, SPECTRA_SHARE / 3 * expected)
+        names = {matrix.name for matrix in self.matrices}
+        self.spectra.before = {n: v for n, v in self.folder.spectra_before().items() if resumed and n in names}
+        if not self.spectra.before:
+            self.spectra.measure_before(allowed)
+            self.folder.write_spectra(self.spectra.before, {})
+        self._warn_of_rank()
+        count = min(SNAPSHOTS, int(max(FREE_SECONDS, SNAPSHOTS_SHARE * expected) / max(cost, 1e-9)))
+        places = (round(k * state.max_steps / (count + 1)) for k in range(1, count + 1))
+        self._planned = {step for step in places if state.global_step < step < state.max_steps}
+        self._drift_seconds = allowed / max(1, len(self._planned))
+        self.seconds["snapshots"] += time.perf_counter() - began
+
+    def _snapshot(self, step: int, again: list[HiddenMatrix], *, last: bool = False) -> None:
+        """Norms of all matrices, and the drift of the spectra of those that are measured `again`."""
+        began = time.perf_counter()
+        self.meter.read()
+        self._store(step, self.norms.measure(), again, last=last)
+        self.seconds["snapshots"] += time.perf_counter() - began
+
+    def _store(
+        self, step: int, values: dict[str, list[float]], again: list[HiddenMatrix], *, last: bool = False
+    ) -> None:
+        names = [matrix.name for matrix in self.matrices]
+        self.folder.snapshot(step, values | self.meter.columns(names))
+        ranks = [rank for rank in values["stable_rank"] if math.isfinite(rank)]
+        found = {
+            "spectral_norm/max": torch.tensor(values["spectral_norm"]).max().item(),
+            "stable_rank/mean": sum(ranks) / len(ranks) if ranks else None,
+            "spectrum_drift": self.spectra.drift(again, keep=last),
+            "orthogonality_error": orthogonality_error(self.ours, again) if self.ours is not None else None,
+        }
+        self.drift = found["spectrum_drift"]
+        self.pending = {key: value for key, value in found.items() if value is not None}
+
+    def _warn_of_rank(self) -> None:
+        rotated = [matrix.name for matrix in self.spectra.known if matrix.keeps_spectrum]
+        deficient = [name for name in rotated if bool(numerical_zero(self.spectra.before[name].float()).any())]
+        if deficient:
+            logger.warning(
+                f"{len(deficient)} of the {len(rotated)} rotated matrices whose spectrum was measured are "
+                "rank-deficient and stay so under rotations (a zero singular value never grows): "
+                f"{', '.join(deficient[:5])}{' ...' if len(deficient) > 5 else ''}"
+            )
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def end(self, state: Any) -> tuple[dict[str, float], dict[str, float]]:
+        """Measure a last time; what joins the last entry of the logs, and the summary."""
+        if self._started and self.matrices:
+            self._snapshot(state.global_step, self.spectra.known, last=True)
+            self.folder.write_spectra(self.spectra.before, self.spectra.after)
+        self.measured = True
+        summary = self._shares()
+        if not summary.get("skipped_steps"):
+            summary.pop("skipped_steps", None)
+        times = self.times()
+        if self.first_step:
+            summary["optimizer_seconds"] = times["optimizer"]
+            summary["logging_share"] = (times["logging"] + times["snapshots"]) / times["total"]
+        rotated = [matrix for matrix in self.matrices if matrix.keeps_spectrum]
+        if rotated and self.drift is not None:
+            summary["spectrum_drift"] = self.drift
+            summary["rotated_matrices"] = sum(len(matrix.weights()) for matrix in rotated)
+            summary["measured_spectra"] = sum(len(m.weights()) for m in self.spectra.known if m.keeps_spectrum)
+        return {key: value for key, value in self.pending.items() if key != "spectrum_drift"}, summary
+
+    def finish(self, state: Any, summary: dict[str, float]) -> None:
+        drift = {} if self.drift is None else {"spectrum_drift": self.drift}
+        self.folder.record |= {"status": FINISHED, "steps": state.global_step, **drift, **summary}
+        self._close()
+
+    def fail(self, error: BaseException) -> None:
+        if self.folder.record.get("status") != FINISHED:
+            said = str(error).splitlines() or [""]
+            self.folder.record |= {"status": FAILED, "error": f"{type(error).__name__}: {said[0]}"}
+            self._close()
+
+    def _close(self) -> None:
+        if self.ours is not None:
+            self.ours.observers = [observer for observer in self.ours.observers if observer is not self.meter]
+        times = self.times()
+        self.folder.record |= {
+            "seconds": times["total"],
+            "times": times,
+            "peak_memory_bytes": run_folder.peak_memory(self.args.device),
+        }
+        self.folder.write_record()
+
+    def times(self) -> dict[str, float]:
+        """Seconds since training began, and what they went to."""
+        measuring = self.meter.seconds_in_steps if self.args.device.type != "cuda" else 0.0  # there they overlap
+        return {
+            "optimizer": max(0.0, self.stopwatch.seconds() - measuring),
+            **self.seconds,
+            "logging": self.seconds["logging"] + self.meter.seconds,
+            "total": time.perf_counter() - self.began,
+        }
+
+    def _shares(self) -> dict[str, float]:
+        """`skipped_steps` of this package's optimizers, and the optimizer's share of the time since the first step."""
+        found = {} if self.ours is None else {"skipped_steps": self.ours.skipped_steps}
+        if self.first_step:
+            found["optimizer_share"] = self.times()["optimizer"] / (time.perf_counter() - self.first_step)
+        return found
 
 
-def unwrap(optimizer: Any) -> MatrixOptimizer | None:
-    """This package's optimizer inside accelerate's wrapper, or None."""
-    while optimizer is not None and not isinstance(optimizer, MatrixOptimizer):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
+def _is_logged(step: int, args: Any, state: Any) -> bool:
+    """Whether the Trainer will write a log entry after `step`; where it does so by epochs, any may be the last."""
+    strategy = args.logging_strategy
+    if strategy == IntervalStrategy.EPOCH:
+        return True
+    every = strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
+    return every or (step == 1 and args.logging_first_step)
 
 
-def learning_rates(optimizer: Any) -> dict[str, float]:
-    """The learning rate of every kind of group, as log entries.
+class Stopwatch:
+    """Sums the time between `start` and `stop`; on a GPU by events, so that nothing waits for it."""
 
-    For this package's optimizers `learning_rate/<rule>`; where the groups of a rule differ, one entry for each with
-    its index: `learning_rate/<rule>/<index>`. For others `learning_rate/<index>`, and none if all groups agree.
-    """
-    inner = unwrap(optimizer)
-    kinds: dict[str, dict[int, dict]] = {}
-    for index, group in enumerate(getattr(inner or optimizer, "param_groups", [])):
-        kinds.setdefault(f"/{group['rule']}" if inner else "", {})[index] = group
-    found = {}
-    for kind, groups in kinds.items():
-        # With the rate a schedule starts from: groups that differ keep their names where both are at 0.
-        rates = {i: (float(group["lr"]), float(group.get("initial_lr", group["lr"]))) for i, group in groups.items()}
-        distinct = set(rates.values())
-        if len(distinct) > 1:
-            found.update({f"learning_rate{kind}/{i}": rate for i, (rate, _) in rates.items()})
-        elif inner:
-            found[f"learning_rate{kind}"] = distinct.pop()[0]
-    return found
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds = 0.0
 
+    def start(self) -> None:
+        self._begin = self._now()
 
-def spectra(optimizer: MatrixOptimizer) -> dict[str, Tensor]:
-    """Singular values of every matrix that keeps them, `(E, k)` by parameter name (and index, if it holds several)."""
-    found = {}
-    for name, index, matrix in rotated_matrices(optimizer):
-        found[name if index is None else f"{name}[{index}]"] = singular_values(matrix).cpu()
-    return found
+    def stop(self) -> None:
+        if self._on_gpu:
+            self._events.append((self._begin, self._now()))
+        else:
+            self._seconds += self._now() - self._begin
 
+    def seconds(self) -> float:
+        """So far; what the GPU has not yet finished will be counted later."""
+        while self._events and self._events[0][1].query():
+            begin, end = self._events.pop(0)
+            self._seconds += begin.elapsed_time(end) / 1000
+        return self._seconds
 
-def rotated_matrices(optimizer: MatrixOptimizer) -> Iterator[tuple[str, int | None, Tensor]]:
-    """`(name, index, (E, m, n))` of every matrix under a rule that keeps its spectrum."""
-    for group in optimizer.param_groups:
-        if not optimizer.keeps_spectrum(group):
-            continue
-        layout = blocks.Layout.parse(group["layout"])
-        names = group.get("param_names") or [str(i) for i in range(len(group["params"]))]
-        for name, p in zip(names, group["params"], strict=True):
-            views = blocks.split(p.detach(), layout)
-            for index, view in enumerate(views):
-                yield name, index if len(views) > 1 else None, blocks.merge_rows(view)
-
-
-def _rank_deficient(values: Tensor) -> bool:
-    return bool(numerical_zero(values.float()).any())
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

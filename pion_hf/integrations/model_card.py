@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
-from transformers import Trainer
+from torch import nn
+from transformers import TrainingArguments
 from transformers.modelcard import make_markdown_table
 
 from pion_hf._version import __version__
 from pion_hf.arguments import OPTIMIZER_CLASSES
-from pion_hf.integrations.callbacks import unwrap
+from pion_hf.integrations.optimizers import unwrap
 from pion_hf.optim import MatrixOptimizer
 from pion_hf.optim.blocks import Layout
 
@@ -75,18 +76,17 @@ HEADING = "### Framework versions"  # of transformers' cards and TRL's: what is 
 NO_BASE, NO_ADDRESS = "[None](https://huggingface.co/None)", 'model="None"'
 
 
-def describe(trainer: Trainer) -> dict[str, Any]:
+def describe(args: TrainingArguments, wrapped: Any, model: nn.Module) -> dict[str, Any]:
     """The optimizer of a run: name, learning rate, schedule; of this package's also all options and who took what.
 
     `rules` has a row for every rule, method and learning rate, with counts of tensors, matrices, stacks and parameters.
     """
-    args = trainer.args
     said = {
         "name": args.optim.value,
         "learning_rate": args.learning_rate,
         "schedule": args.lr_scheduler_type.value,
     }
-    optimizer = unwrap(trainer.optimizer)
+    optimizer = unwrap(wrapped)
     if optimizer is None:
         return said
     matrices = [group for group in optimizer.param_groups if group["rule"] != "adamw"]
@@ -98,7 +98,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         **said,
         "options": {name: leading[name] for name in names if name in leading},
         "rules": list(_rules(optimizer).values()),
-        "frozen_parameters": sum(p.numel() for p in trainer.model.parameters() if not p.requires_grad),
+        "frozen_parameters": sum(p.numel() for p in model.parameters() if not p.requires_grad),
     }
 
 
@@ -182,9 +182,11 @@ def _optimizer(summary: dict[str, Any], folder: Path) -> Iterator[str]:
     yield make_markdown_table([_rule_row(row, counts) for row in optimizer["rules"]]).rstrip()
     yield "Options: " + ", ".join(f"`{name}={value}`" for name, value in optimizer["options"].items()) + "."
     if "spectrum_drift" in summary:
+        measured, rotated = summary["measured_spectra"], summary["rotated_matrices"]
+        some = f" ({measured:,} were measured)" if measured < rotated else ""
         yield (
-            f"Singular values of the {summary['rotated_matrices']:,} rotated matrices changed by at most "
-            f"{summary['spectrum_drift']:.1e} of their matrix's largest."
+            f"Singular values of the {rotated:,} rotated matrices changed by at most "
+            f"{summary['spectrum_drift']:.1e} of their matrix's largest{some}."
         )
     frozen = optimizer["frozen_parameters"]
     said = [f"{frozen:,} parameters were frozen."] if frozen else []

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from pion_hf.arguments import PionOptions
 from pion_hf.integrations import model_card
-from pion_hf.integrations.callbacks import SpectrumCallback
+from pion_hf.integrations.callbacks import watch
 from pion_hf.integrations.checkpoints import CheckpointMixin
 
 
@@ -28,34 +28,29 @@ class PionTrainingArguments(PionByDefault, TrainingArguments):
 
 
 class PionTrainerMixin(CheckpointMixin):
-    """Mix into any Trainer: all groups' learning rates in the logs, a measurement of what rotations must not change,
-    and a model card that tells of both.
+    """Mix into any Trainer: `RunCallback`, which logs and records what training does, and a model card to tell of it.
 
     `class MyTrainer(PionTrainerMixin, SomeTrainer): ...`. The optimizer itself comes by name, `args.optim`.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.spectrum = SpectrumCallback()
-        self.add_callback(self.spectrum)
-
-    def log(self, logs, *args, **kwargs) -> None:
-        """As `Trainer.log`; beside `learning_rate`, the first group's, also those of all groups."""
-        if "learning_rate" in logs:
-            logs.update(self.spectrum.rates)
-        super().log(logs, *args, **kwargs)
+        self.run_callback = watch(self)
 
     def train(self, *args, **kwargs):
-        """As `Trainer.train`; the returned metrics also hold `spectrum_drift` and `optimizer_share`."""
-        output = super().train(*args, **kwargs)
-        if self.spectrum.summary:
-            self.log(dict(self.spectrum.summary))
-            output.metrics.update(self.spectrum.summary)
+        """As `Trainer.train`; the returned metrics also hold what `RunCallback` sums up, `spectrum_drift` among it."""
+        try:
+            output = super().train(*args, **kwargs)
+        except BaseException as error:
+            self.run_callback.failed(error)
+            raise
+        output.metrics.update(self.run_callback.summary)
         return output
 
     def run_summary(self) -> dict[str, Any]:
-        """What a run says of itself: its optimizer, the steps it has taken, and what `spectrum` measured."""
-        return {"optimizer": model_card.describe(self), "steps": self.state.global_step, **self.spectrum.summary}
+        """What a run says of itself: its optimizer, the steps it has taken, and what was measured."""
+        described = model_card.describe(self.args, self.optimizer, self.model)
+        return {"optimizer": described, "steps": self.state.global_step, **self.run_callback.summary}
 
     def create_model_card(self, *args, **kwargs) -> None:
         """As the Trainer's own, which transformers and TRL call when they save or push, and what `model_card` adds."""
