@@ -273,8 +273,9 @@ def test_plan_of_what_is_not_there(recipe, tmp_path):
 
 
 def test_sharding_is_refused_before_anything_is_loaded(recipe):
-    said = fails("sft", "--config", recipe(model_name_or_path="no/such-model", fsdp=True))
-    assert "does not run under FSDP2" in said
+    flat = {"fsdp": True, "fsdp_config": {"version": 1}}
+    said = fails("sft", "--config", recipe(model_name_or_path="no/such-model", **flat))
+    assert "does not run under FSDP1" in said
 
 
 # -- the command itself -----------------------------------------------------------------------------
@@ -288,7 +289,7 @@ def test_help_names_every_command(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pion-hf", "--help"])
     runpy.run_module("pion_hf.cli", run_name="__main__")
     printed = capsys.readouterr().out
-    assert all(f"  {name} " in printed for name in ("sft", "cpt", "run", "plan"))
+    assert all(f"  {name} " in printed for name in ("sft", "cpt", "run", "plan", "report", "compare"))
 
 
 def test_sft_help_has_our_flags_and_trls(capsys):

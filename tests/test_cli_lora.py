@@ -197,8 +197,9 @@ def test_eva_without_enough_tokens_is_refused(recipe):
 
 
 def test_adapters_under_sharding_are_refused_before_anything_is_loaded(recipe):
-    said = fails("sft", "--config", recipe(optim="pion_lora", model_name_or_path="no/such-model", fsdp=True))
-    assert "optim='pion_lora' does not run under FSDP2" in said
+    flat = {"fsdp": True, "fsdp_config": {"version": 1}}
+    said = fails("sft", "--config", recipe(optim="pion_lora", model_name_or_path="no/such-model", **flat))
+    assert "optim='pion_lora' does not run under FSDP1" in said
 
 
 # -- recipes ----------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from tests.conftest import toy_llama
 
 STEPS, INTERRUPTED = 10, 5
 REFRESHED_IN = (pion, lora)
+# What training logs of itself; beside it stand times, and what was measured at snapshots that a shorter run has not.
+LOGGED = ("loss", "grad_norm", "epoch", "step")
 
 
 class Case(NamedTuple):
@@ -117,7 +119,11 @@ def train(case: Case, folder: Path, *, resume: str | None = None) -> dict[str, A
         "weights": {n: p.detach() for n, p in trainer.model.named_parameters()},
         "optimizer": unwrap(trainer.optimizer).state_dict(),
         "schedule": trainer.lr_scheduler.state_dict(),
-        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "log": [
+            {key: value for key, value in entry.items() if key in LOGGED or key.startswith("learning_rate")}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ],
     }
 
 
