@@ -236,6 +236,13 @@ def test_the_best_rate_has_the_lowest_mean_over_seeds():
     assert place["seeds"] == 2
 
 
+def test_rates_are_compared_by_the_seeds_that_all_of_them_have():
+    # The second seed is harder, and only the better rate has run with it so far.
+    runs = [run_of("a", 1e-3, 2.1), run_of("a", 1e-2, 2.0), run_of("a", 1e-2, 2.8, 1)]
+    (place,) = standings(runs)
+    assert (place["learning_rate"], place["seeds"]) == (1e-2, 2)
+
+
 @pytest.mark.parametrize(
     ("losses", "best", "interior"),
     [

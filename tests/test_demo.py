@@ -21,6 +21,7 @@ def test_the_recipe_learns_keeps_the_spectrum_and_saves_a_usable_checkpoint(tmp_
         ["examples/prepare_smollm2.py"],
         ["examples/prepare_reasoning.py"],
         ["-m", "pion_hf.cli", "sft", *recipe, "--exact_match_samples", "0"],
+        ["-m", "pion_hf.cli", "report", str(output)],
     ):
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True)
@@ -30,6 +31,7 @@ def test_the_recipe_learns_keeps_the_spectrum_and_saves_a_usable_checkpoint(tmp_
     assert "arXiv 2605.12492" in (output / "README.md").read_text()
     assert report["spectrum_drift"] < 1e-5
     assert report["rotated_matrices"] == 210
+    assert "<img" in (output / "report.html").read_text()
     tokenizer = AutoTokenizer.from_pretrained(output)
     model = AutoModelForCausalLM.from_pretrained(output)
     prompt = tokenizer.apply_chat_template(

@@ -13,7 +13,9 @@ import json
 import shutil
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from pion_hf.cli import compare
 from pion_hf.cli.contest import remarks, table
@@ -22,6 +24,20 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "compare.json"
 RUNS = Path("runs/compare-benchmark")
 SEEDS = 2
+
+
+def every_run(record: dict) -> Table:
+    """Losses after training of every run, a line for a contender's learning rate and columns for its seeds."""
+    made = Table(box=box.MARKDOWN)
+    headings = [f"{what}, seed {seed}" for seed in range(SEEDS) for what in ("task loss", "other text")]
+    for heading in ("contender", "learning rate", *headings):
+        made.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
+    found = {(run["contender"], run["learning_rate"], run["seed"]): run.get("after") for run in record["runs"]}
+    for contender, rate in dict.fromkeys(key[:2] for key in found):
+        after = [found.get((contender, rate, seed)) for seed in range(SEEDS)]
+        losses = [f"{a[domain]['loss']:.4f}" if a else "" for a in after for domain in ("task", "other_text")]
+        made.add_row(contender, f"{rate:g}", *losses)
+    return made
 
 
 def main() -> None:
@@ -39,6 +55,7 @@ def main() -> None:
     console.print(table(record, plain=True))
     for line in remarks(record):
         console.print(line, highlight=False)
+    console.print(every_run(record))
 
 
 if __name__ == "__main__":
