@@ -236,11 +236,16 @@ def test_the_best_rate_has_the_lowest_mean_over_seeds():
     assert place["seeds"] == 2
 
 
-def test_rates_are_compared_by_the_seeds_that_all_of_them_have():
+def test_figures_are_of_the_seeds_that_all_have_finished():
     # The second seed is harder, and only the better rate has run with it so far.
-    runs = [run_of("a", 1e-3, 2.1), run_of("a", 1e-2, 2.0), run_of("a", 1e-2, 2.8, 1)]
-    (place,) = standings(runs)
-    assert (place["learning_rate"], place["seeds"]) == (1e-2, 2)
+    runs = [run_of("a", 1e-3, 2.1), run_of("a", 1e-2, 2.0), run_of("a", 1e-2, 2.8, 1), run_of("b", 1e-3, 2.2)]
+    first, second = standings(runs)
+    assert (first["learning_rate"], first["seeds"], first["figures"]["task loss"]["mean"]) == (1e-2, 1, 2.0)
+    assert second["seeds"] == 1
+    both = standings([*runs, run_of("a", 1e-3, 3.0, 1), run_of("b", 1e-3, 2.9, 1)])
+    assert [place["seeds"] for place in both] == [2, 2]
+    alone = standings([run_of("a", 1e-3, 2.1), run_of("b", 1e-3, 2.2, 1)])
+    assert [place["seeds"] for place in alone] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -54,15 +54,14 @@ def read_result(trial: Trial, folder: Path) -> dict[str, Any]:
 def standings(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every contender at its best learning rate: the one whose runs are best at the task in the mean over seeds.
 
-    A rate counts if none of its runs diverged or failed; while a comparison is under way, rates are compared by the
-    seeds that all of them have. `interior` says whether worse ones were tried on both sides of the best; `figures` are
-    means and spreads, half the range, over `seeds` runs; none without a rate that counts.
+    A rate counts if none of its runs diverged or failed. `interior` says whether worse ones were tried on both sides
+    of it; `figures` are means and spreads, half the range, over `seeds` runs (see `comparable`); none without a rate
+    that counts.
     """
     found = []
-    for contender, group in _grouped(runs, "contender").items():
+    for contender, group in _grouped(comparable(runs), "contender").items():
         points = rate_points(group)
-        shared = set.intersection(*(set(point["scores"]) for point in points)) if points else set()
-        best = max(points, key=lambda point: _mean_score(point, shared), default=None)
+        best = max(points, key=lambda point: point["score"], default=None)
         tried = [run["learning_rate"] for run in group if run["status"] in (FINISHED, DIVERGED)]
         place = {"contender": contender, "learning_rate": None, "interior": None, "seeds": 0, "figures": {}}
         if best is not None:
@@ -73,10 +72,22 @@ def standings(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def rate_points(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of one contender, by rising learning rate: `learning_rate`, `seeds`, `figures`, and `scores` by seed.
+def comparable(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without finished runs of seeds that not every rate of every contender has: one seed is harder than another.
 
-    Of scores, higher is better.
+    While there is no seed that all have, all runs.
+    """
+    runs = list(runs)
+    seeds: dict[tuple, set[int]] = {}
+    for run in runs:
+        if run["status"] == FINISHED:
+            seeds.setdefault((run["contender"], run["learning_rate"]), set()).add(run["seed"])
+    shared = set.intersection(*seeds.values()) if seeds else set()
+    return [run for run in runs if not shared or run["status"] != FINISHED or run["seed"] in shared]
+
+
+def rate_points(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of one contender, by rising learning rate: `learning_rate`, `seeds`, `figures` and `score`, higher is better.
 
     Rates at which a run diverged or failed, and those with no finished run, are left out.
     """
@@ -86,13 +97,10 @@ def rate_points(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if not over or any(run["status"] in (DIVERGED, FAILED) for run in group):
             continue
         metric = task_metric(over[0])
-        scores = {run["seed"]: PROGRESS[metric] * run["after"][TASK][metric] for run in over}
-        points.append({"learning_rate": rate, "seeds": len(over), "figures": _figures(over), "scores": scores})
+        figures = _figures(over)
+        score = PROGRESS[metric] * figures[f"{TASK} {metric}"]["mean"]
+        points.append({"learning_rate": rate, "seeds": len(over), "figures": figures, "score": score})
     return points
-
-
-def _mean_score(point: dict[str, Any], seeds: set[int]) -> float:
-    return statistics.fmean(score for seed, score in point["scores"].items() if seed in seeds or not seeds)
 
 
 def task_metric(run: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from pion_hf.cli.contest import other_domains, rate_points, task_metric
+from pion_hf.cli.contest import comparable, other_domains, rate_points, task_metric
 from pion_hf.evaluation import PROGRESS
 from pion_hf.report.figures import Picture
 from pion_hf.report.looks import COLOURS, MARKERS, STYLES, add_legend, new_figure, plain, styled
@@ -31,7 +31,8 @@ def frontier(record: dict[str, Any]) -> Picture | None:
     over = [run for run in record["runs"] if run["status"] == FINISHED]
     domains = other_domains(record)
     contenders = list(dict.fromkeys(run["contender"] for run in record["runs"]))
-    points = {name: rate_points(run for run in record["runs"] if run["contender"] == name) for name in contenders}
+    runs = comparable(record["runs"])
+    points = {name: rate_points(run for run in runs if run["contender"] == name) for name in contenders}
     if not domains or not any(points.values()):
         return None
     figure = new_figure(HEIGHT * len(domains) + LEGEND_LINE * len(contenders))
