@@ -30,7 +30,7 @@ ROLES = {
     "down": {"down_proj", "w2", "fc2", "fc_out", "dense_4h_to_h"},
 }
 # Lanczos steps for a spectral norm: from scratch, and from the singular vector of the snapshot before.
-COLD_STEPS, WARM_STEPS = 12, 4
+COLD_STEPS, WARM_STEPS = 24, 4
 
 
 @dataclass(frozen=True)

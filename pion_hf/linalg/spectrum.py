@@ -35,8 +35,8 @@ def leading_singular(w: Tensor, start: Tensor | None = None, *, steps: int) -> t
     Lanczos bidiagonalisation with full reorthogonalisation (Golub and Kahan, 1965) from `start`, or from a fixed random
     vector: a lower bound, for two products with a vector a step, like power iteration, which needs many more steps.
     NaN for a matrix that is not finite.
-    Twelve come within a percent for pretrained weights (3e-4 on average), and so do four that start from the vector of
-    a matrix that has moved little since.
+    24 come within 1e-5 for pretrained weights (12 within 2e-2), and so do four that start from the vector of a matrix
+    that has moved little since.
     """
     w = w if w.shape[0] >= w.shape[1] else w.mT
     m, n = w.shape
