@@ -92,7 +92,7 @@ def read_run(folder: str | os.PathLike) -> Run:
         raise FileNotFoundError(f"there is no folder {str(folder)!r}.")
     if not (folder / RECORD).is_file():
         raise ValueError(f"{str(folder)!r} is no run: it holds no {RECORD}, which training writes when it begins.")
-    record = _read_json(folder / RECORD)
+    record = read_json(folder / RECORD)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{str(folder / RECORD)!r} is not of format {FORMAT}, which this version reads.")
     return Run(
@@ -100,8 +100,8 @@ def read_run(folder: str | os.PathLike) -> Run:
         record=record,
         logs=_read_lines(folder / LOG),
         snapshots=[Snapshot(line["step"], line.get("values", {})) for line in _read_lines(folder / MATRICES)],
-        evaluation=_read_json(folder / EVALUATION),
-        routing=_read_json(folder / ROUTING),
+        evaluation=read_json(folder / EVALUATION),
+        routing=read_json(folder / ROUTING),
     )
 
 
@@ -148,7 +148,12 @@ def _nan(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None if there is none.
+
+    Raises:
+        ValueError: it is damaged, or cannot be read.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -8,7 +8,6 @@ how that ended. A run is over when `trial.json` says finished; anything else the
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -26,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from pion_hf.cli import child
 from pion_hf.cli.grid import Trial, write_recipe
-from pion_hf.runs import EVALUATION, FAILED, FINISHED, RUNNING, SPECTRA, write_json
+from pion_hf.runs import EVALUATION, FAILED, FINISHED, RUNNING, SPECTRA, read_json, write_json
 
 TRIAL, RECIPE, OUTPUT, LOCK = "trial.json", "recipe.yaml", "train.log", ".lock"
 FORMAT = 1  # of trial.json
@@ -51,12 +50,7 @@ def read_trial(folder: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: it is damaged.
     """
-    try:
-        return json.loads((folder / TRIAL).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {str(folder / TRIAL)!r}: {error}") from None
+    return read_json(folder / TRIAL)
 
 
 def is_finished(folder: Path) -> bool:

@@ -305,10 +305,11 @@ def plan_class(params: list[Tensor], *, share_work: bool) -> type[Plan]:
     return SharedPlan if share_work and _several() else Plan
 
 
-class ShardedPlan(Plan):
-    """As `Plan`, of parameters that are sharded (FSDP2).
+class _PlanOfSeveral(Plan):
+    """As `Plan`, of processes that divide the matrices among themselves.
 
-    forms: of a parameter, the entries of its state after a step, as tensors whose memory is not asked for.
+    forms: of a parameter, the entries of its state after a step, as tensors whose memory is not asked for. group: the
+    processes; None for all.
     """
 
     def __init__(
@@ -317,12 +318,20 @@ class ShardedPlan(Plan):
         layout: blocks.Layout,
         params: list[Tensor],
         forms: Callable[[Tensor], dict[str, Tensor]],
+        group: dist.ProcessGroup | None,
     ) -> None:
         self.watch(params)
-        self._layout, self._forms = layout, forms
-        self._device, self._process_group = params[0].to_local().device, _group(params[0])
-        self._rank, self._ranks = dist.get_rank(self._process_group), dist.get_world_size(self._process_group)
+        self._layout, self._forms, self._process_group = layout, forms, group
+        self._device = local(params[0]).device
+        self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
         self._rounds = rounds_of(parcels_of(units), self._ranks)
+
+
+class ShardedPlan(_PlanOfSeveral):
+    """As `Plan`, of parameters that are sharded (FSDP2)."""
+
+    def __init__(self, units: Iterable, layout: blocks.Layout, params: list[Tensor], forms: Callable) -> None:
+        super().__init__(units, layout, params, forms, _group(params[0]))
 
     def inspect(self, check: Callable[[str, Tensor], None], fresh: set[Tensor]) -> None:
         """`check(name, matrices)` of every matrix of fresh parameters, by its owner; what one raises, all raise.
@@ -400,20 +409,11 @@ class ShardedPlan(Plan):
         return exchange(outgoing, incoming, device=self._device, group=self._process_group)
 
 
-class SharedPlan(Plan):
+class SharedPlan(_PlanOfSeveral):
     """As `Plan`, of parameters that every process holds, with equal gradients (DDP): each updates its share."""
 
-    def __init__(
-        self,
-        units: Iterable[tuple[Unit, int]],
-        layout: blocks.Layout,
-        params: list[Tensor],
-        forms: Callable[[Tensor], dict[str, Tensor]],
-    ) -> None:
-        self.watch(params)
-        self._forms, self._device = forms, params[0].device
-        self._rank = dist.get_rank()
-        self._rounds = rounds_of(parcels_of(units), dist.get_world_size())
+    def __init__(self, units: Iterable, layout: blocks.Layout, params: list[Tensor], forms: Callable) -> None:
+        super().__init__(units, layout, params, forms, None)
         self._batches = [
             batches_of([unit for parcel in owned[self._rank] for unit in parcel.units], layout)
             for owned in self._rounds
