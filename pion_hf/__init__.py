@@ -5,7 +5,7 @@ from pion_hf.initialization import spectral_init_
 from pion_hf.integrations.callbacks import watch
 from pion_hf.integrations.registry import register
 from pion_hf.integrations.trainer import PionTrainer, PionTrainerMixin, PionTrainingArguments
-from pion_hf.optim import Pion, PionLora, Teon, TeonLora
+from pion_hf.optim import Pion, PionLora, RoutedAdamW, Teon, TeonLora
 from pion_hf.routing import param_groups, routing_table
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "PionTrainer",
     "PionTrainerMixin",
     "PionTrainingArguments",
+    "RoutedAdamW",
     "Teon",
     "TeonLora",
     "__version__",

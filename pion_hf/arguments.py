@@ -17,12 +17,19 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from pion_hf.errors import unknown
-from pion_hf.optim import Pion, PionLora, Teon, TeonLora
+from pion_hf.optim import Pion, PionLora, RoutedAdamW, Teon, TeonLora
 from pion_hf.schedules import SCHEDULES, check_options
 
 logger = logging.get_logger(__name__)
 
-OPTIMIZER_CLASSES = {"pion": Pion, "teon": Teon, "muon": Teon, "pion_lora": PionLora, "teon_lora": TeonLora}
+OPTIMIZER_CLASSES = {
+    "pion": Pion,
+    "teon": Teon,
+    "muon": Teon,
+    "adamw_routed": RoutedAdamW,
+    "pion_lora": PionLora,
+    "teon_lora": TeonLora,
+}
 # Muon is TEON with stacks of one.
 FIXED_OPTIONS = {"muon": {"stack": 1}}
 
@@ -58,10 +65,11 @@ class PionOptions:
         metadata={"help": "Learning rate of the AdamW groups (embeddings, heads, norms). Unset: learning_rate."},
     )
     optim_adamw_betas: list[float] | None = field(
-        default=None, metadata={"help": "Betas of the AdamW groups. Unset: adam_beta1 and adam_beta2."}
+        default=None,
+        metadata={"help": "Betas of the AdamW groups (adamw_routed: of all). Unset: adam_beta1 and adam_beta2."},
     )
     optim_adamw_eps: float | None = field(
-        default=None, metadata={"help": "Epsilon of the AdamW groups. Unset: adam_epsilon."}
+        default=None, metadata={"help": "Epsilon of the AdamW groups (adamw_routed: of all). Unset: adam_epsilon."}
     )
     optim_exclude_modules: list[str] | None = field(
         default=None,
@@ -102,8 +110,9 @@ class PionOptions:
     optim_second_moment: bool | None = field(
         default=None, metadata=_help("Pion: divide the gradient by a second moment, as the paper's variant.")
     )
-    optim_polar: Literal["express", "quintic", "svd"] | None = field(
-        default=None, metadata=_help("Orthogonalisation method.")
+    optim_polar: Literal["express", "quintic", "svd", "gram"] | None = field(
+        default=None,
+        metadata=_help("Orthogonalisation method; gram: pion-hf[gram] and an NVIDIA GPU from Hopper on."),
     )
     optim_polar_steps: int | None = field(default=None, metadata=_help("Iterations of the orthogonalisation."))
     optim_polar_dtype: Literal["auto", "float32", "bfloat16"] | None = field(

@@ -21,9 +21,10 @@ from pion_hf.patterns import Patterns, spellings_of
 from pion_hf.stacking import ALL_FACTORS, Stacks, find_stacks
 from pion_hf.structure import Structure
 
-OPTIMIZERS = ("pion", "teon", "muon", "pion_lora", "teon_lora")
+OPTIMIZERS = ("pion", "teon", "muon", "adamw_routed", "pion_lora", "teon_lora")
 # What an optimizer becomes on a model with LoRA adapters, and the options that come with it.
 LORA_FORMS = {"pion": ("pion_lora", {}), "teon": ("teon_lora", {}), "muon": ("teon_lora", {"stack": 1})}
+FOR_ADAPTERS = ("pion_lora", "teon_lora")
 FACTOR_METHODS = ("rotate", "orthogonal", "adamw")
 DEFAULT_STACK = 2
 NO_STACKS = Stacks()
@@ -213,7 +214,7 @@ def routing_table(
 
 def _nothing_to_update(optim: str, routes: list[Route], *, by_adamw: bool, excluded: bool) -> ValueError:
     """What to say where the rule found no matrix, and why it did not."""
-    if optim not in LORA_FORMS:
+    if optim in FOR_ADAPTERS:
         hint = "widen optim_target_modules or narrow optim_exclude_modules (factors of convolutions always go there)"
         if by_adamw:
             hint = "set lora_a='rotate' or lora_b='orthogonal'"
@@ -244,8 +245,9 @@ def _check_choices(optim: str, *, stack: Any, stack_targets: Any, lora_a: Any, l
 
 def _factors(model: nn.Module, optim: str) -> dict[int, Factor]:
     """The model's LoRA factors by parameter, if the optimizer is one for adapters."""
-    if optim in LORA_FORMS:
+    if optim not in FOR_ADAPTERS:
         if has_adapters(model):
+            refuse_adapters(optim)
             form, _ = LORA_FORMS[optim]
             raise ValueError(
                 f"the model has LoRA adapters, and optim={optim!r} is for whole matrices (a fresh adapter has B = 0, "
@@ -260,6 +262,15 @@ def _factors(model: nn.Module, optim: str) -> dict[int, Factor]:
             f"(peft.get_peft_model, use_peft), or use optim={whole!r} for whole matrices."
         )
     return factors
+
+
+def refuse_adapters(optim: str) -> None:
+    """Raises ValueError for an optimizer of whole matrices that has no form for LoRA adapters."""
+    if optim not in (*LORA_FORMS, *FOR_ADAPTERS):
+        raise ValueError(
+            f"optim={optim!r} tells hidden matrices from embeddings, heads and norms, and LoRA adapters have only "
+            "factors: use optim='adamw_torch' for them."
+        )
 
 
 def _factor_route(factor: Factor, optim: str, method: str) -> Route:
@@ -310,7 +321,8 @@ def param_groups(
 
     Args:
         lr: of the matrices. weight_decay: of every matrix that is not rotated, embeddings and heads included.
-        adamw_lr, adamw_betas, adamw_eps: of the AdamW groups (default: `lr` and the optimizer's own).
+        adamw_lr, adamw_betas, adamw_eps: of the AdamW groups (default: `lr` and the optimizer's own); of
+            `adamw_routed` betas and eps are the matrices' too.
         targets, exclude, stack, stack_targets, lora_a, lora_b: see `routing_table`. routing: its result, if at hand.
 
     Raises:
@@ -331,7 +343,8 @@ def param_groups(
     for r in sorted(routing, key=lambda r: r.rule == "adamw"):
         key = _group_key(r)
         if key not in groups:
-            options = adamw_options if r.rule == "adamw" else {"lr": lr}
+            options = adamw_options if r.rule in ("adamw", "adamw_routed") else {}
+            options = options if r.rule == "adamw" else {**options, "lr": lr}
             decay = weight_decay if r.decays else 0.0
             groups[key] = {"params": [], "rule": r.rule, "layout": r.layout, **options, "weight_decay": decay}
             if r.rule in ("teon", "teon_lora"):

@@ -109,7 +109,7 @@ class Fail(TrainerCallback):
 # -- the folder -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optim", ["pion", "teon", "muon", "adamw_torch", "sgd"])
+@pytest.mark.parametrize("optim", ["pion", "teon", "muon", "adamw_routed", "adamw_torch", "sgd"])
 def test_snapshots_are_those_of_the_weights(optim, train):
     """Under any optimizer, against singular values by torch."""
     _, run = train(optim=optim, extra=[keep := Keep()])

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
-from pion_hf import Pion, PionLora, PionTrainer, PionTrainingArguments, Teon, TeonLora
+from pion_hf import Pion, PionLora, PionTrainer, PionTrainingArguments, RoutedAdamW, Teon, TeonLora
 from pion_hf.integrations.callbacks import unwrap
 from pion_hf.integrations.checkpoints import is_complete, last_complete_checkpoint, resolve_resume
 from tests.conftest import toy_llama
@@ -285,6 +285,7 @@ def groups_of(params: dict[str, nn.Parameter], first: dict[str, Any], second: di
 
 
 PION, MUON, TEON = {"rule": "pion"}, {"rule": "muon"}, {"rule": "teon", "stacks": [["a", "b"]]}
+ROUTED = {"rule": "adamw_routed"}
 ROTATE = {"rule": "pion_lora", "method": "rotate", "reach": [1.0, 1.0]}
 GROW = {"rule": "pion_lora", "method": "orthogonal", "reach": [1.0]}
 TEON_LORA = {"rule": "teon_lora", "reach": [1.0, 1.0], "stacks": [["a", "b"]], "method": "orthogonal"}
@@ -297,6 +298,7 @@ OPTIMIZERS = {
     "teon": (Teon, TEON, MUON, {}),
     "pion_lora": (PionLora, ROTATE, GROW, {}),
     "teon_lora": (TeonLora, TEON_LORA, ALONE, {}),
+    "adamw_routed": (RoutedAdamW, ROUTED, ROUTED, {}),
 }
 
 
@@ -337,7 +339,7 @@ def test_steps_with_gradients_that_are_not_finite_might_not_have_been(optim, dty
     tried("NaN or Inf in a gradient: bits of a run without the step", len(poison), "steps")
 
 
-@pytest.mark.parametrize("optim", ["pion", "teon", "muon"])
+@pytest.mark.parametrize("optim", ["pion", "teon", "muon", "adamw_routed"])
 def test_a_run_goes_on_after_a_gradient_that_is_not_finite(optim, tmp_path):
     class Poison(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):

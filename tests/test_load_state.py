@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pion_hf import Pion, PionTrainer, PionTrainingArguments, Teon, param_groups
+from pion_hf import Pion, PionTrainer, PionTrainingArguments, RoutedAdamW, Teon, param_groups
 from pion_hf.optim import MatrixOptimizer
 from tests.conftest import toy_llama
 
@@ -106,6 +106,8 @@ FITTING: list[Callable[[], MatrixOptimizer]] = [
     lambda: pion(group=FUSED, dtype=torch.bfloat16),
     muon,
     lambda: teon("ab", "cd"),
+    lambda: RoutedAdamW(named(), lr=1e-2),
+    lambda: RoutedAdamW(named(dtype=torch.bfloat16), lr=1e-2),
     lambda: Pion([p for _, p in named()], lr=1e-2),
 ]
 
@@ -125,6 +127,7 @@ def test_state_that_fits_continues_to_the_bit(build, how):
             resumed.load_state_dict(state)
     else:
         resumed = copy.deepcopy(straight) if how == "copy" else pickle.loads(pickle.dumps(straight))
+    assert [g.keys() for g in resumed.param_groups] == [g.keys() for g in straight.param_groups]
     for seed in range(2, 5):
         step(straight, seed)
         step(resumed, seed)

@@ -22,7 +22,12 @@ from pion_hf.integrations.model_card import METHODS, extend
 from pion_hf.integrations.trl import PionSFTConfig, PionSFTTrainer
 from tests.conftest import toy_llama
 
-PAPERS = {"pion": "arXiv 2605.12492", "teon": "arXiv 2601.23261", "muon": "Jordan et al., 2024"}
+PAPERS = {
+    "pion": "arXiv 2605.12492",
+    "teon": "arXiv 2601.23261",
+    "muon": "Jordan et al., 2024",
+    "adamw_routed": "arXiv 1711.05101",
+}
 
 
 def card_in(folder: Path) -> ModelCard:
@@ -125,6 +130,7 @@ def test_sft_writes_a_card_that_agrees_with_the_records(recipe, tmp_path):
         ("pion", toy_llama, ["pion"]),
         ("teon", toy_llama, ["teon", "muon"]),
         ("muon", toy_llama, ["muon"]),
+        ("adamw_routed", toy_llama, ["adamw_routed"]),
         ("adamw_torch", toy_llama, []),
         ("pion", adapted, ["pion", "muon"]),
         ("pion_lora", adapted, ["pion", "muon"]),

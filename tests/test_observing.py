@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from pion_hf import Pion, Teon, param_groups
+from pion_hf import Pion, RoutedAdamW, Teon, param_groups
 from pion_hf.arguments import OPTIMIZER_CLASSES
 from pion_hf.linalg.rotation import Generator, generator, skew
 from pion_hf.optim.observing import SelfCheck, Update, angles
@@ -47,8 +47,9 @@ def said(caplog):
         (lambda m: Pion(m, lr=1e-2, preset="paper"), "pion: 3 of 3 matrices rotated"),
         (lambda m: Teon([{"params": m, "rule": "muon"}], lr=1e-2, stack=1), "muon: 3 of 3 matrices moved"),
         (lambda m: Teon([{"params": m[:2], "rule": "teon", "stacks": [["m0", "m1"]]}]), "teon: 2 of 2 matrices moved"),
+        (lambda m: RoutedAdamW(m, lr=1e-2), "adamw_routed: 3 of 3 matrices moved"),
     ],
-    ids=["pion", "paper", "muon", "teon"],
+    ids=["pion", "paper", "muon", "teon", "adamw_routed"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_counts_what_moved_once(make, message, dtype, said):

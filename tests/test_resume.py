@@ -45,8 +45,8 @@ class Case(NamedTuple):
 F32, BF16 = torch.float32, torch.bfloat16
 COSINE, WSD = "pion_cosine", "teon_wsd"
 CASES = [
-    *(Case(optim, COSINE, F32) for optim in ("pion", "teon", "muon")),
-    *(Case(optim, WSD, BF16) for optim in ("pion", "teon", "muon")),
+    *(Case(optim, COSINE, F32) for optim in ("pion", "teon", "muon", "adamw_routed")),
+    *(Case(optim, WSD, BF16) for optim in ("pion", "teon", "muon", "adamw_routed")),
     *(Case(optim, WSD, F32, adapters=True) for optim in ("pion_lora", "teon_lora", "muon")),
     *(Case(optim, COSINE, BF16, adapters=True) for optim in ("pion_lora", "teon_lora", "muon")),
     # Fresh bases at the first step after the interruption; at the last one before it and once more.
@@ -184,7 +184,7 @@ def test_a_new_process_resumes_bit_for_bit(tmp_path, monkeypatch, subtests, trie
             resumed = torch.load(tmp_path / f"{case}.pt", weights_only=True)
             assert differences(resumed, expected) == []
             assert len(expected["log"]) == STEPS
-            assert bool(masters(expected)) == (case.dtype == BF16)
+            assert bool(masters(expected)) == (case.dtype == BF16 and case.optim != "adamw_routed")
             assert all(rest.any() for rest in masters(expected))
     tried("resumed in a new process: bits of a run that was not", len(CASES), "runs")
 

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pion_hf.linalg.ambient import ambient_generator
 from pion_hf.linalg.polar import polar_factor
 from pion_hf.linalg.rotation import skew
-from pion_hf.linalg.spectrum import ambient_generator, numerical_zero, singular_basis, singular_values, spectral_drift
+from pion_hf.linalg.spectrum import numerical_zero, singular_basis, singular_values, spectral_drift
 
 SHAPES = [(9, 9), (14, 6), (6, 14), (2, 5)]
 

@@ -20,6 +20,7 @@ from pion_hf.cli.adapters import AdapterSFTTrainer, ModelArguments, check_adapte
 from pion_hf.cli.outcome import ReportArguments, ReportMixin, check_report
 from pion_hf.integrations.registry import refuse_wrappers
 from pion_hf.integrations.trl import PionSFTConfig
+from pion_hf.routing import refuse_adapters
 
 # The dataclasses of every training command, in the order of `train`'s arguments.
 ARGUMENTS = (trl.ScriptArguments, PionSFTConfig, ModelArguments, trl.DatasetMixtureConfig, ReportArguments)
@@ -95,6 +96,8 @@ def check_model(training_args: PionSFTConfig, model_args: ModelArguments) -> Non
     check_adapter(model_args)
     if training_args.optim.value in OPTIMIZER_CLASSES:
         refuse_wrappers(training_args)
+        if model_args.use_peft:
+            refuse_adapters(training_args.optim.value)
 
 
 def model_from_config(

@@ -67,6 +67,18 @@ METHODS = {
   year   = {2024}
 }""",
     ),
+    "adamw_routed": Method(
+        "AdamW",
+        "[arXiv 1711.05101](https://arxiv.org/abs/1711.05101)",
+        "every entry moves by its momentum over the root of its second moment; hidden matrices have a learning rate of "
+        "their own",
+        """@inproceedings{loshchilov2019decoupled,
+  title     = {{Decoupled Weight Decay Regularization}},
+  author    = {Loshchilov, Ilya and Hutter, Frank},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2019}
+}""",
+    ),
 }
 
 NUMBER_FORMATS = {"exact_match": "{:.1%}", "perplexity": "{:.2f}"}  # any other: four places
@@ -94,9 +106,12 @@ def describe(args: TrainingArguments, wrapped: Any, model: nn.Module) -> dict[st
     if said["name"] not in OPTIMIZER_CLASSES:  # built by hand
         said["name"] = leading["rule"]
     names = [n for n in inspect.signature(type(optimizer)).parameters if n not in ("params", "lr", "weight_decay")]
+    options = {name: leading[name] for name in names if name in leading}
+    if leading["rule"] in optimizer.elementwise_rules:
+        options = {name: leading[name.removeprefix("adamw_")] for name in names}
     return {
         **said,
-        "options": {name: leading[name] for name in names if name in leading},
+        "options": options,
         "rules": list(_rules(optimizer).values()),
         "frozen_parameters": sum(p.numel() for p in model.parameters() if not p.requires_grad),
     }
@@ -135,6 +150,8 @@ def methods_of(optimizer: dict[str, Any]) -> list[str]:
     for row in optimizer.get("rules", ()):
         if row["rule"] == "pion" or row.get("method") == "rotate":
             used.add("pion")
+        elif row["rule"] == "adamw_routed":
+            used.add("adamw_routed")
         elif row["rule"] != "adamw":
             used.add("teon" if row["stacks"] else "muon")
     return [key for key in METHODS if key in used]

@@ -24,6 +24,13 @@ SERIES_ANGLES = ((0.006, 2), (0.05, 3), (0.1, 5), (0.2, 7), (0.35, 9), (0.5, 11)
 ROOT_SERIES = {2: 1 / 2, 3: 1 / 8, 5: -1 / 128, 7: 1 / 1024, 9: -5 / 32768, 11: 7 / 262144}
 # Up to this angle what `split_product` rounds, 2^-17 of the first power, is below float32's own rounding of the result.
 SPLIT_ANGLE = 2**-7
+# A term of the series may be rounded to 8 bits where its norm, relative to what is rotated, is at most this: the error,
+# 2^-9 of it and in random directions, adds up over 1,000 steps to a drift of the spectrum below 1e-6.
+ROUNDED_TERM = 2**-13
+# Terms of a norm below this are left out: even if always of one direction, their drift stays below 1e-6 in 1,000 steps.
+MISSING_TERM = 2**-32
+# Transposing a large matrix leaves a core's cache at every element: on CPU it is done in blocks of this size.
+SKEW_BLOCK = 384
 # Low-rank cores up to this size are inverted as a batch on CPU, by so many products at most.
 SMALL_CORE = 128
 NEUMANN_PRODUCTS = 6
@@ -31,8 +38,20 @@ NEUMANN_PRODUCTS = 6
 
 def skew(x: Tensor) -> Tensor:
     """`x - x^T` over the last two dimensions; exactly skew-symmetric in any precision."""
-    # On CPU a copy of the transposed is made block by block, which reading it in place is not.
-    return x - (x.mT.contiguous() if x.device.type == "cpu" else x.mT)
+    n = x.shape[-1]
+    if x.device.type != "cpu":
+        return x - x.mT
+    if n <= 2 * SKEW_BLOCK:  # a copy of the transposed is made block by block, which reading it in place is not
+        return x - x.mT.contiguous()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    cuts = [slice(start, start + SKEW_BLOCK) for start in range(0, n, SKEW_BLOCK)]
+    for i, rows in enumerate(cuts):
+        for columns in cuts[i:]:
+            block = x[..., rows, columns] - x[..., columns, rows].mT.contiguous()
+            out[..., rows, columns] = block
+            if rows != columns:
+                out[..., columns, rows] = block.mT.neg()
+    return out
 
 
 def solve(a: Tensor, b: Tensor) -> Tensor:
@@ -144,9 +163,9 @@ def root_terms(angle: float) -> int:
     return next((terms for limit, terms in SERIES_ANGLES if angle <= limit), SERIES_ANGLES[-1][1])
 
 
-def half_terms(angle: float) -> int:
-    """Terms of the root series that show in half precision."""
-    return max((k for k, c in ROOT_SERIES.items() if abs(c) * angle**k > 2**-9), default=1)
+def passing_terms(angle: float) -> int:
+    """Terms of the root series that change a momentum by a hundredth or more."""
+    return max((k for k, c in ROOT_SERIES.items() if abs(c) * angle**k > 2**-7), default=1)
 
 
 class Increment(NamedTuple):
@@ -182,7 +201,7 @@ class Increment(NamedTuple):
         (low-rank rotations from the right only).
         """
         if self.terms:
-            return self._series(x, side, low, first)
+            return self._low_series(x, side) if low and self.tail is not None else self._series(x, side, first)
         power = x
         if self.core is not None:
             power = _product(x, self.right.mT, side) if seen is None else seen
@@ -190,40 +209,58 @@ class Increment(NamedTuple):
         right = self.right if not low or self.tail is None else self.tail
         return _product(power, right, side).add_(x)
 
-    def _series(self, x: Tensor, side: str, low: bool, first: Tensor | None) -> Tensor:
-        low = low and self.tail is not None
-        if low:
-            power, terms = _skew_product(x.to(self.tail.dtype), self.tail, side), half_terms(self.angle)
-        else:
-            # What `moved` has split may be used for as long as that does not show.
-            exact = self.low if self.angle <= SPLIT_ANGLE else None
-            if first is None or (exact is None and _is_split(x, self.low)):
-                first = _skew_product(x, self.right, side, low=exact)
-            # Each power takes its share of alpha at once: the generator itself may be of any size.
-            power, terms = first * self.alpha, self.terms
-        # On a GPU no norm is read: the first power is taken to be as large as its angle.
-        size = torch.linalg.matrix_norm(x).clamp_min(torch.finfo(x.dtype).tiny) if x.device.type == "cpu" else None
-        total, rest = x + power, None
-        for term in range(2, terms + 1):
-            lower = None
+    def _low_series(self, x: Tensor, side: str) -> Tensor:
+        """`x E` with products in the precision of `tail`; `x` itself is not rounded."""
+        power = _skew_product(x.to(self.tail.dtype), self.tail, side)
+        total = x + power
+        for term in range(2, passing_terms(self.angle) + 1):
+            power = _skew_product(power, self.tail, side)
+            if term in ROOT_SERIES:
+                total.add_(power, alpha=ROOT_SERIES[term])
+        return total
+
+    def _series(self, x: Tensor, side: str, first: Tensor | None) -> Tensor:
+        # What `moved` has split may be used for as long as that does not show.
+        exact = self.low if self.angle <= SPLIT_ANGLE else None
+        if first is None or (exact is None and _is_split(x, self.low)):
+            first = _skew_product(x, self.right, side, low=exact)
+        # Each power takes its share of alpha at once: the generator itself may be of any size.
+        power = first * self.alpha
+        total = x + power
+        # On a GPU no norm is read: powers are taken to be as large as their angle allows.
+        reading = self.tail is not None and x.device.type == "cpu"
+        size = torch.linalg.matrix_norm(x).clamp_min(torch.finfo(x.dtype).tiny) if reading else None
+        for term in range(2, self.terms + 1):
+            lower, norm = None, self.angle**term
             if self.tail is not None:
                 lower = _skew_product(power.to(self.tail.dtype), self.tail, side)
-            if lower is not None and (low or power.dtype != x.dtype or not self._shows(lower, term, size)):
+                norm = _relative_norm(lower, size) if reading else norm
+            if lower is not None and (power.dtype != x.dtype or _weight(term) * norm <= ROUNDED_TERM):
                 power = lower
             else:
                 power = _skew_product(power, self.right, side, low=exact).mul_(self.alpha)
-            if term not in ROOT_SERIES:
-                continue
-            if power.dtype == x.dtype:
+            if term in ROOT_SERIES:
                 total.add_(power, alpha=ROOT_SERIES[term])
-            else:
-                rest = power * ROOT_SERIES[term] if rest is None else rest.add_(power, alpha=ROOT_SERIES[term])
-        return total if rest is None else total.add_(rest)
+                if reading and self._is_done(term, norm):
+                    break
+        return total
 
-    def _shows(self, power: Tensor, term: int, size: Tensor | None) -> bool:
-        """Whether rounding a power to 8 bits would show in a float32 result of norm `size`."""
-        largest = self.angle**term if size is None else (torch.linalg.matrix_norm(power) / size).amax().item()
-        return abs(ROOT_SERIES.get(term, ROOT_SERIES[3])) * largest > 2**-18
+    def _is_done(self, term: int, norm: float) -> bool:
+        """Whether `E^T E` is `I` to rounding without further terms, where the last power has this norm.
+
+        The next odd term, `c x^j`, makes up for `2 c x^(j + 1)` there.
+        """
+        odd = term + 2 - (term % 2 == 0)
+        return odd not in ROOT_SERIES or 2 * _weight(odd) * norm * self.angle ** (odd + 1 - term) <= MISSING_TERM
+
+
+def _weight(term: int) -> float:
+    return abs(ROOT_SERIES.get(term, ROOT_SERIES[3]))
+
+
+def _relative_norm(x: Tensor, size: Tensor) -> float:
+    """The largest of a batch."""
+    return (torch.linalg.matrix_norm(x) / size).amax().item()
 
 
 def _product(x: Tensor, factor: Tensor, side: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a rotation must not change, and how the ambient metric sees it: singular values and their bases."""
+"""What a rotation must not change: singular values, and their bases."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from pion_hf.linalg.rotation import Generator, generator, skew
 
 
 def singular_values(w: Tensor) -> Tensor:
@@ -95,64 +93,3 @@ def numerical_zero(values: Tensor, *, tolerance: float = 0.0) -> Tensor:
     """
     tolerance = max(tolerance, values.shape[-1] * torch.finfo(values.dtype).eps)
     return values <= tolerance * values[..., :1]
-
-
-def ambient_generator(
-    w: Tensor,
-    direction: Tensor,
-    basis: Basis,
-    *,
-    right: bool,
-    hold: float = 0.0,
-    tolerance: float = 0.0,
-    rows: int = 0,
-    dtype: torch.dtype | None = None,
-) -> Generator:
-    """The skew `A`, `(..., n, n)`, whose `W A` is nearest to `-D` in the Frobenius norm.
-
-    It solves `C A + A C = -skew(W^T D)` with `C = W^T W`: in the basis of right singular vectors
-    `A_ij = -S_ij / (s_i^2 + s_j^2)`, 0 where both are 0. The part of `D` outside `W`'s row space passes
-    unchanged. With `hold = h` the `int(h k)` leading singular directions are left alone.
-
-    w, direction: `(..., m, n)`; basis: of `w`'s smaller side (see `singular_basis`); right: whether its
-    rows are right singular vectors of `w` (needs `m >= n`) or left ones (`m <= n`); tolerance: see `numerical_zero`;
-    rows: how many rows will be rotated (see `generator`); dtype: of the products that form `A`, which is skewed
-    exactly afterwards, so that neither their rounding nor the basis's touches the spectrum.
-    """
-    held = int(hold * min(w.shape[-2:]))
-    zero = numerical_zero(basis.values, tolerance=tolerance)
-    values = basis.values.masked_fill(zero, 0)
-    inverse = torch.where(zero, 0, basis.values.reciprocal())
-    low = dtype or w.dtype
-    rows_low, w_low = basis.rows.to(low), w.to(low)
-    inverse = inverse.to(low)
-    if right:
-        vt = rows_low
-        ut = ((w_low @ rows_low.mT) * inverse.unsqueeze(-2)).mT
-    else:
-        vt = (rows_low @ w_low) * inverse.unsqueeze(-1)  # right singular vectors of the nonzero values
-        ut = rows_low
-    projected = ut @ direction.to(low)
-    seen = projected @ vt.mT
-    inside = _between(seen.to(w.dtype), values, held)
-    factor = (inside / -2).to(low) @ vt
-    if not right:
-        outside = (projected - seen @ vt).mul_(inverse.unsqueeze(-1))
-        if held:
-            outside[..., :held, :] = 0
-        factor += outside
-    return generator(vt, factor, rows=rows, dtype=w.dtype)
-
-
-def _between(seen: Tensor, values: Tensor, held: int) -> Tensor:
-    """`A` between singular directions, `(..., k, k)`, from `seen = U^T D V`.
-
-    `-(s_i D_ij - s_j D_ji) / (s_i^2 + s_j^2)`, 0 where both singular values are zero or a direction is held.
-    """
-    squared = values.square()
-    sums = squared.unsqueeze(-1) + squared.unsqueeze(-2)
-    weights = torch.where(sums > 0, sums.reciprocal(), 0)
-    if held:
-        weights[..., :held, :] = 0
-        weights[..., :, :held] = 0
-    return -skew(values.unsqueeze(-1) * seen) * weights

@@ -30,7 +30,8 @@ STRUCTURAL_KEYS = {"params", "param_names", "rule", "layout", "role", "stacks", 
 class MatrixOptimizer(torch.optim.Optimizer):
     """Updates matrices by a rule of its own and everything else by torch's AdamW.
 
-    A subclass sets `matrix_rules`, checks its options in `check_options`, and overrides `update`.
+    A subclass sets `matrix_rules`, checks its options in `check_options`, and overrides `update`, unless its rules are
+    among `elementwise_rules`: what torch's AdamW steps.
 
     A group's `rule` chooses: one of `matrix_rules`, or `"adamw"`. Groups without a rule, `(name, tensor)`
     pairs and bare tensors are divided: 2-D tensors are matrices, the rest goes to AdamW.
@@ -43,6 +44,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     matrix_rules: tuple[str, ...] = ()
     isospectral_rules: tuple[str, ...] = ()
+    elementwise_rules: tuple[str, ...] = ("adamw",)
 
     def __init__(self, params: Iterable, defaults: dict[str, Any], *, share_work: bool = False) -> None:
         """share_work: processes with equal gradients (DDP) each update a share of the matrices and tell the others."""
@@ -133,7 +135,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return loss
         with full_float32():
             for index, group in enumerate(self.param_groups):
-                if group["rule"] == "adamw":
+                if group["rule"] in self.elementwise_rules:
                     self._adamw_step(group)
                 else:
                     self._matrix_step(index)
@@ -160,7 +162,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             shapes = Counter((p.shape, p.dtype) for p in group["params"])
             for (shape, dtype), count in shapes.items():
-                if group["rule"] == "adamw":
+                if group["rule"] in self.elementwise_rules:
                     total += count * 2 * shape.numel() * dtype.itemsize
                     continue
                 forms = self._state_forms(shape, dtype, group).values()
@@ -200,11 +202,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the state is of other parameters, or of another rule or option (see `check_saved`).
         """
-        check_saved(state_dict, self.param_groups, self.defaults)
+        check_saved(state_dict, self.param_groups, self.defaults, self.elementwise_rules)
         own = [group.get("compile") for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, value in zip(self.param_groups, own, strict=True):
-            group["compile"] = value
+            if value is not None:
+                group["compile"] = value
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for index, p in zip(saved["params"], group["params"], strict=True):
                 for key, value in state_dict["state"].get(index, {}).items():
@@ -239,7 +242,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if group["rule"] == "adamw":
+                if group["rule"] in self.elementwise_rules:
                     self._begin_adamw(p)
                 else:
                     forms = self._forms_of(index, p)

@@ -13,7 +13,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pion_hf.linalg.polar import MOST_STEPS, POLAR_METHODS, is_skinny, polar_factor, polar_map
+from pion_hf.linalg.polar import (
+    ITERATIONS,
+    MOST_STEPS,
+    POLAR_METHODS,
+    check_method,
+    is_skinny,
+    polar_factor,
+    polar_map,
+)
 from pion_hf.linalg.rotation import RETRACTIONS, Generator
 from pion_hf.linalg.spectrum import numerical_zero, singular_basis, singular_values
 from pion_hf.optim.base import MatrixOptimizer, average, check_choices, check_range
@@ -61,7 +69,7 @@ class PionLora(MatrixOptimizer):
         metric: of a rotation, `lie` or `ambient`; of a factor whose singular values are equal they nearly agree.
         momentum: `transported` (carried along by the rotations) or `ambient` (left where it is).
         rank_tolerance: singular values below this fraction of the largest count as zero in the ambient metric.
-        polar, polar_steps: how a step is orthogonalised; see `Teon`.
+        polar, polar_steps: how a step is orthogonalised; see `Teon`. `gram` has kernels for ranks of 256 and more only.
         retraction: `cayley` or `root`, both exact.
         weight_decay: decoupled, of factors that grow (and AdamW's groups).
         share_work: under DDP, each process updates a share of the matrices and tells the others.
@@ -84,7 +92,7 @@ class PionLora(MatrixOptimizer):
         metric: Literal["lie", "ambient"] = "lie",
         momentum: Literal["transported", "ambient"] = "transported",
         rank_tolerance: float = 0.02,
-        polar: Literal["express", "quintic", "svd"] = "express",
+        polar: Literal["express", "quintic", "svd", "gram"] = "express",
         polar_steps: int = 5,
         retraction: Literal["root", "cayley"] = "cayley",
         weight_decay: float = 0.0,
@@ -115,6 +123,7 @@ class PionLora(MatrixOptimizer):
             return
         _require_reach(group)
         check_choices(group, CHOICES)
+        check_method(group["polar"])
         steps = group["polar_steps"]
         check_range("polar_steps", steps, lambda v: 1 <= v <= MOST_STEPS, f"in 1..{MOST_STEPS}", whole=True)
         check_range("rank_tolerance", group["rank_tolerance"], lambda v: 0 <= v < 1, "in [0, 1)")
@@ -216,7 +225,7 @@ def grown(
     tall, start = direction.reshape(-1, k * r, n), weight.reshape(-1, k * r, n)
     size = -group["lr"] * math.sqrt(k * min(r, n) / min(k * r, n)) * _by_row(state["reach"], r)
     decay = 1 - group["lr"] * group["weight_decay"]
-    if group["polar"] != "svd" and is_skinny(tall):
+    if group["polar"] in ITERATIONS and is_skinny(tall):
         factor = polar_map(tall, method=group["polar"], steps=group["polar_steps"])
         return torch.baddbmm(start, size * factor, tall, beta=decay).view(weight.shape)
     factor = polar_factor(tall, method=group["polar"], steps=group["polar_steps"])
@@ -259,7 +268,7 @@ class TeonLora(Teon):
         momentum: float = 0.95,
         nesterov: bool = True,
         stack: int = 2,
-        polar: Literal["express", "quintic", "svd"] = "express",
+        polar: Literal["express", "quintic", "svd", "gram"] = "express",
         polar_steps: int = 5,
         weight_decay: float = 0.0,
         adamw_betas: tuple[float, float] = (0.9, 0.95),

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from pion_hf.errors import unknown
-from pion_hf.linalg.polar import MOST_STEPS, POLAR_METHODS, polar_factor
+from pion_hf.linalg.ambient import ambient_generator, ambient_tangent, has_long_side, is_well_conditioned
+from pion_hf.linalg.polar import ITERATIONS, MOST_STEPS, POLAR_METHODS, check_method, polar_factor
 from pion_hf.linalg.precision import PRODUCT_DTYPES, product_dtype
 from pion_hf.linalg.rotation import RETRACTIONS, Generator, generator, rms_scale, skew
-from pion_hf.linalg.spectrum import Basis, ambient_generator, singular_basis
+from pion_hf.linalg.spectrum import Basis, singular_basis
 from pion_hf.optim import compiled
 from pion_hf.optim.base import MatrixOptimizer, average, buffer, check_choices, check_range
 
@@ -74,7 +75,7 @@ class Pion(MatrixOptimizer):
         hold: fraction of leading singular directions left alone (`metric="ambient"` only).
         rank_tolerance: singular values below this fraction of the largest count as zero in the ambient metric: pairs of
             them would turn by large angles to move almost nothing.
-        polar: `express`, `quintic` or `svd`, for `polar` and `msign`; polar_steps: its iterations.
+        polar: `express`, `quintic`, `svd` or `gram` (see `Teon`), for `polar` and `msign`; polar_steps: its iterations.
         retraction: `root` and `cayley` are orthogonal at any angle; `taylor` of `degree` grows singular values by
             `theta^4 / 8` a step at degree 2.
         generator_dtype: of the products that form a generator and carry the momentum; they are skewed exactly
@@ -108,7 +109,7 @@ class Pion(MatrixOptimizer):
         scale: Literal["rms", "none", "spectral"] = "rms",
         hold: float = 0.0,
         rank_tolerance: float = 0.02,
-        polar: Literal["express", "quintic", "svd"] = "express",
+        polar: Literal["express", "quintic", "svd", "gram"] = "express",
         polar_steps: int = 5,
         retraction: Literal["root", "cayley", "taylor"] = "root",
         degree: int = 2,
@@ -145,6 +146,7 @@ class Pion(MatrixOptimizer):
 
     def check_options(self, group: dict) -> None:
         check_choices(group, CHOICES)
+        check_method(group["polar"])
         check_range("rms", group["rms"], lambda v: v > 0, "above 0")
         for option in ("hold", "rank_tolerance"):
             check_range(option, group[option], lambda v: 0 <= v < 1, "in [0, 1)")
@@ -199,6 +201,10 @@ class Pion(MatrixOptimizer):
             direction = direction_of(grad, state, group=group, step=step)
             if group["metric"] == "ambient" and (step - 1) % BASIS_REFRESH == 0:
                 state["basis"], state["values"] = singular_basis(weight)
+            if group["metric"] == "ambient":
+                moved = self._move_long_side(weight, direction, state, side=sides[0], group=group)
+                if moved is not None:
+                    return moved
             generators = {side: generator_of(weight, direction, state, side=side, group=group) for side in sides}
         if group["direction"] == "msign":
             generators = {side: Generator(skew(_polar(a.core, group)) / 2) for side, a in generators.items()}
@@ -215,6 +221,35 @@ class Pion(MatrixOptimizer):
             if "basis" in state and side == _basis_side(weight):
                 state["basis"] = increment.rotate(state["basis"])
         return weight
+
+    def _move_long_side(
+        self, weight: Tensor, direction: Tensor, state: dict[str, Tensor], *, side: str, group: dict
+    ) -> Tensor | None:
+        """The step through a `Tangent`; None where `side` is not long, or the options ask for a generator."""
+        basis = Basis(state["basis"], state["values"])
+        if weight.is_meta or group["retraction"] != "root" or group["scale"] == "spectral":
+            return None
+        if not has_long_side(weight.shape, side) or not is_well_conditioned(basis):
+            return None
+        tangent = ambient_tangent(
+            weight,
+            direction,
+            basis,
+            tall=side == "out",
+            hold=group["hold"],
+            tolerance=group["rank_tolerance"],
+            dtype=product_dtype(weight, group["generator_dtype"]),
+        )
+        change = tangent.change()
+        alpha = _alpha(change, group)
+        moved = tangent.retract(weight, change, alpha)
+        if moved is None:
+            return None
+        if self._rotations is not None:
+            self.note_rotation(side, tangent.generator(), alpha)
+        if group["momentum"] == "transported":
+            state["momentum"] = tangent.carry(state["momentum"], alpha)
+        return moved
 
 
 def _preset_options(preset: str, given: dict) -> dict:
@@ -257,7 +292,7 @@ def _basis_side(weight: Tensor) -> str:
 
 
 def _polar(x: Tensor, group: dict) -> Tensor:
-    low = x.dtype if group["polar"] == "svd" else product_dtype(x, group["generator_dtype"])
+    low = product_dtype(x, group["generator_dtype"]) if group["polar"] in ITERATIONS else x.dtype
     return polar_factor(x.to(low), method=group["polar"], steps=group["polar_steps"]).to(x.dtype)
 
 
@@ -342,14 +377,18 @@ def _step_size(
     if group["scale"] == "spectral":
         norm = torch.stack([a.spectral_norm() for a in generators.values()]).amax(0)
         return torch.where(norm > 0, group["lr"] / norm.clamp_min(1e-12), 0)
-    if len(generators) == 1:
-        ((side, a),) = generators.items()
-        change = moved[side]
-        if change is None:
-            norm = a.act_norm(_seen_from(weight, side))
-        else:
-            norm = torch.linalg.matrix_norm(change, keepdim=True)
-    else:
-        change = sum(_seen_from(a.act(_seen_from(weight, side)), side) for side, a in generators.items())
-        norm = torch.linalg.matrix_norm(change, keepdim=True)
+    if len(generators) > 1:
+        return _alpha(sum(_seen_from(a.act(_seen_from(weight, side)), side) for side, a in generators.items()), group)
+    ((side, a),) = generators.items()
+    if moved[side] is not None:
+        return _alpha(moved[side], group)
+    norm = a.act_norm(_seen_from(weight, side))
     return rms_scale(norm, lr=group["lr"], rms=group["rms"], numel=weight.shape[-2] * weight.shape[-1])
+
+
+def _alpha(change: Tensor, group: dict) -> Tensor | float:
+    """The step size of a change `(..., m, n)` at `alpha = 1`."""
+    if group["scale"] == "none":
+        return group["lr"]
+    norm = torch.linalg.matrix_norm(change, keepdim=True)
+    return rms_scale(norm, lr=group["lr"], rms=group["rms"], numel=change.shape[-2] * change.shape[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -22,11 +22,13 @@ ADAMW_OPTIONS = ("betas", "eps", "weight_decay")
 HALF_OF_REST = {**{rest: half for half, rest in REST_DTYPES.items()}, torch.bfloat16: torch.bfloat16}
 
 
-def check_saved(saved: dict[str, Any], groups: list[dict[str, Any]], options: Iterable[str]) -> None:
+def check_saved(
+    saved: dict[str, Any], groups: list[dict[str, Any]], options: Iterable[str], elementwise: Container[str]
+) -> None:
     """Compare a state dict with the groups of the optimizer that is to load it.
 
     options: the optimizer's. Those that are numbers are the saved ones after loading, as with every torch optimizer,
-    and a warning says so where they differ; a learning rate is a schedule's.
+    and a warning says so where they differ; a learning rate is a schedule's. elementwise: rules without masters.
 
     Raises:
         ValueError: parameters of other names, shapes or precision, in other groups, or under another rule, layout,
@@ -44,7 +46,7 @@ def check_saved(saved: dict[str, Any], groups: list[dict[str, Any]], options: It
         if theirs != ours:
             found = found or ["its parameters are in other groups, or in another order"]
         else:
-            found += _forms(saved, groups, after)
+            found += _forms(saved, groups, after, elementwise)
     if found:
         raise ValueError(
             f"the saved optimizer state does not fit: {_listing(found)}. Continue with the model, the routing and the "
@@ -98,7 +100,9 @@ def _is_number(value: Any) -> bool:
     return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
 
 
-def _forms(saved: dict[str, Any], groups: list[dict], by_name: dict[str, dict]) -> list[str]:
+def _forms(
+    saved: dict[str, Any], groups: list[dict], by_name: dict[str, dict], elementwise: Container[str]
+) -> list[str]:
     """Shapes and precisions that saved state says its parameters have, where theirs are others."""
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     params = [p for group in groups for p in group["params"]]
@@ -110,7 +114,7 @@ def _forms(saved: dict[str, Any], groups: list[dict], by_name: dict[str, dict]) 
         half = HALF_OF_REST.get(state["rest"].dtype) if "rest" in state else None
         if shapes:
             found.append(f"{name} was {shapes[0]} and is {tuple(p.shape)}")
-        elif state and group["rule"] != "adamw" and half != (p.dtype if p.dtype in REST_DTYPES else None):
+        elif state and group["rule"] not in elementwise and half != (p.dtype if p.dtype in REST_DTYPES else None):
             found.append(f"{name} was {half or 'of full precision'} and is {p.dtype}")
     return found
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pion_hf.linalg.polar import MOST_STEPS, POLAR_METHODS, polar_factor
+from pion_hf.linalg.polar import ITERATIONS, MOST_STEPS, POLAR_METHODS, check_method, polar_factor
 from pion_hf.linalg.precision import PRODUCT_DTYPES, product_dtype
 from pion_hf.optim import blocks, compiled
 from pion_hf.optim.base import MatrixOptimizer, buffer, check_choices, check_range, named_parameters
@@ -38,7 +38,9 @@ class Teon(MatrixOptimizer):
         lr: step size. With `scale="rms"` a matrix's update has the RMS `lr * rms`, as a lone one and in a stack.
         momentum: `mu`. nesterov: look ahead by one step of it.
         stack: K, layers per stack.
-        polar: how the polar factor is found, `express` or `quintic` (`polar_steps` iterations), or `svd`.
+        polar: how the polar factor is found, `express` or `quintic` (`polar_steps` iterations), or `svd`; `gram` is
+            `express` on the kernels of the package gram-newton-schulz (`pip install 'pion-hf[gram]'`), for NVIDIA GPUs
+            from Hopper on, always in float16. It has not been run on a GPU yet.
         polar_dtype: of those iterations; `auto` is bfloat16 where the hardware multiplies it faster.
         scale: the factor `f`. `rms`: `rms / sqrt(min(m, nK) / (m n K))`, AdamW's learning rates carry over; `paper`:
             `sqrt(m / n)`; `original`: `sqrt(max(1, m / n))`, as in `torch.optim.Muon`; its `match_rms_adamw` is `rms`.
@@ -63,7 +65,7 @@ class Teon(MatrixOptimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         stack: int = 2,
-        polar: Literal["express", "quintic", "svd"] = "express",
+        polar: Literal["express", "quintic", "svd", "gram"] = "express",
         polar_steps: int = 5,
         polar_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         scale: Literal["rms", "paper", "original"] = "rms",
@@ -99,6 +101,7 @@ class Teon(MatrixOptimizer):
 
     def check_options(self, group: dict) -> None:
         check_choices(group, CHOICES)
+        check_method(group["polar"])
         stack, steps = group["stack"], group["polar_steps"]
         check_range("momentum", group["momentum"], lambda v: 0 <= v < 1, "in [0, 1)")
         check_range("rms", group["rms"], lambda v: v > 0, "above 0")
@@ -130,13 +133,14 @@ def _look_ahead(grad: Tensor, momentum: Tensor, mu: float, ahead: float) -> Tens
 
 
 def _decay_and_move(weight: Tensor, factor: Tensor, kept: float, size: float) -> Tensor:
-    return (weight if kept == 1 else weight.mul_(kept)).add_(factor, alpha=-size)
+    # Not `add_(alpha=...)`, which is compiled anew for every learning rate.
+    return (weight if kept == 1 else weight.mul_(kept)).sub_(factor.mul_(size))
 
 
 def _orthogonalised(x: Tensor, group: dict) -> Tensor:
     """`(b, m, n)`: each one's polar factor; `(b, K, m, n)`: that of the K side by side, `(m, nK)`, cut apart again."""
     wide = x.transpose(1, 2).flatten(2) if x.ndim == 4 else x
-    low = x.dtype if group["polar"] == "svd" else product_dtype(x, group["polar_dtype"])
+    low = product_dtype(x, group["polar_dtype"]) if group["polar"] in ITERATIONS else x.dtype
     factor = polar_factor(wide.to(low), method=group["polar"], steps=group["polar_steps"]).to(x.dtype)
     return factor.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2) if x.ndim == 4 else factor
 
