@@ -144,6 +144,13 @@ class PionOptions:
     optim_compile: bool | None = field(
         default=None, metadata=_help("Elementwise parts of the matrices' steps through torch.compile.")
     )
+    optim_batch_elements: int | None = field(
+        default=None,
+        metadata={
+            "help": "Elements of the equal matrices that are updated at once: bounds the extra memory of a step. "
+            "Unset: what is fastest on the device."
+        },
+    )
     optim_share_work: bool | None = field(
         default=None,
         metadata=_help("DDP: each process updates a share of the matrices and tells the others, instead of all."),

@@ -17,9 +17,9 @@ not checkpointed keeps them in `s_i`). `head`: TRL's loss never holds all logits
 `min(B L, 4096) x 32768`, the gradient of the hidden states in float32, and that of a trained half-precision head.
 `s_i / 8`: for gradients of activations, of which none (full fine-tuning) to `s_i / 3` (LoRA) was measured.
 
-Left out are the temporaries of the optimizer's step, which come when activations are gone (on a GPU a few times 2^25
-elements, or the largest matrix if that has more), what the allocator does not reuse, buckets of DDP, and in GRPO
-generation, the reference model and the prompts.
+Left out are the temporaries of the optimizer's step, which come when activations are gone (a few times
+`batch_elements`, on a GPU 2^25 unless set, or the largest matrix if that has more), what the allocator does not reuse,
+buckets of DDP, and in GRPO generation, the reference model and the prompts.
 """
 
 from __future__ import annotations

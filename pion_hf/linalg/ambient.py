@@ -116,15 +116,16 @@ class Tangent(NamedTuple):
         return (change - _lead(u.to(self.turn.dtype) @ self.carried, self.vt, self.tall)).to(u.dtype)
 
     def retract(self, w: Tensor, change: Tensor, alpha: Tensor | float) -> Tensor | None:
-        """The matrix near `W + alpha change` whose Gram matrix is that of `W`; None if the series does not converge.
+        """What leads from `W` to a matrix near `W + alpha change` that has `W`'s Gram matrix.
 
-        `W + alpha change = U diag(s) Y` has `Y Y^T = I + K`; the result is `U diag(s) (I + K)^(-1/2) Y`, the polar
+        `W + alpha change = U diag(s) Y` has `Y Y^T = I + K`; the aim is `U diag(s) (I + K)^(-1/2) Y`, the polar
         retraction of `V^T`. The first order of `K` cancels but for what rounding has made of the tangent: so it comes
         from products in working precision, as does all that large singular directions could leak through into others.
+        None if the series does not converge.
         """
         step = change * alpha
-        error = _inner(step, w + step / 2, self.tall)
-        moved = w + step
+        middle = torch.add(w, step, alpha=0.5)
+        error = _inner(step, middle, self.tall)
         values, rows = self.basis.values.unsqueeze(-1), self.basis.rows
         gram = rows @ (error + error.mT) @ rows.mT / (values * values.mT)
         series, size = _inverse_root(gram, values, low=self.turn.dtype)
@@ -132,14 +133,15 @@ class Tangent(NamedTuple):
             return None
         low = self.turn.dtype if size <= ROUNDED_TERM else w.dtype
         back = rows.mT.to(low) @ (values * series / values.mT @ rows).to(low)
-        return moved.add_(_lead(back, moved.to(low), self.tall))
+        moved = middle.add_(step, alpha=0.5).to(low)
+        return step.add_(_lead(back, moved, self.tall))
 
     def carry(self, x: Tensor, alpha: Tensor | float) -> Tensor:
-        """`x + alpha x A`, a momentum carried along at first order, with rounded products."""
+        """`alpha x A`, what carries a momentum along at first order, with rounded products."""
         low = x.to(self.vt.dtype)
         along = _inner(low, self.vt, self.tall)
         across = _inner(low, self.turn, self.tall) + along @ self.inside.to(along.dtype)
-        return x + (_lead(along, self.turn, self.tall) - _lead(across, self.vt, self.tall)) * alpha
+        return (_lead(along, self.turn, self.tall) - _lead(across, self.vt, self.tall)) * alpha
 
     def generator(self, *, rows: int = 0) -> Generator:
         """`A` itself."""

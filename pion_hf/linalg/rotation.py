@@ -185,7 +185,11 @@ class Increment(NamedTuple):
     tail: Tensor | None = None
     low: Tensor | None = None
 
-    def rotate(
+    def rotate(self, x: Tensor, **options) -> Tensor:
+        """`x E`, or for `side="out"` `E^T x`; options as of `change`."""
+        return x + self.change(x, **options)
+
+    def change(
         self,
         x: Tensor,
         *,
@@ -194,7 +198,7 @@ class Increment(NamedTuple):
         first: Tensor | None = None,
         seen: Tensor | None = None,
     ) -> Tensor:
-        """`x E` for `x` of shape `(..., p, n)`, or for `side="out"` `E^T x`, `(..., n, p)`.
+        """`x (E - I)` for `x` of shape `(..., p, n)`, or for `side="out"` `(E - I)^T x`, `(..., n, p)`.
 
         low: in the precision of `tail`, if there is one, for what is rounded anyway (a momentum). first: the change of
         `x` at first order and `alpha = 1`, if known (`Generator.moved`; series only); seen: `x right^T`, if known
@@ -207,12 +211,12 @@ class Increment(NamedTuple):
             power = _product(x, self.right.mT, side) if seen is None else seen
             power = _product(power, self.core, side)
         right = self.right if not low or self.tail is None else self.tail
-        return _product(power, right, side).add_(x)
+        return _product(power, right, side)
 
     def _low_series(self, x: Tensor, side: str) -> Tensor:
-        """`x E` with products in the precision of `tail`; `x` itself is not rounded."""
+        """With products in the precision of `tail`; `x` itself is not rounded."""
         power = _skew_product(x.to(self.tail.dtype), self.tail, side)
-        total = x + power
+        total = power.to(x.dtype)
         for term in range(2, passing_terms(self.angle) + 1):
             power = _skew_product(power, self.tail, side)
             if term in ROOT_SERIES:
@@ -225,8 +229,7 @@ class Increment(NamedTuple):
         if first is None or (exact is None and _is_split(x, self.low)):
             first = _skew_product(x, self.right, side, low=exact)
         # Each power takes its share of alpha at once: the generator itself may be of any size.
-        power = first * self.alpha
-        total = x + power
+        total = power = first * self.alpha
         # On a GPU no norm is read: powers are taken to be as large as their angle allows.
         reading = self.tail is not None and x.device.type == "cpu"
         size = torch.linalg.matrix_norm(x).clamp_min(torch.finfo(x.dtype).tiny) if reading else None

@@ -21,7 +21,7 @@ from pion_hf.linalg.rotation import Generator
 from pion_hf.optim import blocks, precision, sharding
 from pion_hf.optim.batches import REST, Batch, Block, Plan, is_apart
 from pion_hf.optim.observing import Observer, SelfCheck, Update
-from pion_hf.optim.saved import check_saved
+from pion_hf.optim.saved import OWN, check_saved
 
 # Keys that torch, its schedulers or the routing put into a group, besides the options of a rule.
 STRUCTURAL_KEYS = {"params", "param_names", "rule", "layout", "role", "stacks", "method", "reach", "initial_lr"}
@@ -203,11 +203,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
             ValueError: the state is of other parameters, or of another rule or option (see `check_saved`).
         """
         check_saved(state_dict, self.param_groups, self.defaults, self.elementwise_rules)
-        own = [group.get("compile") for group in self.param_groups]
+        own = [{option: group[option] for option in OWN if option in group} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, value in zip(self.param_groups, own, strict=True):
-            if value is not None:
-                group["compile"] = value
+        for group, options in zip(self.param_groups, own, strict=True):
+            group.update(options)
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for index, p in zip(saved["params"], group["params"], strict=True):
                 for key, value in state_dict["state"].get(index, {}).items():
@@ -330,8 +329,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 units[stacked.get(own, own), state["step"]].append(Block(p, name, i, view))
         found = ((tuple(unit), step) for (_, step), unit in units.items())
         if plan_class is Plan:
-            return Plan(found, layout, group["params"])
-        plan = plan_class(found, layout, group["params"], functools.partial(self._forms_of, index))
+            return Plan(found, layout, group["params"], group.get("batch_elements"))
+        forms = functools.partial(self._forms_of, index)
+        plan = plan_class(found, layout, group["params"], group.get("batch_elements"), forms)
         plan.inspect(lambda name, matrices: self.check_matrix(name, matrices, group), fresh)
         return plan
 
@@ -429,6 +429,9 @@ def _all_finite(grads: list[Tensor]) -> bool:
 def _check_common(group: dict) -> None:
     for option in ("lr", "eps", "weight_decay"):
         check_range(option, group[option], lambda v: v >= 0, "at least 0")
+    elements = group.get("batch_elements")
+    if elements is not None:
+        check_range("batch_elements", elements, lambda v: v >= 1, "a whole number of at least 1", whole=True)
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from pion_hf.optim import blocks, precision
 
-# Elements of the matrices updated together: bounds the extra memory of a step (a few times as many floats). A batch of
-# small matrices (LoRA factors) saves calls; one that leaves a core's cache loses more.
-BATCH_ELEMENTS = {"cpu": 2**18}
+# Elements of the matrices updated together, where a group's `batch_elements` does not say: bounds the extra memory of a
+# step (a few times as many floats). A batch saves calls, and a CPU divides its products among cores, which it does not
+# with one small product; a large one leaves their caches.
+BATCH_ELEMENTS = {"cpu": 2**21}
 BATCH_ELEMENTS_DEFAULT = 2**25
 
 # The state entry with what a half-precision parameter drops of its master (see `precision`).
@@ -41,9 +42,12 @@ Unit = tuple[Block, ...]
 class Plan:
     """The batches of a group, for the parameters that had a gradient when it was made."""
 
-    def __init__(self, units: Iterable[tuple[Unit, int]], layout: blocks.Layout, params: list[Tensor]) -> None:
+    def __init__(
+        self, units: Iterable[tuple[Unit, int]], layout: blocks.Layout, params: list[Tensor], elements: int | None
+    ) -> None:
+        """elements: as for `batches_of`."""
         self.watch(params)
-        self.batches = batches_of(units, layout)
+        self.batches = batches_of(units, layout, elements)
 
     def watch(self, params: list[Tensor]) -> None:
         """Remember these, the group's, to see whether the plan still fits them."""
@@ -59,17 +63,20 @@ class Plan:
         yield self.batches, state
 
 
-def batches_of(units: Iterable[tuple[Unit, int]], layout: blocks.Layout) -> list[Batch]:
-    """Batches of units of one shape; with every unit comes the step it is at, which those of a batch share."""
+def batches_of(units: Iterable[tuple[Unit, int]], layout: blocks.Layout, elements: int | None) -> list[Batch]:
+    """Batches of units of one shape; with every unit comes the step it is at, which those of a batch share.
+
+    elements: of a batch, at most, or of a single unit; None for what suits the device.
+    """
     buckets: dict[tuple, list[Unit]] = defaultdict(list)
     for unit, step in units:
         view = unit[0].view
-        key = (len(unit), view.shape[1] * view.shape[2], view.shape[3], view.dtype, view.device, step)
-        buckets[key].append(unit)
+        count, heads, rows, n = view.shape
+        buckets[len(unit), count, heads * rows, n, view.dtype, view.device, step].append(unit)
     return [
         Batch(chunk, layout)
-        for (size, m, n, _, device, _), members in buckets.items()
-        for chunk in _chunks(members, elements=size * m * n, device=device)
+        for (size, count, m, n, _, device, _), members in buckets.items()
+        for chunk in _chunks(members, (elements or _usual_elements(device)) // (size * count * m * n))
     ]
 
 
@@ -77,10 +84,14 @@ def _signature(params: list[Tensor]) -> list[tuple[int, int, bool]]:
     return [(id(p), p.data_ptr(), p.grad is None) for p in params]
 
 
-def _chunks(members: list[Unit], *, elements: int, device: torch.device) -> Iterator[list[Unit]]:
-    limit = max(1, BATCH_ELEMENTS.get(device.type, BATCH_ELEMENTS_DEFAULT) // elements)
-    for start in range(0, len(members), limit):
-        yield members[start : start + limit]
+def _usual_elements(device: torch.device) -> int:
+    return BATCH_ELEMENTS.get(device.type, BATCH_ELEMENTS_DEFAULT)
+
+
+def _chunks(members: list[Unit], most: int) -> Iterator[list[Unit]]:
+    size = max(1, most)
+    for start in range(0, len(members), size):
+        yield members[start : start + size]
 
 
 class Batch:

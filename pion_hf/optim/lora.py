@@ -71,6 +71,7 @@ class PionLora(MatrixOptimizer):
         rank_tolerance: singular values below this fraction of the largest count as zero in the ambient metric.
         polar, polar_steps: how a step is orthogonalised; see `Teon`. `gram` has kernels for ranks of 256 and more only.
         retraction: `cayley` or `root`, both exact.
+        batch_elements: of the factors that are updated at once, which bounds the extra memory of a step; see `Pion`.
         weight_decay: decoupled, of factors that grow (and AdamW's groups).
         share_work: under DDP, each process updates a share of the matrices and tells the others.
 
@@ -95,6 +96,7 @@ class PionLora(MatrixOptimizer):
         polar: Literal["express", "quintic", "svd", "gram"] = "express",
         polar_steps: int = 5,
         retraction: Literal["root", "cayley"] = "cayley",
+        batch_elements: int | None = None,
         weight_decay: float = 0.0,
         share_work: bool = False,
     ) -> None:
@@ -109,6 +111,7 @@ class PionLora(MatrixOptimizer):
             "polar": polar,
             "polar_steps": polar_steps,
             "retraction": retraction,
+            "batch_elements": batch_elements,
             "weight_decay": weight_decay,
             # What the rules of whole matrices can choose and these do not; products of factors are small.
             "generator_dtype": "float32",
@@ -188,10 +191,10 @@ def _rotated(
     note(group, a, alpha)
     increment = a.increment(alpha, retraction=group["retraction"], rows=weight.shape[-2])
     if group["momentum"] == "transported":
-        state["momentum"] = increment.rotate(state["momentum"])
+        state["momentum"].add_(increment.change(state["momentum"]))
     if "basis" in state and weight.shape[-2] >= weight.shape[-1]:  # of the other side it stays
-        state["basis"] = increment.rotate(state["basis"])
-    return increment.rotate(weight, seen=seen)
+        state["basis"].add_(increment.change(state["basis"]))
+    return weight.add_(increment.change(weight, seen=seen))
 
 
 def _tiny(x: Tensor) -> float:
@@ -248,7 +251,8 @@ class TeonLora(Teon):
 
     Args:
         params: groups from `pion_hf.param_groups(model, "teon_lora")`, which finds the stacks.
-        lr: size of a step; see `PionLora`. momentum, nesterov, stack, polar, polar_steps: see `Teon`.
+        lr: size of a step; see `PionLora`. momentum, nesterov, stack, polar, polar_steps, batch_elements: see
+            `Teon`.
         weight_decay: decoupled, of the factors and AdamW's groups. adamw_betas, adamw_eps: of AdamW's groups.
         share_work: under DDP, each process updates a share of the matrices and tells the others.
 
@@ -270,13 +274,14 @@ class TeonLora(Teon):
         stack: int = 2,
         polar: Literal["express", "quintic", "svd", "gram"] = "express",
         polar_steps: int = 5,
+        batch_elements: int | None = None,
         weight_decay: float = 0.0,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         share_work: bool = False,
     ) -> None:
         options = {"momentum": momentum, "nesterov": nesterov, "stack": stack, "weight_decay": weight_decay}
-        options |= {"share_work": share_work}
+        options |= {"batch_elements": batch_elements, "share_work": share_work}
         options |= {"polar": polar, "polar_steps": polar_steps, "polar_dtype": "float32"}
         super().__init__(params, lr, adamw_betas=adamw_betas, adamw_eps=adamw_eps, **options)
 

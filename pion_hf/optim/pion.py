@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -81,6 +82,8 @@ class Pion(MatrixOptimizer):
         generator_dtype: of the products that form a generator and carry the momentum; they are skewed exactly
             afterwards, so the spectrum does not notice. `auto` is bfloat16 where the hardware multiplies it faster.
         compile: the elementwise part of `adam` and `natural` through `torch.compile`.
+        batch_elements: of the equal matrices that are updated at once, which bounds the extra memory of a step; a
+            larger one is updated alone. None: what is fastest on the device.
         weight_decay: decoupled, of the AdamW groups.
         preset: `"paper"` sets momentum, direction, metric, hold, scale, side, retraction and degree as published.
         share_work: under DDP, each process updates a share of the matrices and tells the others.
@@ -115,6 +118,7 @@ class Pion(MatrixOptimizer):
         degree: int = 2,
         generator_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         compile: bool = False,
+        batch_elements: int | None = None,
         weight_decay: float = 0.0,
         preset: Literal["paper"] | None = None,
         share_work: bool = False,
@@ -138,6 +142,7 @@ class Pion(MatrixOptimizer):
             "degree": degree,
             "generator_dtype": generator_dtype,
             "compile": compile,
+            "batch_elements": batch_elements,
             "weight_decay": weight_decay,
         }
         if preset is not None:
@@ -215,11 +220,11 @@ class Pion(MatrixOptimizer):
             self.note_rotation(side, a, alpha)
             rows = _seen_from(weight, side).shape[-2]
             increment = a.increment(alpha, retraction=group["retraction"], degree=group["degree"], rows=rows)
-            weight = increment.rotate(weight, side=side, first=moved.get(side))
+            weight.add_(increment.change(weight, side=side, first=moved.get(side)))
             if group["momentum"] == "transported":
-                state["momentum"] = increment.rotate(state["momentum"], side=side, low=True)
+                state["momentum"].add_(increment.change(state["momentum"], side=side, low=True))
             if "basis" in state and side == _basis_side(weight):
-                state["basis"] = increment.rotate(state["basis"])
+                state["basis"].add_(increment.change(state["basis"]))
         return weight
 
     def _move_long_side(
@@ -242,14 +247,14 @@ class Pion(MatrixOptimizer):
         )
         change = tangent.change()
         alpha = _alpha(change, group)
-        moved = tangent.retract(weight, change, alpha)
-        if moved is None:
+        step = tangent.retract(weight, change, alpha)
+        if step is None:
             return None
         if self._rotations is not None:
             self.note_rotation(side, tangent.generator(), alpha)
         if group["momentum"] == "transported":
-            state["momentum"] = tangent.carry(state["momentum"], alpha)
-        return moved
+            state["momentum"].add_(tangent.carry(state["momentum"], alpha))
+        return weight.add_(step)
 
 
 def _preset_options(preset: str, given: dict) -> dict:
@@ -321,21 +326,21 @@ def _adam_direction(
     grad: Tensor, momentum: Tensor, second: Tensor, beta1: float, beta2: float, bias1: float, bias2: float, eps: float
 ) -> Tensor:
     _moments(grad, momentum, second, beta1, beta2)
-    root = (second / bias2).sqrt_().add_(eps).mul_(bias1)
-    return _where_seen(torch.div(momentum, root, out=root), second)
+    root = _unseen_apart(second / bias2).sqrt_().add_(eps).mul_(bias1)
+    return torch.div(momentum, root, out=root)
 
 
 def _natural_direction(
     grad: Tensor, momentum: Tensor, second: Tensor, beta1: float, beta2: float, bias1: float, bias2: float, eps: float
 ) -> Tensor:
     _moments(grad, momentum, second, beta1, beta2)
-    unbiased = (second * (bias1 / bias2)).add_(eps**2 * bias1)
-    return _where_seen(torch.div(momentum, unbiased, out=unbiased), second)
+    unbiased = _unseen_apart(second * (bias1 / bias2)).add_(eps**2 * bias1)
+    return torch.div(momentum, unbiased, out=unbiased)
 
 
-def _where_seen(direction: Tensor, second: Tensor) -> Tensor:
-    """0 where no gradient ever was: a rotation carries momentum there too, and divided by `eps` it would be all."""
-    return direction.masked_fill_(second == 0, 0)
+def _unseen_apart(second: Tensor) -> Tensor:
+    """Infinite where no gradient ever was: a rotation carries momentum there too, and over `eps` it would be all."""
+    return torch.threshold_(second, 0.0, math.inf)
 
 
 def generator_of(weight: Tensor, direction: Tensor, state: dict[str, Tensor], *, side: str, group: dict) -> Generator:

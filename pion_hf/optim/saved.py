@@ -15,8 +15,9 @@ from pion_hf.optim.precision import REST_DTYPES
 LISTED = 5
 # What state depends on, of what the routing puts into a group. (`reach` is measured anew; state holds the first one.)
 ROUTED = ("rule", "layout", "method", "stacks")
-# How a step is carried out, which is the optimizer's own affair, and what a schedule sets.
-NOT_COMPARED = ("lr", "compile")
+# How a step is carried out, which is the optimizer's own affair: not that of saved state.
+OWN = ("compile", "batch_elements")
+NOT_COMPARED = ("lr", *OWN)  # a learning rate is a schedule's
 ADAMW_OPTIONS = ("betas", "eps", "weight_decay")
 # Of a sharded bfloat16 weight it is kept as bfloat16 bits (see `sharding`).
 HALF_OF_REST = {**{rest: half for half, rest in REST_DTYPES.items()}, torch.bfloat16: torch.bfloat16}

@@ -317,11 +317,12 @@ class _PlanOfSeveral(Plan):
         units: Iterable[tuple[Unit, int]],
         layout: blocks.Layout,
         params: list[Tensor],
+        elements: int | None,
         forms: Callable[[Tensor], dict[str, Tensor]],
         group: dist.ProcessGroup | None,
     ) -> None:
         self.watch(params)
-        self._layout, self._forms, self._process_group = layout, forms, group
+        self._layout, self._elements, self._forms, self._process_group = layout, elements, forms, group
         self._device = local(params[0]).device
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
         self._rounds = rounds_of(parcels_of(units), self._ranks)
@@ -330,8 +331,10 @@ class _PlanOfSeveral(Plan):
 class ShardedPlan(_PlanOfSeveral):
     """As `Plan`, of parameters that are sharded (FSDP2)."""
 
-    def __init__(self, units: Iterable, layout: blocks.Layout, params: list[Tensor], forms: Callable) -> None:
-        super().__init__(units, layout, params, forms, _group(params[0]))
+    def __init__(
+        self, units: Iterable, layout: blocks.Layout, params: list[Tensor], elements: int | None, forms: Callable
+    ) -> None:
+        super().__init__(units, layout, params, elements, forms, _group(params[0]))
 
     def inspect(self, check: Callable[[str, Tensor], None], fresh: set[Tensor]) -> None:
         """`check(name, matrices)` of every matrix of fresh parameters, by its owner; what one raises, all raise.
@@ -369,7 +372,7 @@ class ShardedPlan(_PlanOfSeveral):
                 if REST in before[p]:
                     of_whole[weight][REST] = of_whole[weight][REST].view(REST_DTYPES[p.dtype])
             units = [(self._of_whole(unit, whole), step) for parcel in owned[self._rank] for unit, step in parcel.units]
-            yield batches_of(units, self._layout), of_whole
+            yield batches_of(units, self._layout, self._elements), of_whole
             after = {p: [weight, *_updated(of_whole[weight], self._forms(p))] for p, weight in whole.items()}
             self._scatter(owned, after, state)
 
@@ -412,10 +415,12 @@ class ShardedPlan(_PlanOfSeveral):
 class SharedPlan(_PlanOfSeveral):
     """As `Plan`, of parameters that every process holds, with equal gradients (DDP): each updates its share."""
 
-    def __init__(self, units: Iterable, layout: blocks.Layout, params: list[Tensor], forms: Callable) -> None:
-        super().__init__(units, layout, params, forms, None)
+    def __init__(
+        self, units: Iterable, layout: blocks.Layout, params: list[Tensor], elements: int | None, forms: Callable
+    ) -> None:
+        super().__init__(units, layout, params, elements, forms, None)
         self._batches = [
-            batches_of([unit for parcel in owned[self._rank] for unit in parcel.units], layout)
+            batches_of([unit for parcel in owned[self._rank] for unit in parcel.units], layout, elements)
             for owned in self._rounds
         ]
 

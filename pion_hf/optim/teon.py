@@ -46,6 +46,7 @@ class Teon(MatrixOptimizer):
             `sqrt(m / n)`; `original`: `sqrt(max(1, m / n))`, as in `torch.optim.Muon`; its `match_rms_adamw` is `rms`.
         rms: the update's RMS at `lr = 1` (`scale="rms"`); 0.2 is that of a typical AdamW update.
         compile: the elementwise parts through `torch.compile`.
+        batch_elements: of the matrices that are updated at once, which bounds the extra memory of a step; see `Pion`.
         weight_decay: decoupled, of the matrices and of AdamW's groups.
         adamw_betas, adamw_eps: of AdamW's groups that bring none.
         share_work: under DDP, each process updates a share of the matrices and tells the others.
@@ -71,6 +72,7 @@ class Teon(MatrixOptimizer):
         scale: Literal["rms", "paper", "original"] = "rms",
         rms: float = 0.2,
         compile: bool = False,
+        batch_elements: int | None = None,
         weight_decay: float = 0.0,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
@@ -87,6 +89,7 @@ class Teon(MatrixOptimizer):
             "scale": scale,
             "rms": rms,
             "compile": compile,
+            "batch_elements": batch_elements,
             "weight_decay": weight_decay,
             "betas": adamw_betas,
             "eps": adamw_eps,
