@@ -181,7 +181,8 @@ def test_the_logs_are_those_of_the_trainer_and_of_trackers(train):
     wanted |= {f"angle_{side}/{kind}" for side in ("in", "out") for kind in ("mean", "max")}
     wanted |= {"skipped_steps", "optimizer_share", "spectral_norm/max", "stable_rank/mean", "spectrum_drift"}
     assert entry.keys() >= wanted | {"orthogonality_error"}
-    assert entry["update_rms/pion"] == pytest.approx(0.2 * entry["learning_rate/pion"], rel=1e-3)
+    # Of the chord; a step's size is that of the tangent, which is longer at second order.
+    assert entry["update_rms/pion"] == pytest.approx(0.2 * entry["learning_rate/pion"], rel=5e-3)
     assert 0 < entry["angle_in/mean"] < entry["angle_in/max"] < math.pi
     assert 0 <= entry["orthogonality_error"] < 1e-5
     end = run.logs[-1]
