@@ -422,3 +422,12 @@ def test_learning_rate_of_an_optimizer_that_logs_one_only(tmp_path):
     append_line(folders[1] / LOG, {"step": 1, "learning_rate": 0.5})
     lines = figures.learning_rates([read_run(folder) for folder in folders]).figure.axes[0].get_lines()
     assert [len(line.get_xdata()) for line in lines] == [20, 1]
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_dozen_runs_with_long_names_have_room(tmp_path):
+    """matplotlib warns where panels collapse under their titles."""
+    runs = [write_run(tmp_path / f"a-rather-long-name-of-a-run_lr0.000{i}_seed0_0123abcd", layers=3) for i in range(12)]
+    made = tmp_path / "report.html"
+    write_report(runs, made)
+    assert "Left out for want of room" in made.read_text(encoding="utf-8")

@@ -78,7 +78,8 @@ class Pion(MatrixOptimizer):
             them would turn by large angles to move almost nothing.
         polar: `express`, `quintic`, `svd` or `gram` (see `Teon`), for `polar` and `msign`; polar_steps: its iterations.
         retraction: `root` and `cayley` are orthogonal at any angle; `taylor` of `degree` grows singular values by
-            `theta^4 / 8` a step at degree 2.
+            `theta^4 / 8` a step at degree 2. In the ambient metric `root` is the polar retraction on a side at least one
+            and a half times as long as the other (see `linalg.ambient`): as exact, and nothing of that size is formed.
         generator_dtype: of the products that form a generator and carry the momentum; they are skewed exactly
             afterwards, so the spectrum does not notice. `auto` is bfloat16 where the hardware multiplies it faster.
         compile: the elementwise part of `adam` and `natural` through `torch.compile`.

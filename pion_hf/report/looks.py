@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ SEQUENTIAL = "viridis"  # for what has an order; as readable without colours
 
 WIDTH = 4.2  # inches. On a phone's 360 px an inch is 86 px, and 8.5 points are 10 px
 LEGEND_LETTERS = 52  # that fit on a line of a legend
+TITLE_LETTERS = 42  # and in the titles of panels beside each other
 LEGEND_LINE = 0.18  # inches
 LONGEST_LABEL = 44
 
@@ -144,7 +146,7 @@ def panels(figure: Figure, titles: Sequence[str], **options: Any) -> list[Axes]:
     for axes in grid[len(titles) :]:
         axes.remove()
     for i, title in enumerate(titles):
-        grid[i].set_title(plain(title))
+        grid[i].set_title(textwrap.fill(plain(title), TITLE_LETTERS // columns))
         if i + columns >= len(titles):  # nothing below it has them
             grid[i].tick_params(labelbottom=True)
     return list(grid[: len(titles)])

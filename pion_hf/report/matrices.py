@@ -29,6 +29,7 @@ from pion_hf.report.looks import (
 from pion_hf.runs import Run
 
 MOST_ROLES = 18  # panels of a picture
+MOST_MAPS = 8  # of it that have an axis of roles under each
 POINTS = np.linspace(0, 1, 120)  # of a spectrum's curve: 0 is the largest singular value, 1 the smallest
 BAND = (0.1, 0.9)  # quantiles over the matrices of a role
 LEAST_CHANGE = 1e-10  # of a singular value that is shown: well below float32's rounding
@@ -132,6 +133,8 @@ def angle_map(runs: Sequence[Run]) -> Picture | None:
     maps = {title: grid for title, (run, values) in maps.items() if (grid := _layer_by_role(run, values))}
     if not maps:
         return None
+    shown, notes = _shown(maps, MOST_MAPS)
+    maps = {title: maps[title] for title in shown}
     tallest = max(len(layers) for layers, _, _ in maps.values())
     rows = -(-len(maps) // (1 if len(maps) == 1 else 2 if len(maps) <= 8 else 3))
     figure = new_figure(1.0 + rows * (1.1 + min(3.2 if len(runs) == 1 else 1.8, max(0.6, 0.13 * tallest))))
@@ -153,7 +156,7 @@ def angle_map(runs: Sequence[Run]) -> Picture | None:
     for title, (layers, roles, values) in maps.items():
         row, column = np.unravel_index(int(np.nanargmax(values)), values.shape)
         at.append(f"{title}: largest {values[row, column]:.1e} at layer {layers[row]}, {roles[column]}")
-    return Picture(figure, f"Heat map of the mean rotation angle by layer and role. {'; '.join(at)}.")
+    return Picture(figure, f"Heat map of the mean rotation angle by layer and role. {'; '.join(at)}.", notes)
 
 
 def _over_time(runs: Sequence[Run], quantity: str, label: str, *, relative: bool = False) -> Picture | None:
@@ -203,11 +206,11 @@ def _role(matrix: dict) -> str:
     return str(matrix.get("role", "matrix"))
 
 
-def _shown(roles: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
-    """The roles that have a panel, and a note of those that have none."""
-    roles = list(roles)
-    left_out = roles[MOST_ROLES:]
-    return roles[:MOST_ROLES], (f"Left out for want of room: {', '.join(left_out)}.",) if left_out else ()
+def _shown(panels: Iterable[str], most: int = MOST_ROLES) -> tuple[list[str], tuple[str, ...]]:
+    """What has a panel, and a note of what has none."""
+    panels = list(panels)
+    left_out = panels[most:]
+    return panels[:most], (f"Left out for want of room: {', '.join(left_out)}.",) if left_out else ()
 
 
 def _roles_with_spectra(runs: Iterable[Run]) -> dict[str, None]:
