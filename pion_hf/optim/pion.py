@@ -78,8 +78,8 @@ class Pion(MatrixOptimizer):
             them would turn by large angles to move almost nothing.
         polar: `express`, `quintic`, `svd` or `gram` (see `Teon`), for `polar` and `msign`; polar_steps: its iterations.
         retraction: `root` and `cayley` are orthogonal at any angle; `taylor` of `degree` grows singular values by
-            `theta^4 / 8` a step at degree 2. In the ambient metric `root` is the polar retraction on a side at least one
-            and a half times as long as the other (see `linalg.ambient`): as exact, and nothing of that size is formed.
+            `theta^4 / 8` a step at degree 2. In the ambient metric a side one and a half times as long as the other or
+            longer has, for `root`, the polar retraction: as exact, and nothing of that size is formed (`linalg.ambient`).
         generator_dtype: of the products that form a generator and carry the momentum; they are skewed exactly
             afterwards, so the spectrum does not notice. `auto` is bfloat16 where the hardware multiplies it faster.
         compile: the elementwise part of `adam` and `natural` through `torch.compile`.
@@ -205,12 +205,12 @@ class Pion(MatrixOptimizer):
             generators = _lie_momentum_generators(weight, grad, state, group=group, sides=sides)
         else:
             direction = direction_of(grad, state, group=group, step=step)
-            if group["metric"] == "ambient" and (step - 1) % BASIS_REFRESH == 0:
-                state["basis"], state["values"] = singular_basis(weight)
             if group["metric"] == "ambient":
-                moved = self._move_long_side(weight, direction, state, side=sides[0], group=group)
-                if moved is not None:
-                    return moved
+                if (step - 1) % BASIS_REFRESH == 0:
+                    state["basis"], state["values"] = singular_basis(weight)
+                stepped = self._move_long_side(weight, direction, state, side=sides[0], group=group)
+                if stepped is not None:
+                    return stepped
             generators = {side: generator_of(weight, direction, state, side=side, group=group) for side in sides}
         if group["direction"] == "msign":
             generators = {side: Generator(skew(_polar(a.core, group)) / 2) for side, a in generators.items()}
