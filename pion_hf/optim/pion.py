@@ -79,7 +79,7 @@ class Pion(MatrixOptimizer):
         polar: `express`, `quintic`, `svd` or `gram` (see `Teon`), for `polar` and `msign`; polar_steps: its iterations.
         retraction: `root` and `cayley` are orthogonal at any angle; `taylor` of `degree` grows singular values by
             `theta^4 / 8` a step at degree 2. In the ambient metric a side one and a half times as long as the other or
-            longer has, for `root`, the polar retraction: as exact, and nothing of that size is formed (`linalg.ambient`).
+            longer has, for `root`, the polar retraction, as exact: nothing of that size is formed (`linalg.ambient`).
         generator_dtype: of the products that form a generator and carry the momentum; they are skewed exactly
             afterwards, so the spectrum does not notice. `auto` is bfloat16 where the hardware multiplies it faster.
         compile: the elementwise part of `adam` and `natural` through `torch.compile`.
