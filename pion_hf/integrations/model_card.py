@@ -111,7 +111,7 @@ def describe(args: TrainingArguments, wrapped: Any, model: nn.Module) -> dict[st
         options = {name: leading[name.removeprefix("adamw_")] for name in names}
     return {
         **said,
-        "options": options,
+        "options": {name: value for name, value in options.items() if value is not None},
         "rules": list(_rules(optimizer).values()),
         "frozen_parameters": sum(p.numel() for p in model.parameters() if not p.requires_grad),
     }
