@@ -160,6 +160,23 @@ def test_rounded_products_leave_the_spectrum(tall):
     assert (w - start).norm() > 0.2 * start.norm()
 
 
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_a_concentrated_direction_leaves_the_spectrum(side):
+    """All of a step's rounding on one small singular value: random directions would hide an error of 1e-5."""
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 48)).Q for n in (48, 120))
+    w = (u * torch.logspace(0, -1.3, 48)) @ v.mT
+    spike = torch.outer(u[:, -1] + 0.3 * u[:, 0], v[:, 0] + torch.randn(120) / 40)
+    w, spike = (w, spike) if side == "in" else (w.mT.contiguous(), spike.mT.contiguous())
+    p = nn.Parameter(w.clone())
+    optimizer = Pion([p], lr=2e-2, direction="gradient", side=side, generator_dtype="bfloat16")
+    for _ in range(30):
+        p.grad = spike.clone()
+        optimizer.step()
+    assert spectral_drift(singular_values(w), singular_values(p.detach())) < 1e-6
+    assert (p - w).norm() > 0.02 * w.norm()
+
+
 class LongestSquare(TorchDispatchMode):
     """The largest `n` of an `(..., n, n)` tensor that is made under it."""
 

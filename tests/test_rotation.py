@@ -11,7 +11,6 @@ from pion_hf.linalg import rotation
 from pion_hf.linalg.precision import full_float32, split_product
 from pion_hf.linalg.rotation import (
     RETRACTIONS,
-    ROUNDED_TERM,
     SERIES_ANGLES,
     Generator,
     Increment,
@@ -84,8 +83,8 @@ def test_a_low_precision_tail_leaves_the_rotation_orthogonal(angle, rows):
     increment = Generator(low.float(), low=low).increment(1.0, retraction="root", rows=rows)
     assert increment.tail is not None
     e = increment.rotate(identity).double()
-    # A term is rounded where 2^-9 of it is at most this; the float32 identity itself is stored to 6e-8.
-    assert (e.mT @ e - identity.double()).abs().max() < 2 * 2**-9 * ROUNDED_TERM + 6e-8
+    # The float32 identity itself is stored to 6e-8: errors of that size are what any float32 rotation makes.
+    assert (e.mT @ e - identity.double()).abs().max() < 3e-7
 
 
 @pytest.mark.parametrize("side", ["in", "out"])
