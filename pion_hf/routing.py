@@ -343,8 +343,9 @@ def param_groups(
     for r in sorted(routing, key=lambda r: r.rule == "adamw"):
         key = _group_key(r)
         if key not in groups:
-            options = adamw_options if r.rule in ("adamw", "adamw_routed") else {}
-            options = options if r.rule == "adamw" else {**options, "lr": lr}
+            options = adamw_options if r.rule == "adamw" else {"lr": lr}
+            if r.rule == "adamw_routed":
+                options = {**adamw_options, "lr": lr}
             decay = weight_decay if r.decays else 0.0
             groups[key] = {"params": [], "rule": r.rule, "layout": r.layout, **options, "weight_decay": decay}
             if r.rule in ("teon", "teon_lora"):

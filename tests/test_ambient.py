@@ -11,13 +11,9 @@ from pion_hf.linalg.ambient import ambient_generator, ambient_tangent, has_long_
 from pion_hf.linalg.rotation import skew
 from pion_hf.linalg.spectrum import numerical_zero, singular_basis, singular_values, spectral_drift
 from pion_hf.optim import Pion
+from tests.test_spectrum import SHAPES, draw
 
-SHAPES = [(9, 9), (14, 6), (6, 14), (2, 5)]
 LONG_SHAPES = [(6, 14), (8, 12), (2, 5), (1, 4)]
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def dense(generator):

@@ -139,34 +139,30 @@ def test_state_does_not_say_it():
 # -- what does ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("elements", "most"), [(1, 256), (511, 256), (512, 512), (1000, 768), (None, 1024)])
-def test_a_batch_has_at_most_as_many_elements_or_is_one_matrix(elements, most):
-    params = weights(shapes=[(16, 16)])
-    optimizer = muon(params, batch_elements=elements)
+def sizes_of_a_step(build, shape, elements) -> list[int]:
+    """Elements updated at once, one batch after the other, of equal parameters."""
+    params = weights(shapes=[shape])
+    optimizer = build(params, batch_elements=elements)
     sizes = updated_at_once(optimizer)
     set_gradients(params, 0)
     optimizer.step()
+    return sizes
+
+
+@pytest.mark.parametrize(("elements", "most"), [(1, 256), (511, 256), (512, 512), (1000, 768), (None, 1024)])
+def test_a_batch_has_at_most_as_many_elements_or_is_one_matrix(elements, most):
+    sizes = sizes_of_a_step(muon, (16, 16), elements)
     assert max(sizes) == most
     assert sum(sizes) == EACH * 256
 
 
 def test_all_matrices_of_a_parameter_count():
     """Experts: 3 matrices of 60 elements in each parameter, which is updated whole."""
-    params = weights(shapes=[(3, 10, 6)])
-    optimizer = muon(params, batch_elements=400)
-    sizes = updated_at_once(optimizer)
-    set_gradients(params, 0)
-    optimizer.step()
-    assert sizes == [360, 360]
+    assert sizes_of_a_step(muon, (3, 10, 6), 400) == [360, 360]
 
 
 def test_stacks_are_not_cut():
-    params = weights(shapes=[(16, 16)])
-    optimizer = teon(params, batch_elements=1)
-    sizes = updated_at_once(optimizer)
-    set_gradients(params, 0)
-    optimizer.step()
-    assert sizes == [512, 512]
+    assert sizes_of_a_step(teon, (16, 16), 1) == [512, 512]
 
 
 def test_groups_may_differ():

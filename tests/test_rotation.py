@@ -27,6 +27,10 @@ from pion_hf.linalg.rotation import (
 EYE = torch.eye
 
 
+def rotated_by(increment: Increment, x: torch.Tensor, **options) -> torch.Tensor:
+    return x + increment.change(x, **options)
+
+
 def random_skew(n: int, angle: float, *, batch: int = 2, dtype=torch.float64, seed: int = 0) -> torch.Tensor:
     x = skew(torch.randn(batch, n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
     return (x * (angle / torch.linalg.matrix_norm(x, 2, keepdim=True))).to(dtype)
@@ -71,7 +75,7 @@ def test_cayley_and_root_are_orthogonal_at_any_angle(angle):
 def test_series_is_orthogonal_to_float32_rounding_up_to_its_angle(angle, terms):
     """The few-rows form, at the largest angle it is used for: a thousand steps may add up to 1e-6."""
     increment = Increment(random_skew(16, angle), terms=terms)
-    e = increment.rotate(EYE(16, dtype=torch.float64).expand(2, 16, 16))
+    e = rotated_by(increment, EYE(16, dtype=torch.float64).expand(2, 16, 16))
     assert (e.mT @ e - EYE(16, dtype=torch.float64)).abs().max() < 1e-9
 
 
@@ -82,7 +86,7 @@ def test_a_low_precision_tail_leaves_the_rotation_orthogonal(angle, rows):
     identity = EYE(64).expand(2, 64, 64)
     increment = Generator(low.float(), low=low).increment(1.0, retraction="root", rows=rows)
     assert increment.tail is not None
-    e = increment.rotate(identity).double()
+    e = rotated_by(increment, identity).double()
     # The float32 identity itself is stored to 6e-8: errors of that size are what any float32 rotation makes.
     assert (e.mT @ e - identity.double()).abs().max() < 3e-7
 
@@ -110,7 +114,7 @@ def test_split_products_rotate_as_exactly_as_float32_ones(angle, split, side, mo
     generator = Generator(low.float(), low=low)
     moved = generator.moved(x, side=side)
     assert len(calls) == 1
-    rotated = generator.increment(1.0, retraction="root", rows=8).rotate(x, side=side, first=moved)
+    rotated = rotated_by(generator.increment(1.0, retraction="root", rows=8), x, side=side, first=moved)
     assert split or len(calls) == 1
     gram = (x @ x.mT if side == "in" else x.mT @ x).double()
     after = (rotated @ rotated.mT if side == "in" else rotated.mT @ rotated).double()
@@ -124,7 +128,7 @@ def test_few_rows_form_equals_the_matrix(angle):
     applied = Generator(x).increment(1.0, retraction="root", rows=5)
     assert applied.terms
     # Fewer terms at small angles: the two differ by what float32 cannot see.
-    torch.testing.assert_close(applied.rotate(rows), formed, atol=2**-24, rtol=0)
+    torch.testing.assert_close(rotated_by(applied, rows), formed, atol=2**-24, rtol=0)
 
 
 def test_a_generator_of_any_size_is_applied_without_overflow():
@@ -133,7 +137,7 @@ def test_a_generator_of_any_size_is_applied_without_overflow():
     small = Generator(x).increment(1.0, retraction="root", rows=5)
     large = Generator(x * 1e12).increment(torch.full((2, 1, 1), 1e-12), retraction="root", rows=5)
     assert large.terms > 7
-    torch.testing.assert_close(large.rotate(rows), small.rotate(rows), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rotated_by(large, rows), rotated_by(small, rows), atol=1e-5, rtol=0)
 
 
 def test_root_has_the_documented_closed_form():
@@ -178,8 +182,8 @@ def test_low_rank_rotation_equals_the_dense_one(k, n, m, seed, retraction, side)
     # The root of a low-rank generator is taken by Cayley (see Generator.increment): compare like with like.
     exact = "cayley" if retraction == "root" else retraction
     x = rows if side == "in" else rows.mT.contiguous()
-    low = factored.increment(0.3, retraction=retraction).rotate(x, side=side)
-    high = dense.increment(0.3, retraction=exact).rotate(x, side=side)
+    low = rotated_by(factored.increment(0.3, retraction=retraction), x, side=side)
+    high = rotated_by(dense.increment(0.3, retraction=exact), x, side=side)
     torch.testing.assert_close(low, high, atol=1e-12, rtol=1e-12)
 
 
@@ -187,7 +191,7 @@ def test_rotating_from_the_other_side_is_the_transposed_view():
     x, w = random_skew(6, 0.02), torch.randn(2, 6, 4, dtype=torch.float64)
     for rows in (None, 4):
         increment = Generator(x).increment(1.0, retraction="root", rows=rows)
-        torch.testing.assert_close(increment.rotate(w, side="out"), increment.rotate(w.mT.contiguous()).mT)
+        torch.testing.assert_close(rotated_by(increment, w, side="out"), rotated_by(increment, w.mT.contiguous()).mT)
 
 
 def test_spectral_norm_estimate():

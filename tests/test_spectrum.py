@@ -14,12 +14,6 @@ def draw(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def dense(generator):
-    """The n x n matrix of a `Generator`."""
-    n = generator.core.shape[-1] if generator.factor is None else generator.factor.shape[-1]
-    return generator.act(torch.eye(n, dtype=generator.core.dtype).expand(*generator.core.shape[:-2], n, n))
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_singular_values_against_svd(shape):
     w = draw(3, *shape)

@@ -185,10 +185,6 @@ class Increment(NamedTuple):
     tail: Tensor | None = None
     low: Tensor | None = None
 
-    def rotate(self, x: Tensor, **options) -> Tensor:
-        """`x E`, or for `side="out"` `E^T x`; options as of `change`."""
-        return x + self.change(x, **options)
-
     def change(
         self,
         x: Tensor,
