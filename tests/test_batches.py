@@ -49,7 +49,7 @@ def teon(params: list[nn.Parameter], **options: Any) -> Teon:
     """Stacks of two parameters' first matrices; the others are alone."""
     groups = grouped(params, rule="teon")
     for group in groups:
-        names = [f"{name}[0]" if group["layout"] else name for name, _ in group["params"]]
+        names = [f"{name}[0]" if "rows" in group["layout"] else name for name, _ in group["params"]]
         group["stacks"] = [names[i : i + 2] for i in range(0, len(names), 2)]
     return Teon(groups, lr=1e-2, polar_dtype="float32", weight_decay=0.1, **options)
 
@@ -156,9 +156,53 @@ def test_a_batch_has_at_most_as_many_elements_or_is_one_matrix(elements, most):
     assert sum(sizes) == EACH * 256
 
 
-def test_all_matrices_of_a_parameter_count():
-    """Experts: 3 matrices of 60 elements in each parameter, which is updated whole."""
-    assert sizes_of_a_step(muon, (3, 10, 6), 400) == [360, 360]
+@pytest.mark.parametrize(
+    ("elements", "sizes"),
+    [(400, [360, 360]), (200, [180] * 4), (179, [120] * 6), (100, [60] * 12), (1, [60] * 12)],
+)
+def test_experts_of_a_parameter_are_updated_some_at_a_time(elements, sizes):
+    """Three matrices of 60 elements in each parameter; remainders of equal size share batches where they fit."""
+    assert sizes_of_a_step(muon, (3, 10, 6), elements) == sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", BUILDERS)
+def test_some_experts_at_a_time_do_as_all_at_once(case, dtype):
+    """Fused and transposed ones, and such as hold several matrices each; what is saved goes on in parts of any size."""
+    layouts = {(5, 12, 8): "rows=8,4", (5, 8, 12): "transposed", (4, 6, 10): ""}
+    found = {}
+    for sizes in ((2**30, 2**30), (1, 1), (200, 200), (200, 2**30), (2**30, 100)):
+        params, saved = weights(dtype, list(layouts)), None
+        for part, elements in enumerate(sizes):
+            with mock.patch.dict(LAYOUTS, layouts):
+                optimizer = BUILDERS[case](params, batch_elements=elements)
+            if saved is not None:
+                optimizer.load_state_dict(saved)
+            for seed in range(3):
+                set_gradients(params, 10 * part + seed)
+                optimizer.step()
+            saved = optimizer.state_dict()
+        found[sizes] = params, saved["state"]
+    params, states = found[2**30, 2**30]
+    for others, states_of_others in found.values():
+        for p, other in zip(params, others, strict=True):
+            torch.testing.assert_close(p, other, **TOLERANCE.get(dtype, {"atol": 2e-2, "rtol": 2e-2}))
+        assert {i: s.keys() for i, s in states.items()} == {i: s.keys() for i, s in states_of_others.items()}
+
+
+def test_some_experts_are_seen_like_all(caplog):
+    """What a rule says of its matrices at the first steps counts every expert once."""
+    said = []
+    for elements in (2**30, 1):
+        caplog.clear()
+        params = weights(shapes=[(3, 10, 6)])
+        optimizer = pion(params, batch_elements=elements)
+        with caplog.at_level("INFO", logger="pion_hf"):
+            for seed in range(2):
+                set_gradients(params, seed)
+                optimizer.step()
+        said.append([record.getMessage() for record in caplog.records])
+    assert said == [["pion: 12 of 12 matrices rotated"]] * 2
 
 
 def test_stacks_are_not_cut():

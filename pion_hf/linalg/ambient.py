@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pion_hf.linalg.reading import READER, Reader, reading_waits
 from pion_hf.linalg.rotation import MISSING_TERM, ROUNDED_TERM, Generator, generator, skew
 from pion_hf.linalg.spectrum import Basis, numerical_zero
 
@@ -24,6 +25,8 @@ LONG = 1.5
 SMALLEST = 1e-4
 # Powers in the series of `(I + K)^(-1/2)`, which converges where `||K|| < 1`: up to angles of about 0.8 rad.
 MOST_POWERS = 64
+# Up to this Frobenius norm of `K` its powers are not read where that waits: a dozen of them at most.
+LARGEST_UNREAD = 0.25
 
 
 def ambient_generator(
@@ -115,7 +118,7 @@ class Tangent(NamedTuple):
         change = _lead((u * stretch.mT).to(self.turn.dtype), self.turn, self.tall)
         return (change - _lead(u.to(self.turn.dtype) @ self.carried, self.vt, self.tall)).to(u.dtype)
 
-    def retract(self, w: Tensor, change: Tensor, alpha: Tensor | float) -> Tensor | None:
+    def retract(self, w: Tensor, change: Tensor, alpha: Tensor | float, *, reader: Reader = READER) -> Tensor | None:
         """What leads from `W` to a matrix near `W + alpha change` that has `W`'s Gram matrix.
 
         `W + alpha change = U diag(s) Y` has `Y Y^T = I + K`; the aim is `U diag(s) (I + K)^(-1/2) Y`, the polar
@@ -128,7 +131,7 @@ class Tangent(NamedTuple):
         error = _inner(step, middle, self.tall)
         values, rows = self.basis.values.unsqueeze(-1), self.basis.rows
         gram = rows @ (error + error.mT) @ rows.mT / (values * values.mT)
-        series, size = _inverse_root(gram, values, low=self.turn.dtype)
+        series, size = _inverse_root(gram, values, low=self.turn.dtype, reader=reader)
         if series is None:
             return None
         low = self.turn.dtype if size <= ROUNDED_TERM else w.dtype
@@ -157,36 +160,40 @@ def has_long_side(shape: torch.Size, side: str) -> bool:
     return (m if side == "out" else n) >= LONG * min(m, n)
 
 
-def is_well_conditioned(basis: Basis) -> bool:
+def is_well_conditioned(basis: Basis, *, reader: Reader = READER) -> bool:
     """Whether every singular direction is large enough for a `Tangent`."""
     values = basis.values
-    return bool((values[..., -1] > SMALLEST * values[..., 0]).all())
+    smallest = values[..., -1] / values[..., 0].clamp_min(torch.finfo(values.dtype).tiny)
+    return reader.read("smallest", smallest.amin(), order=0) > SMALLEST
 
 
-def _inverse_root(gram: Tensor, values: Tensor, *, low: torch.dtype) -> tuple[Tensor | None, float]:
+def _inverse_root(gram: Tensor, values: Tensor, *, low: torch.dtype, reader: Reader) -> tuple[Tensor | None, float]:
     """`(I + K)^(-1/2) - I` of symmetric `K`, `(..., k, k)`, and the norm of its effect on `diag(values)`, relative.
 
     The binomial series, for as long as its terms show in that effect; None if it does not converge.
     """
     size = torch.linalg.matrix_norm(values).clamp_min(torch.finfo(values.dtype).tiny)
 
-    def effect(power: Tensor) -> float:
-        return (torch.linalg.matrix_norm(values * power) / size).amax().item()
+    def effect(power: Tensor) -> Tensor:
+        return (torch.linalg.matrix_norm(values * power) / size).amax()
 
     enough = MISSING_TERM if gram.dtype == torch.float32 else torch.finfo(gram.dtype).eps
     coefficient, power = -0.5, gram
-    total, seen = gram * coefficient, effect(gram)
-    first, factor = seen / 2, gram.to(low)
     # `||K^j||_F^(1/j)` bounds the spectral norm of `K` from above, ever more closely.
-    bound = torch.linalg.matrix_norm(gram).amax().item()
+    bound = reader.read("gram", torch.linalg.matrix_norm(gram).amax(), order=2)
+    total, seen = gram * coefficient, reader.read("effect", effect(gram), order=2)
+    first, factor = seen / 2, gram.to(low)
+    # Where reading waits, powers are taken to be as large as their bound allows, for as long as that converges.
+    reading = not reading_waits(gram) or bound > LARGEST_UNREAD
     for j in range(2, MOST_POWERS):
         coefficient *= (1 - 2 * j) / (2 * j)
         if bound < 1 and abs(coefficient) * seen * bound / (1 - bound) <= enough:
             return total, first
         rounded = (power.to(low) @ factor).to(gram.dtype)
-        seen = effect(rounded)
+        seen = effect(rounded).item() if reading else seen * bound
         power = rounded if low == gram.dtype or abs(coefficient) * seen <= ROUNDED_TERM else power @ gram
-        bound = min(bound, torch.linalg.matrix_norm(power).amax().item() ** (1 / j))
+        if reading:
+            bound = min(bound, torch.linalg.matrix_norm(power).amax().item() ** (1 / j))
         total = total.add_(power, alpha=coefficient)
     return None, first
 

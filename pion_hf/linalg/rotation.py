@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pion_hf.linalg.precision import split_product, splitting_pays
+from pion_hf.linalg.reading import READER, Reader, reading_waits
 
 RETRACTIONS = ("root", "cayley", "taylor")
 
@@ -60,7 +61,9 @@ def solve(a: Tensor, b: Tensor) -> Tensor:
     One matrix at a time on CPU: MKL's batched LU, called from several threads, reports
     "Parameter 6 was incorrect on entry to SLASWP" and may never return (torch 2.13, oneMKL).
     """
-    if a.device.type != "cpu" or a.ndim == 2:
+    if a.device.type != "cpu":  # without the check for singular matrices, which waits for the device
+        return torch.linalg.solve_ex(a, b)[0]
+    if a.ndim == 2:
         return torch.linalg.solve(a, b)
     batch = a.shape[:-2]
     flat_a, flat_b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
@@ -76,7 +79,7 @@ def cayley(x: Tensor, gram: Tensor | None = None) -> Tensor:
     Woodbury form, `C = x (I - gram x / 2)^-1`.
     """
     gx = x if gram is None else gram @ x
-    if x.device.type == "cpu" and x.ndim > 2 and x.shape[-1] <= SMALL_CORE:
+    if x.ndim > 2 and x.shape[-1] <= SMALL_CORE and not reading_waits(x):
         inverse = _neumann(gx / 2)
         if inverse is not None:
             return x @ inverse
@@ -113,7 +116,7 @@ def taylor(x: Tensor, gram: Tensor | None = None, *, degree: int = 2) -> Tensor:
     return out
 
 
-def root(x: Tensor, *, angle: float | Tensor) -> Tensor:
+def root(x: Tensor, *, angle: float | Tensor, largest: float | None = None) -> Tensor:
     """`E(x) - I` of `E(x) = I + x^2/2 + x (I + x^2/4)^(1/2)`, orthogonal for skew `x` up to angles of 2 rad.
 
     The even part is exact, so a short series of the odd part leaves it orthogonal to rounding: two to five products
@@ -121,19 +124,21 @@ def root(x: Tensor, *, angle: float | Tensor) -> Tensor:
 
     angle: an upper estimate of the largest rotation angle, `||x||_2`, which chooses how many terms are needed; of every
     matrix, `(..., 1, 1)`, in a batch: how often one is halved, which shows in the result, is no other's affair.
+    largest: of these, if it is known already.
     """
-    angle = torch.as_tensor(angle, dtype=torch.float64)
-    halvings = (angle / SERIES_ANGLES[-1][0]).log2().ceil().clamp_min(0).nan_to_num(0, posinf=0)
-    most = int(halvings.max())
+    angle = torch.as_tensor(angle, dtype=x.dtype, device=x.device)
+    largest = angle.max().item() if largest is None else largest
+    limit, most_terms = SERIES_ANGLES[-1]
+    most = math.ceil(math.log2(largest / limit)) if limit < largest < math.inf else 0
     if most:
-        x = x / (2**halvings).to(x)
+        halvings = (angle / limit).log2().ceil().nan_to_num(0).clamp(0, most)
+        x = x / 2**halvings
     square = x @ x
-    largest = (angle / 2**halvings).max().item()
-    terms = SERIES_ANGLES[-1][1] if x.dtype == torch.float64 else max(3, root_terms(largest))
+    terms = most_terms if x.dtype == torch.float64 else max(3, root_terms(largest))
     increment = square / 2 + x + x @ _odd_series(square, terms)
     for done in range(most):
         doubled = 2 * increment + increment @ increment
-        increment = torch.where((halvings > done).to(x.device), doubled, increment)
+        increment = torch.where(halvings > done, doubled, increment)
     return increment
 
 
@@ -227,7 +232,7 @@ class Increment(NamedTuple):
         # Each power takes its share of alpha at once: the generator itself may be of any size.
         total = power = first * self.alpha
         # On a GPU no norm is read: powers are taken to be as large as their angle allows.
-        reading = self.tail is not None and x.device.type == "cpu"
+        reading = self.tail is not None and not reading_waits(x)
         size = torch.linalg.matrix_norm(x).clamp_min(torch.finfo(x.dtype).tiny) if reading else None
         for term in range(2, self.terms + 1):
             lower, norm = None, self.angle**term
@@ -337,13 +342,14 @@ class Generator(NamedTuple):
         retraction: str,
         degree: int = 2,
         rows: int | None = None,
+        reader: Reader = READER,
     ) -> Increment:
         """`E(alpha A) - I`, with `alpha` of shape `(..., 1, 1)` or a number.
 
         rows: how many rows it will act on in full precision, if that is known to be few.
         """
         if retraction == "root" and self.factor is None:
-            return self._root_increment(alpha, rows)
+            return self._root_increment(alpha, rows, reader)
         x = self.core * alpha
         if retraction == "taylor":
             core = taylor(x, self.gram, degree=degree)
@@ -354,17 +360,17 @@ class Generator(NamedTuple):
             raise ValueError(f"retraction must be one of {RETRACTIONS}, got {retraction!r}")
         return Increment(core) if self.factor is None else Increment(self.factor, core)
 
-    def _root_increment(self, alpha: Tensor | float, rows: int | None) -> Increment:
-        angles = self.spectral_norm(iterations=4) * alpha
-        # Power iteration is a lower bound. Meta tensors (a plan without weights) have shapes and no angle.
-        angles = torch.zeros(1, 1) if angles.is_meta else 1.5 * angles.cpu()
-        angle = angles.max().item()
+    def _root_increment(self, alpha: Tensor | float, rows: int | None, reader: Reader) -> Increment:
+        # Power iteration is a lower bound.
+        angles = 1.5 * self.spectral_norm(iterations=4) * alpha
+        # Meta tensors (a plan without weights) have shapes and no angle.
+        angle = 0.0 if angles.is_meta else reader.read("angle", angles.max())
         tail = None if self.low is None else self.low * _like(alpha, self.low)
         few_rows = tail is not None or (rows is not None and rows < self.core.shape[-1])
         if few_rows and angle <= SERIES_ANGLES[-1][0]:
             terms = root_terms(angle)
             return Increment(self.core, terms=terms, alpha=alpha, angle=angle, tail=tail, low=self.low)
-        increment = root(self.core * alpha, angle=angles)
+        increment = root(self.core * alpha, angle=angles, largest=angle)
         return Increment(increment, tail=None if tail is None else increment.to(tail.dtype))
 
 

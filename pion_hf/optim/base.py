@@ -17,6 +17,7 @@ from torch.optim.adamw import adamw
 
 from pion_hf.errors import unknown
 from pion_hf.linalg.precision import full_float32
+from pion_hf.linalg.reading import LateReader
 from pion_hf.linalg.rotation import Generator
 from pion_hf.optim import blocks, precision, sharding
 from pion_hf.optim.batches import REST, Batch, Block, Plan, is_apart
@@ -54,6 +55,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._rotations: dict[str, tuple[Generator, Tensor | float]] | None = None  # of the observed batch
         self._plans: dict[int, Plan] = {}  # by the group's index
         self._forms: dict[tuple[int, torch.Size, torch.dtype], dict[str, Tensor]] = {}
+        self._readers: defaultdict[tuple, LateReader] = defaultdict(LateReader)
+        self._updating: tuple = ()  # the key of the batch
         groups = list(itertools.chain.from_iterable(self._divide(entry) for entry in _as_groups(params)))
         for group in groups:
             self._check_rule(group["rule"])
@@ -219,6 +222,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Of loading, copying and unpickling: what is not state starts anew."""
         super().__setstate__(state)
         self._plans, self._forms = {}, {}
+        self._readers, self._updating = defaultdict(LateReader), ()
         self.__dict__.setdefault("skipped_steps", 0)
         self.__dict__.setdefault("share_work", False)
         self.__dict__.setdefault("observers", [])
@@ -265,7 +269,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"the gradient of {name} is sparse: use nn.Embedding(sparse=False).")
                 grad = sharding.local(p.grad)
                 by_kind[grad.device, grad.dtype].append(grad)
-        finite = all(_all_finite(grads) for grads in by_kind.values())
+        finite = _are_finite(list(by_kind.values()))
         return sharding.agree(finite, params, shared=self.share_work)
 
     def _matrix_step(self, index: int) -> None:
@@ -285,6 +289,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         weights, grad = batch.weights(states), batch.gradients()
         watching = [(observer, observer.keep(weights)) for observer in self.observers if observer.wants(group)]
         self._rotations = {} if watching else None
+        self._updating = batch.key
         new = self.update(weights, grad, state, group=group, step=step)
         for observer, kept in watching:
             observer.see(Update(batch.names, group, kept, new, grad, self._rotations))
@@ -295,6 +300,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """For rules: tell observers, if there are any, of the rotation `E(alpha A)` of a batch on `side`, in or out."""
         if self._rotations is not None:
             self._rotations[side] = a, alpha
+
+    def reader(self, key: str, group: dict) -> LateReader:
+        """For rules: what reads values of the batch that is updated; `key` tells apart those of one name."""
+        reader = self._readers[self._updating, key]
+        reader.lr = float(group["lr"])
+        return reader
 
     def _make_plan(self, index: int) -> Plan:
         """Which matrices are updated together: stacks, then all others alone; their state, where they have none.
@@ -420,10 +431,16 @@ def _working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _all_finite(grads: list[Tensor]) -> bool:
-    """Whether all entries are finite, and their squares too: those of larger ones would stay in second moments."""
-    squares = torch._foreach_norm(grads, dtype=torch.float64 if grads[0].dtype == torch.float64 else torch.float32)
-    return torch.stack(squares).sum().isfinite().item()
+def _are_finite(kinds: list[list[Tensor]]) -> bool:
+    """Whether all entries are finite, and their squares too: those of larger ones would stay in second moments.
+
+    kinds: tensors of one device and dtype each. All are summed before one value is read, for which a GPU is waited.
+    """
+    norms = []
+    for grads in kinds:
+        dtype = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+        norms.append(torch.stack(torch._foreach_norm(grads, dtype=dtype)).sum())
+    return not norms or sum(norm.to(norms[0].device) for norm in norms).isfinite().item()
 
 
 def _check_common(group: dict) -> None:

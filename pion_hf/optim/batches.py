@@ -27,12 +27,21 @@ REST = "rest"
 
 
 class Block(NamedTuple):
-    """The `index`-th matrix of `param` (see `blocks.split`) as a view `(E, h, d, n)`."""
+    """The `index`-th matrix of `param` (see `blocks.split`) as a view `(E, h, d, n)`, of `experts` only."""
 
     param: Tensor
     name: str
     index: int
     view: Tensor
+    experts: slice = slice(None)
+
+    def of(self, tensor: Tensor, layout: blocks.Layout) -> Tensor:
+        """The block of another tensor of the shape of `param`."""
+        return blocks.split(tensor, layout)[self.index][self.experts]
+
+    def some(self, experts: slice) -> Block:
+        """The part of a whole block with these experts."""
+        return self._replace(view=self.view[experts], experts=experts)
 
 
 Unit = tuple[Block, ...]
@@ -66,18 +75,34 @@ class Plan:
 def batches_of(units: Iterable[tuple[Unit, int]], layout: blocks.Layout, elements: int | None) -> list[Batch]:
     """Batches of units of one shape; with every unit comes the step it is at, which those of a batch share.
 
-    elements: of a batch, at most, or of a single unit; None for what suits the device.
+    elements: of a batch, at most, or of a unit of single matrices; None for what suits the device.
     """
     buckets: dict[tuple, list[Unit]] = defaultdict(list)
-    for unit, step in units:
-        view = unit[0].view
-        count, heads, rows, n = view.shape
-        buckets[len(unit), count, heads * rows, n, view.dtype, view.device, step].append(unit)
+    for whole, step in units:
+        view = whole[0].view
+        most = elements or _usual_elements(view.device)
+        for unit in _parts_of(whole, most):
+            shape = len(unit), *unit[0].view.shape
+            buckets[shape[:2], shape[2] * shape[3], shape[4], view.dtype, view.device, step, most].append(unit)
     return [
         Batch(chunk, layout)
-        for (size, count, m, n, _, device, _), members in buckets.items()
-        for chunk in _chunks(members, (elements or _usual_elements(device)) // (size * count * m * n))
+        for (*_, most), members in buckets.items()
+        for chunk in _chunks(members, most // _elements_of(members[0]))
     ]
+
+
+def _parts_of(unit: Unit, most: int) -> list[Unit]:
+    """The unit, or if it holds more than `most` elements, so many of its experts at a time as do not."""
+    count = unit[0].view.shape[0]
+    size = max(1, most * count // _elements_of(unit))
+    if size >= count:
+        return [unit]
+    starts = range(0, count, size)
+    return [tuple(block.some(slice(start, min(start + size, count))) for block in unit) for start in starts]
+
+
+def _elements_of(unit: Unit) -> int:
+    return len(unit) * unit[0].view.numel()
 
 
 def _signature(params: list[Tensor]) -> list[tuple[int, int, bool]]:
@@ -105,6 +130,8 @@ class Batch:
         self.dtype = torch.float64 if self.first.view.dtype == torch.float64 else torch.float32
         # Every matrix a whole parameter: no views to cut, and the state can stay where the rule has left it.
         self.whole = all(b.param.ndim == 2 for b in self.blocks) and layout.pieces == 1
+        # Some experts of parameters that hold more.
+        self.partial = self.first.experts != slice(None)
         self.matrix_shape = blocks.merge_rows(self.first.view).shape[1:]
         self._packed: dict[str, tuple[Tensor, list[Tensor]]] = {}
 
@@ -118,6 +145,11 @@ class Batch:
             for _ in range(unit[0].view.shape[0])
             for block in unit
         ]
+
+    @cached_property
+    def key(self) -> tuple:
+        """Tells it from other batches, of this step and later ones."""
+        return tuple((block.name, block.index, block.experts.start) for block in self.blocks)
 
     def weights(self, state: dict) -> Tensor:
         """In full precision where they are stored in half; a lone matrix is its parameter's own memory."""
@@ -144,7 +176,7 @@ class Batch:
             if name in ("step", REST) or (index and int(index) != self.first.index):
                 continue
             packed, parts = self._packed.get(name, (None, ()))
-            kept = [state[b.param][f"{name}.{b.index}" if index else name] for b in self.blocks]
+            kept = [self._kept(b, state, name) if index else state[b.param][name] for b in self.blocks]
             if packed is not None and all(a is b for a, b in zip(kept, parts, strict=True)):
                 found[name] = packed
             elif index:
@@ -163,6 +195,9 @@ class Batch:
                 parts = self._parts(tensor)
                 if not apart:
                     parts = [part[0].mT if self.layout.transposed else part[0] for part in parts]
+                if self.partial:
+                    self._store_parts(name, parts, state)
+                    continue
                 for block, part in zip(self.blocks, parts, strict=True):
                     state[block.param][f"{name}.{block.index}" if apart else name] = part
                 self._packed[name] = (tensor, parts)
@@ -172,9 +207,24 @@ class Batch:
                     state[block.param][name] = torch.zeros_like(block.param, dtype=tensor.dtype)
             self._scatter(tensor, lambda b, of=name: state[b.param][of])
 
+    def _kept(self, block: Block, state: dict, name: str) -> Tensor:
+        """What is kept by block, `(E, ...)`."""
+        entry = state[block.param][f"{name}.{block.index}"]
+        return entry[block.experts] if self.partial else entry
+
+    def _store_parts(self, name: str, parts: list[Tensor], state: dict) -> None:
+        """Into what is kept of all experts of a block."""
+        for block, part in zip(self.blocks, parts, strict=True):
+            key, experts = f"{name}.{block.index}", len(block.param)
+            if key not in state[block.param]:
+                state[block.param][key] = part.new_zeros(experts, *part.shape[1:])
+            kept = self._kept(block, state, name)
+            if kept.data_ptr() != part.data_ptr():  # it may have been changed in place
+                kept.copy_(part)
+
     def _gather(self, of: Callable[[Block], Tensor]) -> Tensor:
         if not self.whole:
-            return self._join([blocks.merge_rows(blocks.split(of(b), self.layout)[b.index]) for b in self.blocks])
+            return self._join([blocks.merge_rows(b.of(of(b), self.layout)) for b in self.blocks])
         if len(self.blocks) == 1:
             joined = of(self.first).unsqueeze(0)
         else:
@@ -207,7 +257,7 @@ class Batch:
                 torch._foreach_copy_(kept, rows)
             return
         for block, part in zip(self.blocks, self._parts(joined), strict=True):
-            view = blocks.split(of(block), self.layout)[block.index]
+            view = block.of(of(block), self.layout)
             if view.data_ptr() != part.data_ptr():  # a lone view was updated in place
                 view.copy_(part.reshape(view.shape))
 

@@ -89,13 +89,13 @@ class SelfCheck:
     def step_done(self) -> bool:
         if not self._seen:
             return True
+        now: dict[tuple[int, str], _Found] = {}
         for (update, _), (moved, due) in zip(self._seen, to_host([flags for _, flags in self._seen]), strict=True):
             doing = f"{update.group['rule']}: {{}} {'rotated' if update.rotations else 'moved'}"
-            now: dict[tuple[int, str], _Found] = {}
             for name, m, d in zip(update.names, moved.tolist(), due.tolist(), strict=True):
                 now.setdefault((id(update.group), name), _Found(doing, [], [])).add(m, d)
-            for key, found in now.items():
-                self._found[key] = found.since(self._found.get(key))
+        for key, found in now.items():
+            self._found[key] = found.since(self._found.get(key))
         self._seen.clear()
         self._rounds -= 1
         if self._rounds and not all(all(found.moved) for found in self._found.values()):

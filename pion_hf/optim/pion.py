@@ -84,7 +84,7 @@ class Pion(MatrixOptimizer):
             afterwards, so the spectrum does not notice. `auto` is bfloat16 where the hardware multiplies it faster.
         compile: the elementwise part of `adam` and `natural` through `torch.compile`.
         batch_elements: of the equal matrices that are updated at once, which bounds the extra memory of a step; a
-            larger one is updated alone. None: what is fastest on the device.
+            larger one is updated alone, experts of one parameter some at a time. None: what is fastest on the device.
         weight_decay: decoupled, of the AdamW groups.
         preset: `"paper"` sets momentum, direction, metric, hold, scale, side, retraction and degree as published.
         share_work: under DDP, each process updates a share of the matrices and tells the others.
@@ -220,7 +220,10 @@ class Pion(MatrixOptimizer):
         for side, a in generators.items():
             self.note_rotation(side, a, alpha)
             rows = _seen_from(weight, side).shape[-2]
-            increment = a.increment(alpha, retraction=group["retraction"], degree=group["degree"], rows=rows)
+            reader = self.reader(side, group)
+            increment = a.increment(
+                alpha, retraction=group["retraction"], degree=group["degree"], rows=rows, reader=reader
+            )
             weight.add_(increment.change(weight, side=side, first=moved.get(side)))
             if group["momentum"] == "transported":
                 state["momentum"].add_(increment.change(state["momentum"], side=side, low=True))
@@ -235,7 +238,8 @@ class Pion(MatrixOptimizer):
         basis = Basis(state["basis"], state["values"])
         if weight.is_meta or group["retraction"] != "root" or group["scale"] == "spectral":
             return None
-        if not has_long_side(weight.shape, side) or not is_well_conditioned(basis):
+        reader = self.reader(side, group)
+        if not has_long_side(weight.shape, side) or not is_well_conditioned(basis, reader=reader):
             return None
         tangent = ambient_tangent(
             weight,
@@ -248,7 +252,7 @@ class Pion(MatrixOptimizer):
         )
         change = tangent.change()
         alpha = _alpha(change, group)
-        step = tangent.retract(weight, change, alpha)
+        step = tangent.retract(weight, change, alpha, reader=reader)
         if step is None:
             return None
         if self._rotations is not None:
