@@ -239,6 +239,15 @@ def test_splits_that_the_data_lacks(key, recipe):
     assert f"the dataset has no split 'tset': set {key}" in fails("sft", "--config", recipe(**{key: "tset"}))
 
 
+def test_files_of_different_columns(tmp_path, recipe):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    for name, line in (("train", row), ("test", {**row, "id": 3})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    said = fails("sft", "--config", recipe(dataset_name=str(tmp_path)))
+    assert said.startswith(f"pion-hf sft: cannot read the data ({tmp_path}): ")
+    assert said.endswith("column names don't match. All its files need the same columns.")
+
+
 @pytest.mark.parametrize("key", ["dataset_name", "model_name_or_path"])
 def test_data_and_models_that_are_not_there(key, recipe):
     said = fails("sft", "--config", recipe(**{key: "no/such-name"}))

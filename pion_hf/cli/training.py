@@ -70,6 +70,11 @@ def train(
             if error.args == (split,) and not trainers:
                 raise ValueError(f"the dataset has no split {split!r}: set {name}") from error
         raise
+    except datasets.exceptions.DatasetGenerationError as error:  # says nothing, its cause does
+        lines = str(error.__cause__ or error).splitlines()
+        why = " ... ".join(dict.fromkeys([*lines[:1], *lines[-1:]]))
+        name = script_args.dataset_name
+        raise ValueError(f"cannot read the data ({name}): {why}. All its files need the same columns.") from error
     except OSError as error:  # a name that is no folder here is looked for at the hub
         if trainers:
             raise
