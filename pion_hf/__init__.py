@@ -5,10 +5,11 @@ from pion_hf.initialization import spectral_init_
 from pion_hf.integrations.callbacks import watch
 from pion_hf.integrations.registry import register
 from pion_hf.integrations.trainer import PionTrainer, PionTrainerMixin, PionTrainingArguments
-from pion_hf.optim import Pion, PionLora, RoutedAdamW, Teon, TeonLora
+from pion_hf.optim import Inputs, Pion, PionLora, RoutedAdamW, Teon, TeonLora
 from pion_hf.routing import param_groups, routing_table
 
 __all__ = [
+    "Inputs",
     "Pion",
     "PionLora",
     "PionTrainer",

@@ -151,6 +151,13 @@ class PionOptions:
             "Unset: what is fastest on the device."
         },
     )
+    optim_keep: int | None = field(
+        default=None,
+        metadata=_help(
+            "All but on adapters: so many leading directions of every layer's inputs keep their outputs, against "
+            "forgetting."
+        ),
+    )
     optim_share_work: bool | None = field(
         default=None,
         metadata=_help("DDP: each process updates a share of the matrices and tells the others, instead of all."),
@@ -186,7 +193,7 @@ def option_types(optim: str) -> dict[str, Any]:
     """Every option of an optimizer and its type, constructor's and groups'."""
     constructor = OPTIMIZER_CLASSES[optim].__init__
     hints = typing.get_type_hints(constructor)
-    elsewhere = {"self", "params", *TRAINER_FIELDS, *STACK_OPTIONS}
+    elsewhere = {"self", "params", "inputs", *TRAINER_FIELDS, *STACK_OPTIONS}
     own = {name: hints[name] for name in inspect.signature(constructor).parameters if name not in elsewhere}
     return {**own, **GROUP_OPTIONS, **ROUTING_OPTIONS.get(optim, {})}
 

@@ -22,10 +22,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from pion_hf import Pion, PionLora, RoutedAdamW, Teon, TeonLora
+from pion_hf import Inputs, Pion, PionLora, RoutedAdamW, Teon, TeonLora
+from pion_hf.linalg.sketch import sketch_of
+from pion_hf.linalg.sketch import test_matrix as random_test_matrix
 from pion_hf.optim import MatrixOptimizer, precision, sharding
 from pion_hf.optim.batches import REST, Block
 from tests.distributed_worker import launch
+
+pytestmark = pytest.mark.filterwarnings("ignore:keep. no inputs of (experts|unused) were seen")
 
 STEPS = 20
 # Rows that four processes cannot share evenly, and some that are too few for all: 3 and 5 rows, two experts.
@@ -100,6 +104,16 @@ def adamw_routed(model: nn.Module) -> MatrixOptimizer:
     return RoutedAdamW(with_tensors(groups, model), weight_decay=0.1)
 
 
+def watched(model: nn.Module) -> Inputs:
+    """As if layers of these names had been called; experts and such as have no gradient at first are not seen."""
+    inputs = Inputs(model, 2)
+    for name in {*SHAPES} - {"unused", "experts", "bias", "gain"}:
+        n = SHAPES[name][0 if LAYOUTS.get(name) == "transposed" else 1]
+        rows = torch.randn(20, n, generator=torch.Generator().manual_seed(n)) * torch.arange(1, n + 1)
+        inputs._sketches[name] = sketch_of(rows, random_test_matrix(n, 2, torch.device("cpu")))
+    return inputs
+
+
 def with_tensors(groups: list[dict], model: nn.Module) -> list[dict]:
     return [{**group, "params": [(name, model[name]) for name in group["params"]]} for group in groups]
 
@@ -107,6 +121,8 @@ def with_tensors(groups: list[dict], model: nn.Module) -> list[dict]:
 BUILDERS: dict[str, Callable[..., MatrixOptimizer]] = {
     "pion": pion,
     "pion paper": lambda model, **options: pion(model, preset="paper", **options),
+    "pion keep": lambda model, **options: pion(model, keep=2, inputs=watched(model), **options),
+    "muon keep": lambda model, **options: muon(model, keep=2, inputs=watched(model), **options),
     "pion both sides, msign": lambda model, **options: pion(
         model, side="both", metric="lie", direction="msign", polar="svd", **options
     ),

@@ -105,7 +105,8 @@ def describe(args: TrainingArguments, wrapped: Any, model: nn.Module) -> dict[st
     leading = min(matrices, key=lambda group: optimizer.matrix_rules.index(group["rule"]))
     if said["name"] not in OPTIMIZER_CLASSES:  # built by hand
         said["name"] = leading["rule"]
-    names = [n for n in inspect.signature(type(optimizer)).parameters if n not in ("params", "lr", "weight_decay")]
+    elsewhere = ("params", "inputs", "lr", "weight_decay")
+    names = [name for name in inspect.signature(type(optimizer)).parameters if name not in elsewhere]
     options = {name: leading[name] for name in names if name in leading}
     if leading["rule"] in optimizer.elementwise_rules:
         options = {name: leading[name.removeprefix("adamw_")] for name in names}

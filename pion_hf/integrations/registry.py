@@ -23,6 +23,7 @@ from pion_hf.arguments import (
     parse_optim_args,
     resolve_options,
 )
+from pion_hf.optim import Inputs
 from pion_hf.optim.sharding import of_first
 from pion_hf.routing import LORA_FORMS, Routing, param_groups, routing_table
 from pion_hf.schedules import SCHEDULES
@@ -114,6 +115,8 @@ def _handle(context: Any) -> tuple[type, dict[str, Any]]:
     for group, reach in zip(measured, of_first([group["reach"] for group in measured]), strict=True):
         group["reach"] = reach
     announce(routing, groups, args)
+    if options.get("keep"):
+        options["inputs"] = Inputs(model, options["keep"])
     return OPTIMIZER_CLASSES[optim], {"params": groups, "lr": args.learning_rate, **options}
 
 

@@ -39,6 +39,7 @@ def ambient_generator(
     tolerance: float = 0.0,
     rows: int = 0,
     dtype: torch.dtype | None = None,
+    fixed: Tensor | None = None,
 ) -> Generator:
     """The skew `A`, `(..., n, n)`, whose `W A` is nearest to `-D` in the Frobenius norm.
 
@@ -47,18 +48,18 @@ def ambient_generator(
     w, direction: `(..., m, n)`; basis: of `w`'s smaller side (see `singular_basis`); right: whether its
     rows are right singular vectors of `w` (needs `m >= n`) or left ones (`m <= n`); tolerance: see `numerical_zero`;
     rows: how many rows will be rotated (see `generator`); dtype: of the products that form `A`, which is skewed
-    exactly afterwards, so that neither their rounding nor the basis's touches the spectrum.
+    exactly afterwards, so that neither their rounding nor the basis's touches the spectrum; fixed: see `generator`.
     """
     if not right:
         tangent = ambient_tangent(w, direction, basis, tall=False, hold=hold, tolerance=tolerance, dtype=dtype)
-        return tangent.generator(rows=rows)
+        return tangent.generator(rows=rows, fixed=fixed)
     values, inverse = _kept_values(basis, tolerance)
     low = dtype or w.dtype
     vt = basis.rows.to(low)
     ut = ((w.to(low) @ vt.mT) * inverse.to(low).unsqueeze(-2)).mT
     seen = ut @ direction.to(low) @ vt.mT
     inside = _inside(seen.to(w.dtype), values, int(hold * w.shape[-1]))
-    return generator(vt, (inside / -2).to(low) @ vt, rows=rows, dtype=w.dtype)
+    return generator(vt, (inside / -2).to(low) @ vt, rows=rows, dtype=w.dtype, fixed=fixed)
 
 
 def ambient_tangent(
@@ -146,12 +147,12 @@ class Tangent(NamedTuple):
         across = _inner(low, self.turn, self.tall) + along @ self.inside.to(along.dtype)
         return (_lead(along, self.turn, self.tall) - _lead(across, self.vt, self.tall)) * alpha
 
-    def generator(self, *, rows: int = 0) -> Generator:
+    def generator(self, *, rows: int = 0, fixed: Tensor | None = None) -> Generator:
         """`A` itself."""
         half = (self.inside / 2).to(self.vt.dtype)
         factor = _lead(half, self.vt, self.tall) - self.turn
         left, right = (self.vt.mT, factor.mT) if self.tall else (self.vt, factor)
-        return generator(left, right, rows=rows, dtype=self.inside.dtype)
+        return generator(left, right, rows=rows, dtype=self.inside.dtype, fixed=fixed)
 
 
 def has_long_side(shape: torch.Size, side: str) -> bool:

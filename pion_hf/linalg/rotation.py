@@ -378,8 +378,19 @@ def _like(alpha: Tensor | float, x: Tensor) -> Tensor | float:
     return alpha.to(x.dtype) if isinstance(alpha, Tensor) else alpha
 
 
+def without(x: Tensor, fixed: Tensor) -> Tensor:
+    """Rows `x`, `(..., p, n)`, less their part along the orthonormal columns `fixed`, `(..., n, k)`."""
+    return x - (x @ fixed) @ fixed.mT
+
+
 def generator(
-    left: Tensor, right: Tensor, *, rows: int = 0, dense: bool | None = None, dtype: torch.dtype | None = None
+    left: Tensor,
+    right: Tensor,
+    *,
+    rows: int = 0,
+    dense: bool | None = None,
+    dtype: torch.dtype | None = None,
+    fixed: Tensor | None = None,
 ) -> Generator:
     """The generator `A = -skew(L^T R)` of factors `L`, `R` of shape `(..., k, n)`.
 
@@ -387,7 +398,11 @@ def generator(
     at most `2k`; the factored form `[L; R]^T K [L; R]` with `K = [[0, -I], [I, 0]]` is kept when
     rotating `rows` rows with it costs fewer flops than the dense one, unless `dense` says which. `A` has the
     given `dtype`; factors of a lower one are multiplied in it, and the dense form is skewed exactly afterwards.
+    fixed: directions that the rotation leaves as they are, orthonormal columns `(..., n, j)`: `A` is restricted to what
+    is orthogonal to them.
     """
+    if fixed is not None:
+        left, right = (without(x.to(fixed.dtype), fixed).to(x.dtype) for x in (left, right))
     k, n = left.shape[-2:]
     if dense is None:
         dense = dense_flops(k, n, rows) <= factored_flops(k, n, rows)

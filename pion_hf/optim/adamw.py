@@ -8,7 +8,11 @@ from torch import Tensor
 
 from pion_hf.optim import blocks, sharding
 from pion_hf.optim.base import MatrixOptimizer, named_parameters
+from pion_hf.optim.batches import KEPT
+from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Update
+
+KEY = f"{KEPT}.0"  # as of the first of a parameter's matrices: all of them have its inputs
 
 
 class RoutedAdamW(MatrixOptimizer):
@@ -17,14 +21,18 @@ class RoutedAdamW(MatrixOptimizer):
     What differs is what `pion_hf.param_groups` gives the two kinds of groups: a learning rate each, as beside every
     other matrix rule. Half-precision weights are trained as torch's AdamW trains them, without masters.
 
+    With `keep` it is AdamW less what each step changes of the outputs of shared inputs (see `Pion`).
+
     Args:
         params: groups from `pion_hf.param_groups(model, "adamw_routed")`, tensors or `(name, tensor)` pairs.
         lr: of groups that bring none.
         weight_decay: decoupled, of such groups too.
+        keep: so many leading directions of the inputs of every layer with a hidden matrix keep their outputs.
+        inputs: `pion_hf.Inputs(model, keep)`; see `Pion`.
         adamw_betas, adamw_eps: of such groups too, matrices or not.
 
     Raises:
-        ValueError: an unknown option or a value out of range.
+        ValueError: an unknown option or a value out of range; `keep` on parameters sharded by FSDP2.
     """
 
     matrix_rules = ("adamw_routed",)
@@ -36,29 +44,57 @@ class RoutedAdamW(MatrixOptimizer):
         lr: float = 1e-4,
         *,
         weight_decay: float = 0.0,
+        keep: int = 0,
+        inputs: Inputs | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": adamw_betas, "eps": adamw_eps})
+        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": adamw_betas, "eps": adamw_eps, "keep": keep}
+        super().__init__(params, defaults, inputs=inputs)
 
     def _adamw_step(self, group: dict) -> None:
         """All parameters at once, or one after the other where somebody keeps the weights before the step."""
         routed = group["rule"] in self.matrix_rules
         observers = [observer for observer in self.observers if routed and observer.wants(group)]
         if not observers:
-            super()._adamw_step(group)
+            self._kept_step(group, routed=routed)
             return
         layout = blocks.Layout.parse(group["layout"])
         for name, p in named_parameters(group):
             if p.grad is None:
                 continue
             kept = [[observer.keep(matrix) for matrix in _matrices(p, layout)] for observer in observers]
-            super()._adamw_step({**group, "params": [p]})
+            self._kept_step({**group, "params": [p], "param_names": [name]}, routed=routed)
             after, grads = _matrices(p, layout), _matrices(p.grad, layout)
             for i, (new, grad) in enumerate(zip(after, grads, strict=True)):
                 names = [blocks.name_of(name, i, len(after))] * len(new)
                 for observer, old in zip(observers, kept, strict=True):
                     observer.see(Update(names, group, old[i], new, grad, {}))
+
+    def _kept_step(self, group: dict, *, routed: bool) -> None:
+        """torch's step; of matrices less what it does to the outputs of kept directions."""
+        if not (routed and group.get("keep")):
+            super()._adamw_step(group)
+            return
+        transposed, outputs = blocks.Layout.parse(group["layout"]).transposed, []
+        for name, p in named_parameters(group):
+            if p.grad is None:
+                continue
+            if not self.state[p]:
+                self._begin_adamw(p)
+            if KEY not in self.state[p]:
+                if sharding.is_sharded(p):
+                    raise ValueError(
+                        f"keep={group['keep']} of optim='adamw_routed' is not for parameters sharded by FSDP2, as "
+                        f"{name} is: set keep=0, use DDP, or a matrix rule (muon, teon, pion)."
+                    )
+                self.state[p][KEY] = self.kept_inputs(name, p.mT if transposed else p, group).unsqueeze(0)
+            kept = self.state[p][KEY][0]
+            outputs.append((p, kept, (p.mT if transposed else p).to(kept.dtype) @ kept))
+        super()._adamw_step(group)
+        for p, kept, before in outputs:
+            w = p.mT if transposed else p
+            w.add_(((before - w.to(kept.dtype) @ kept) @ kept.mT).to(p.dtype))
 
 
 def _matrices(p: Tensor, layout: blocks.Layout) -> list[Tensor]:

@@ -20,7 +20,8 @@ from pion_hf.linalg.precision import full_float32
 from pion_hf.linalg.reading import LateReader
 from pion_hf.linalg.rotation import Generator
 from pion_hf.optim import blocks, precision, sharding
-from pion_hf.optim.batches import REST, Batch, Block, Plan, is_apart
+from pion_hf.optim.batches import KEPT, REST, Batch, Block, Plan, is_apart
+from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Observer, SelfCheck, Update
 from pion_hf.optim.saved import OWN, check_saved
 
@@ -47,9 +48,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
     isospectral_rules: tuple[str, ...] = ()
     elementwise_rules: tuple[str, ...] = ("adamw",)
 
-    def __init__(self, params: Iterable, defaults: dict[str, Any], *, share_work: bool = False) -> None:
-        """share_work: processes with equal gradients (DDP) each update a share of the matrices and tell the others."""
+    def __init__(
+        self, params: Iterable, defaults: dict[str, Any], *, share_work: bool = False, inputs: Inputs | None = None
+    ) -> None:
+        """share_work: processes with equal gradients (DDP) each update a share of the matrices and tell the others.
+
+        inputs: of the model's layers, for groups that `keep` some of their directions.
+        """
         self.skipped_steps = 0
+        self.inputs = inputs
         self.share_work = share_work
         self.observers: list[Observer] = [SelfCheck()]
         self._rotations: dict[str, tuple[Generator, Tensor | float]] | None = None  # of the observed batch
@@ -143,6 +150,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 else:
                     self._matrix_step(index)
         self.observers = [observer for observer in self.observers if observer.step_done()]
+        if self.inputs is not None:
+            self.inputs.close()
         return loss
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
@@ -180,6 +189,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for index, view in enumerate(blocks.split(p, blocks.Layout.parse(group["layout"]))):
             weight = blocks.merge_rows(view).to(_working_dtype(dtype))
             state = self.initial_state(0, weight, group)
+            if group.get("keep"):
+                state[KEPT] = weight.new_empty(len(weight), weight.shape[-1], group["keep"])
             self.update(weight, torch.empty_like(weight), state, group={**group, "compile": False}, step=1)
             for name, value in state.items():
                 apart = is_apart(name, value, weight.shape[-2:], self.per_block_state)
@@ -224,6 +235,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._plans, self._forms = {}, {}
         self._readers, self._updating = defaultdict(LateReader), ()
         self.__dict__.setdefault("skipped_steps", 0)
+        self.__dict__.setdefault("inputs", None)
         self.__dict__.setdefault("share_work", False)
         self.__dict__.setdefault("observers", [])
         self._rotations = None
@@ -290,7 +302,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         watching = [(observer, observer.keep(weights)) for observer in self.observers if observer.wants(group)]
         self._rotations = {} if watching else None
         self._updating = batch.key
+        kept = None if self.keeps_by_itself else state.get(KEPT)
+        outputs = None if kept is None else weights @ kept
         new = self.update(weights, grad, state, group=group, step=step)
+        if kept is not None:
+            new = new.add_((outputs - new @ kept) @ kept.mT)
         for observer, kept in watching:
             observer.see(Update(batch.names, group, kept, new, grad, self._rotations))
         batch.store(state, states, by_block=self.per_block_state)
@@ -329,7 +345,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 for i, view in enumerate(views):
                     if whole is p:
                         self.check_matrix(name, blocks.merge_rows(view), group)
-                    for key, value in self.initial_state(position, blocks.merge_rows(view), group).items():
+                    entries = self.initial_state(position, blocks.merge_rows(view), group)
+                    if group.get("keep"):
+                        entries[KEPT] = self.kept_inputs(name, view, group).repeat(len(view), 1, 1)
+                    for key, value in entries.items():
                         state[f"{key}.{i}"] = sharding.placed(value, p, key)
                 if p.dtype in precision.HALF:
                     rest = torch.empty(p.shape, dtype=precision.REST_DTYPES[p.dtype], device="meta")
@@ -348,6 +367,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     per_block_state: frozenset[str] = frozenset()
     """State whose shape may happen to equal the weight's, and is kept by block all the same."""
+    keeps_by_itself = False
+    """Whether `update` does what `keep` asks for; else its change is projected afterwards."""
+
+    def kept_inputs(self, name: str, matrix: Tensor, group: dict) -> Tensor:
+        """The directions of a matrix's inputs, `(n, keep)`, whose outputs stay as they are."""
+        if self.inputs is None or self.inputs.most < group["keep"]:
+            raise ValueError(
+                f"keep={group['keep']} needs the inputs of {name}, which nobody watched: give the optimizer "
+                f"inputs=pion_hf.Inputs(model, {group['keep']}) before the first forward pass; a Trainer does."
+            )
+        directions = self.inputs.directions(name, matrix.shape[-1], group["keep"], matrix.device)
+        return directions.to(_working_dtype(matrix.dtype))
 
     def _adamw_step(self, group: dict) -> None:
         params = [p for p in group["params"] if p.grad is not None]
@@ -446,6 +477,7 @@ def _are_finite(kinds: list[list[Tensor]]) -> bool:
 def _check_common(group: dict) -> None:
     for option in ("lr", "eps", "weight_decay"):
         check_range(option, group[option], lambda v: v >= 0, "at least 0")
+    check_range("keep", group.get("keep", 0), lambda v: v >= 0, "a whole number of directions, 0 or more", whole=True)
     elements = group.get("batch_elements")
     if elements is not None:
         check_range("batch_elements", elements, lambda v: v >= 1, "a whole number of at least 1", whole=True)

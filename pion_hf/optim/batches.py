@@ -24,6 +24,8 @@ BATCH_ELEMENTS_DEFAULT = 2**25
 
 # The state entry with what a half-precision parameter drops of its master (see `precision`).
 REST = "rest"
+# That with the directions of a layer's inputs whose outputs stay as they are, `(E, n, keep)`.
+KEPT = "kept"
 
 
 class Block(NamedTuple):
@@ -264,7 +266,7 @@ class Batch:
 
 def is_apart(name: str, entry: Tensor, matrix_shape: tuple[int, ...], by_block: frozenset[str]) -> bool:
     """Whether an entry of state is kept by block, and not whole, in the shape of its parameter."""
-    return name in by_block or entry.shape[-2:] != matrix_shape
+    return name == KEPT or name in by_block or entry.shape[-2:] != matrix_shape
 
 
 def _param(block: Block) -> Tensor:

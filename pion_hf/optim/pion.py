@@ -14,10 +14,12 @@ from pion_hf.errors import unknown
 from pion_hf.linalg.ambient import ambient_generator, ambient_tangent, has_long_side, is_well_conditioned
 from pion_hf.linalg.polar import ITERATIONS, MOST_STEPS, POLAR_METHODS, check_method, polar_factor
 from pion_hf.linalg.precision import PRODUCT_DTYPES, product_dtype
-from pion_hf.linalg.rotation import RETRACTIONS, Generator, generator, rms_scale, skew
+from pion_hf.linalg.rotation import RETRACTIONS, Generator, generator, rms_scale, skew, without
 from pion_hf.linalg.spectrum import Basis, singular_basis
 from pion_hf.optim import compiled
 from pion_hf.optim.base import MatrixOptimizer, average, buffer, check_choices, check_range
+from pion_hf.optim.batches import KEPT
+from pion_hf.optim.inputs import Inputs
 
 CHOICES = {
     "momentum": ("transported", "lie", "ambient"),
@@ -85,6 +87,9 @@ class Pion(MatrixOptimizer):
         compile: the elementwise part of `adam` and `natural` through `torch.compile`.
         batch_elements: of the equal matrices that are updated at once, which bounds the extra memory of a step; a
             larger one is updated alone, experts of one parameter some at a time. None: what is fastest on the device.
+        keep: so many leading directions of every layer's inputs, those that most inputs share, keep their outputs: the
+            rotations fix them. It lets a model learn more before it forgets. inputs: `pion_hf.Inputs(model, keep)`,
+            made before the first forward pass, from which they are known; a Trainer makes it.
         weight_decay: decoupled, of the AdamW groups.
         preset: `"paper"` sets momentum, direction, metric, hold, scale, side, retraction and degree as published.
         share_work: under DDP, each process updates a share of the matrices and tells the others.
@@ -96,6 +101,7 @@ class Pion(MatrixOptimizer):
     matrix_rules = ("pion",)
     isospectral_rules = ("pion",)
     per_block_state = frozenset({"basis", "values", "lie_in", "lie_out", "lie_in_sq", "lie_out_sq"})
+    keeps_by_itself = True
 
     def __init__(
         self,
@@ -120,6 +126,8 @@ class Pion(MatrixOptimizer):
         generator_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         compile: bool = False,
         batch_elements: int | None = None,
+        keep: int = 0,
+        inputs: Inputs | None = None,
         weight_decay: float = 0.0,
         preset: Literal["paper"] | None = None,
         share_work: bool = False,
@@ -144,11 +152,12 @@ class Pion(MatrixOptimizer):
             "generator_dtype": generator_dtype,
             "compile": compile,
             "batch_elements": batch_elements,
+            "keep": keep,
             "weight_decay": weight_decay,
         }
         if preset is not None:
             defaults.update(_preset_options(preset, defaults))
-        super().__init__(params, defaults, share_work=share_work)
+        super().__init__(params, defaults, share_work=share_work, inputs=inputs)
 
     def check_options(self, group: dict) -> None:
         check_choices(group, CHOICES)
@@ -180,6 +189,11 @@ class Pion(MatrixOptimizer):
                 "second_moment=True is a variant of direction='gradient'; 'adam' and 'natural' have one of their own",
             ),
             (msign and ambient, "direction='msign' replaces generators of the lie metric: set metric='lie'"),
+            (
+                group["keep"] > 0 and (lie or msign),
+                "keep chooses generators that fix what is kept, which averages and polar factors of generators do not: "
+                "set keep=0",
+            ),
         )
         for clash, message in clashes:
             if clash:
@@ -236,7 +250,7 @@ class Pion(MatrixOptimizer):
     ) -> Tensor | None:
         """The step through a `Tangent`; None where `side` is not long, or the options ask for a generator."""
         basis = Basis(state["basis"], state["values"])
-        if weight.is_meta or group["retraction"] != "root" or group["scale"] == "spectral":
+        if weight.is_meta or KEPT in state or group["retraction"] != "root" or group["scale"] == "spectral":
             return None
         reader = self.reader(side, group)
         if not has_long_side(weight.shape, side) or not is_well_conditioned(basis, reader=reader):
@@ -350,16 +364,28 @@ def _unseen_apart(second: Tensor) -> Tensor:
 
 def generator_of(weight: Tensor, direction: Tensor, state: dict[str, Tensor], *, side: str, group: dict) -> Generator:
     w, d = _seen_from(weight, side), _seen_from(direction, side)
+    fixed = state.get(KEPT)
+    if fixed is not None:
+        # Of inputs the directions themselves, of outputs what the weight makes of them.
+        fixed = fixed if side == "in" else torch.linalg.qr(weight @ fixed).Q
+        d = without(d, fixed)
     dtype = product_dtype(weight, group["generator_dtype"])
     rows = 2 * w.shape[-2]  # the weight and its momentum
     if group["metric"] == "ambient":
         basis, right = Basis(state["basis"], state["values"]), side == _basis_side(weight)
         return ambient_generator(
-            w, d, basis, right=right, hold=group["hold"], tolerance=group["rank_tolerance"], rows=rows, dtype=dtype
+            w,
+            d,
+            basis,
+            right=right,
+            hold=group["hold"],
+            tolerance=group["rank_tolerance"],
+            rows=rows,
+            dtype=dtype,
+            fixed=fixed,
         )
-    return generator(
-        w.to(dtype), d.to(dtype), rows=rows, dense=True if group["direction"] == "msign" else None, dtype=w.dtype
-    )
+    dense = True if group["direction"] == "msign" else None
+    return generator(w.to(dtype), d.to(dtype), rows=rows, dense=dense, dtype=w.dtype, fixed=fixed)
 
 
 def _lie_momentum_generators(

@@ -113,6 +113,13 @@ def of_first(value: list) -> list:
     return value
 
 
+def summed(x: Tensor) -> Tensor:
+    """The sum of what all processes have in the place of `x`: a collective, where there are several."""
+    if _several():
+        dist.all_reduce(x)
+    return x
+
+
 def agree(yes: bool, params: list[Tensor], *, shared: bool) -> bool:
     """Whether all processes that update these parameters together say yes. Alone, that is `yes`.
 

@@ -15,6 +15,7 @@ from pion_hf.linalg.polar import ITERATIONS, MOST_STEPS, POLAR_METHODS, check_me
 from pion_hf.linalg.precision import PRODUCT_DTYPES, product_dtype
 from pion_hf.optim import blocks, compiled
 from pion_hf.optim.base import MatrixOptimizer, buffer, check_choices, check_range, named_parameters
+from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.sharding import stand_in
 
 CHOICES = {"polar": POLAR_METHODS, "scale": ("rms", "paper", "original"), "polar_dtype": PRODUCT_DTYPES}
@@ -47,6 +48,8 @@ class Teon(MatrixOptimizer):
         rms: the update's RMS at `lr = 1` (`scale="rms"`); 0.2 is that of a typical AdamW update.
         compile: the elementwise parts through `torch.compile`.
         batch_elements: of the matrices that are updated at once, which bounds the extra memory of a step; see `Pion`.
+        keep: so many leading directions of every layer's inputs keep their outputs: changes of a matrix are projected
+            away from them. inputs: `pion_hf.Inputs(model, keep)`; see `Pion`.
         weight_decay: decoupled, of the matrices and of AdamW's groups.
         adamw_betas, adamw_eps: of AdamW's groups that bring none.
         share_work: under DDP, each process updates a share of the matrices and tells the others.
@@ -73,6 +76,8 @@ class Teon(MatrixOptimizer):
         rms: float = 0.2,
         compile: bool = False,
         batch_elements: int | None = None,
+        keep: int = 0,
+        inputs: Inputs | None = None,
         weight_decay: float = 0.0,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
@@ -90,11 +95,12 @@ class Teon(MatrixOptimizer):
             "rms": rms,
             "compile": compile,
             "batch_elements": batch_elements,
+            "keep": keep,
             "weight_decay": weight_decay,
             "betas": adamw_betas,
             "eps": adamw_eps,
         }
-        super().__init__(params, defaults, share_work=share_work)
+        super().__init__(params, defaults, share_work=share_work, inputs=inputs)
         usual = inspect.signature(type(self).__init__).parameters["stack"].default
         found = {group["stack"] for group in self.param_groups if group["rule"] == self.stacked_rule} - {stack}
         if found and stack != usual:

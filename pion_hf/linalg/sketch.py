@@ -1,0 +1,37 @@
+"""Leading eigenvectors of a second moment `C = sum_t x_t x_t^T` of which only a thin product is kept.
+
+`Y = C T` with a fixed random test matrix `T`, `(n, r)`, holds enough of `C` (Nystroem's method; Halko, Martinsson and
+Tropp, arXiv 0909.4061): `C` is about `Y (T^T Y)^+ Y^T`, and nothing `n x n` is formed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Columns of a sketch beyond the directions that are wanted of it.
+OVERSAMPLING = 16
+
+
+def test_matrix(n: int, directions: int, device: torch.device) -> Tensor:
+    """`(n, r)` of random numbers, the same at every call: `r = directions + OVERSAMPLING`, `n` at most."""
+    draws = torch.Generator().manual_seed(0)
+    return torch.randn(n, min(n, directions + OVERSAMPLING), generator=draws).to(device)
+
+
+def sketch_of(x: Tensor, test: Tensor) -> Tensor:
+    """What rows `x`, `(t, n)`, add to a sketch: `x^T x T`, `(n, r)`."""
+    return x.mT @ (x @ test)
+
+
+def leading_directions(sketch: Tensor, test: Tensor, count: int) -> Tensor:
+    """The `count` leading eigenvectors of `C`, orthonormal columns `(n, count)`; 0 beyond those that `C` shows."""
+    rounding = torch.finfo(sketch.dtype).eps
+    y, t = sketch.double(), test.double()
+    core = t.mT @ y
+    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    inverse_root = torch.where(values > rounding * values[-1].abs(), values.clamp_min(0).rsqrt(), 0)
+    # `C` is about `F F^T`.
+    u, s, _ = torch.linalg.svd(y @ (vectors * inverse_root), full_matrices=False)
+    found = (u * (s > rounding**0.5 * s[0]))[:, :count].to(sketch.dtype)
+    return torch.nn.functional.pad(found, (0, count - found.shape[1]))

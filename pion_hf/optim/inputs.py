@@ -1,0 +1,85 @@
+"""What layers take in: the directions that most of their inputs share, seen in passes before an optimizer's first step.
+
+Most of what a layer's inputs have in common, whatever the text, lies in a few directions: their mean, the outliers of a
+few channels, the first token. A step that changes what a layer makes of these changes everything the model does; with
+`keep` it leaves it as it is. (To project steps away from inputs is gradient projection memory, arXiv 2103.09762, which
+stores the inputs of earlier tasks; these are of the new one, and there is nothing to store.)
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from pion_hf.linalg.sketch import leading_directions, sketch_of, test_matrix
+from pion_hf.optim import sharding
+
+# Of matrices without inputs, as many as a warning names.
+NAMED = 5
+
+
+class Inputs:
+    """Sketches of the inputs of a model's layers, from its forward passes in training mode until `close`.
+
+    For an optimizer with `keep`, which closes it after its first step: all passes of that step's gradients count.
+    Layers are modules with a trainable matrix of their own whose input is a tensor: `Linear`, `Conv1D`, LoRA's A.
+    """
+
+    def __init__(self, model: nn.Module, directions: int) -> None:
+        """directions: as many as will be asked for."""
+        self.most = directions
+        self._sketches: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        self._unseen: list[str] = []
+        for module_name, module in model.named_modules():
+            own = [n for n, p in module.named_parameters(recurse=False) if p.ndim == 2 and p.requires_grad]
+            if own and not isinstance(module, nn.Embedding):
+                names = [".".join(filter(None, (module_name, name))) for name in own]
+                hook = module.register_forward_pre_hook(self._hook(names), with_kwargs=True)
+                self._handles.append(hook)
+
+    def _hook(self, names: list[str]) -> Any:
+        @torch.no_grad()
+        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if not module.training or x is None or not x.is_floating_point():
+                return
+            rows = x.detach().reshape(-1, x.shape[-1]).float()
+            with torch.autocast(x.device.type, enabled=False):
+                seen = sketch_of(rows, test_matrix(rows.shape[-1], self.most, x.device))
+            for name in names:
+                self._sketches[name] = self._sketches[name] + seen if name in self._sketches else seen
+
+        return see
+
+    def directions(self, name: str, n: int, count: int, device: torch.device) -> Tensor:
+        """The `count` leading directions of the inputs of the matrix `name`, orthonormal columns `(n, count)`.
+
+        Of all processes' inputs together; 0 where none were seen.
+        """
+        test = test_matrix(n, self.most, device)
+        sketch = self._sketches.get(name)
+        if sketch is None or sketch.shape != test.shape:
+            sketch = torch.zeros_like(test)
+        found = leading_directions(sharding.summed(sketch.to(device)), test, count)
+        if not found.any():
+            self._unseen.append(name)
+        return found
+
+    def close(self) -> None:
+        """See nothing more, and forget what was seen; warn of matrices that were asked for in vain."""
+        if self._unseen:
+            more = f" and {len(self._unseen) - NAMED} more" if len(self._unseen) > NAMED else ""
+            warnings.warn(
+                f"keep: no inputs of {', '.join(self._unseen[:NAMED])}{more} were seen; what has none moves freely.",
+                stacklevel=2,
+            )
+            self._unseen.clear()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._sketches.clear()

@@ -1,0 +1,348 @@
+"""`keep`: the leading directions of a layer's inputs, and that what the layer makes of them stays as it is."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer
+from transformers.pytorch_utils import Conv1D
+
+from pion_hf import Inputs, Pion, PionTrainer, PionTrainingArguments, RoutedAdamW, Teon, param_groups
+from pion_hf.linalg import sketch
+from pion_hf.linalg.spectrum import singular_values, spectral_drift
+from pion_hf.optim.base import MatrixOptimizer
+from tests.conftest import toy_llama
+from tests.distributed_worker import launch
+
+KEEP = 3
+CPU = torch.device("cpu")
+
+
+def rows_of(count: int, n: int, *, seed: int = 0, rank: int | None = None) -> Tensor:
+    """Inputs of which a few directions are large."""
+    draws = torch.Generator().manual_seed(seed)
+    scales = 10.0 ** -torch.arange(n)[: rank or n].clamp_max(4)
+    directions = torch.linalg.qr(torch.randn(n, n, generator=draws)).Q[:, : len(scales)]
+    return (torch.randn(count, len(scales), generator=draws) * scales) @ directions.T
+
+
+# -- the sketch -------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(1, 80), count=st.integers(1, 6), tokens=st.integers(1, 200), seed=st.integers(0, 99))
+def test_a_sketch_knows_the_leading_directions(n, count, tokens, seed):
+    rows, test = rows_of(tokens, n, seed=seed), sketch.test_matrix(n, count, CPU)
+    found = sketch.leading_directions(sum(sketch.sketch_of(part, test) for part in rows.split(7)), test, count)
+    assert found.shape == (n, count)
+    there = found.norm(dim=0) > 0.5
+    gram = found.mT @ found
+    torch.testing.assert_close(gram, torch.diag(there.float()), atol=1e-5, rtol=0)
+    # What is left of the inputs is as little as the best directions leave, but for what float32 cannot tell.
+    values = torch.linalg.svdvals(rows.double())
+    best = values[count:].square().sum().sqrt()
+    left = (rows - rows @ found @ found.mT).double().norm()
+    assert left <= 1.2 * best + 1e-3 * values[0]
+
+
+def test_directions_that_are_not_there_are_zero():
+    rows, test = rows_of(50, 20, rank=2), sketch.test_matrix(20, 5, CPU)
+    found = sketch.leading_directions(sketch.sketch_of(rows, test), test, 5)
+    assert found.norm(dim=0).round().tolist() == [1, 1, 0, 0, 0]
+    assert not sketch.leading_directions(torch.zeros_like(test), test, 5).any()
+
+
+# -- what is watched --------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """A linear layer, one stored transposed, one used twice, an embedding, and a layer nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(30, 16)
+        self.up, self.down = nn.Linear(16, 24), Conv1D(16, 24)
+        self.again, self.idle = nn.Linear(16, 16, bias=False), nn.Linear(16, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = x + self.down(self.up(x).tanh())
+        return self.again(self.again(input=x))
+
+
+def ids(seed: int = 0) -> Tensor:
+    return torch.randint(30, (4, 10), generator=torch.Generator().manual_seed(seed))
+
+
+def inputs_of(model: nn.Module, layer: str, *calls: Tensor) -> Tensor:
+    """All that a layer took in, as rows."""
+    seen, module = [], model.get_submodule(layer)
+    handle = module.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args or tuple(kwargs.values()))[0].detach().flatten(0, -2)),
+        with_kwargs=True,
+    )
+    for call in calls:
+        model(call)
+    handle.remove()
+    return torch.cat(seen)
+
+
+def leading(rows: Tensor, count: int = KEEP) -> Tensor:
+    return torch.linalg.eigh(rows.double().T @ rows.double())[1][:, -count:].float()
+
+
+def assert_same_span(found: Tensor, expected: Tensor) -> None:
+    assert torch.linalg.svdvals(found.mT @ expected).min() > 0.99
+
+
+@pytest.mark.parametrize("layer", ["up", "down", "again"])
+def test_inputs_of_all_training_passes_count(layer):
+    model = Net()
+    expected = leading(inputs_of(model, layer, ids(0), ids(1)))
+    inputs = Inputs(model, KEEP)
+    model(ids(0))
+    model.eval()
+    model(ids(5))
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(ids(1))
+    n = expected.shape[0]
+    assert_same_span(inputs.directions(f"{layer}.weight", n, KEEP, CPU), expected)
+    assert not inputs.directions("idle.weight", 16, KEEP, CPU).any()
+    assert not inputs.directions("embed.weight", 16, KEEP, CPU).any()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_checkpointed_layers_are_seen():
+    model = Net()
+    expected = leading(inputs_of(model, "again", ids()))
+    inputs, forward = Inputs(model, KEEP), model.forward
+    for reentrant in (False, True):
+        checkpoint(forward, ids(), use_reentrant=reentrant)
+    assert_same_span(inputs.directions("again.weight", 16, KEEP, CPU), expected)
+
+
+def test_closed_it_sees_nothing():
+    model = Net()
+    inputs = Inputs(model, KEEP)
+    model(ids())
+    inputs.close()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    model(ids())
+    assert not inputs.directions("up.weight", 16, KEEP, CPU).any()
+
+
+# -- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def muon(model: nn.Module, **options) -> MatrixOptimizer:
+    return Teon(param_groups(model, "muon", lr=1e-2), lr=1e-2, stack=1, weight_decay=0.1, **options)
+
+
+def teon(model: nn.Module, **options) -> MatrixOptimizer:
+    return Teon(param_groups(model, "teon", lr=1e-2), lr=1e-2, **options)
+
+
+def pion(model: nn.Module, **options) -> MatrixOptimizer:
+    return Pion(param_groups(model, "pion", lr=3e-2), lr=3e-2, **options)
+
+
+def adamw_routed(model: nn.Module, **options) -> MatrixOptimizer:
+    return RoutedAdamW(param_groups(model, "adamw_routed", lr=3e-3, weight_decay=0.1), lr=3e-3, **options)
+
+
+OPTIMIZERS = {
+    "muon": (muon, {}),
+    "adamw_routed": (adamw_routed, {}),
+    "teon": (teon, {}),
+    "pion": (pion, {"generator_dtype": "float32"}),
+    "pion, lie, both": (pion, {"metric": "lie", "side": "both", "generator_dtype": "float32"}),
+    "pion, polar, hold": (pion, {"direction": "polar", "hold": 0.1, "generator_dtype": "float32"}),
+    "pion, adam, cayley": (
+        pion,
+        {"direction": "adam", "scale": "none", "retraction": "cayley", "generator_dtype": "float32"},
+    ),
+    "pion, bfloat16": (pion, {"generator_dtype": "bfloat16"}),
+}
+
+
+def tokens(seed: int) -> Tensor:
+    return torch.randint(100, (4, 24), generator=torch.Generator().manual_seed(seed))
+
+
+def train(model: nn.Module, optimizer: MatrixOptimizer, steps: int = 12) -> None:
+    for number in range(steps):
+        optimizer.zero_grad()
+        batch = tokens(number)
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+
+
+def matrices(optimizer: MatrixOptimizer) -> dict[str, Tensor]:
+    groups = [group for group in optimizer.param_groups if group["rule"] != "adamw"]
+    return {name: p for group in groups for name, p in zip(group["param_names"], group["params"], strict=True)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", OPTIMIZERS)
+def test_outputs_of_kept_directions_stay(case, dtype):
+    build, options = OPTIMIZERS[case]
+    model = toy_llama().to(dtype)
+    before = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    optimizer = build(model, keep=KEEP, inputs=Inputs(model, KEEP), **options)
+    train(model, optimizer)
+    # Generators from bfloat16 products are skew to the bit, but turn kept directions by what was rounded.
+    # AdamW has no masters: what is kept of a bfloat16 weight is kept to its precision.
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-2 if "bfloat16" in case else 1e-4
+    for name, p in matrices(optimizer).items():
+        kept = optimizer.state[p]["kept.0"][0]
+        torch.testing.assert_close(kept.mT @ kept, torch.eye(KEEP), atol=1e-5, rtol=0)
+        change = p.detach().float() - before[name]
+        assert change.norm() > 0.02 * before[name].norm()
+        assert (change @ kept).norm() < tolerance * change.norm(), name
+        if build is pion and dtype == torch.float32:
+            assert spectral_drift(singular_values(before[name]), singular_values(p.detach())) < 2e-6
+
+
+def test_the_directions_are_those_of_the_first_steps_inputs():
+    model = toy_llama()
+    rows = inputs_of(model, "model.layers.1.mlp.up_proj", tokens(0))
+    optimizer = muon(model, keep=KEEP, inputs=Inputs(model, KEEP))
+    train(model, optimizer, steps=3)
+    kept = optimizer.state[model.model.layers[1].mlp.up_proj.weight]["kept.0"][0]
+    # A fresh model's inputs have no leading directions to speak of: some others hold nearly as much.
+    assert (rows @ kept).norm() > 0.97 * (rows @ leading(rows)).norm()
+    draws = torch.Generator().manual_seed(0)
+    random = torch.linalg.qr(torch.randn(*kept.shape, generator=draws)).Q
+    assert (rows @ random).norm() < 0.8 * (rows @ kept).norm()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_it_makes_a_difference_and_zero_makes_none():
+    found = {}
+    for keep in (None, 0, KEEP):
+        model = toy_llama()
+        options = {} if keep is None else {"keep": keep}
+        train(model, muon(model, inputs=Inputs(model, KEEP) if keep else None, **options))
+        found[keep] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert torch.equal(found[None], found[0])
+    assert not torch.allclose(found[0], found[KEEP], atol=1e-3)
+
+
+@pytest.mark.parametrize("build", [muon, pion, adamw_routed])
+def test_it_goes_on_from_saved_state(build):
+    model = toy_llama()
+    optimizer = build(model, keep=KEEP, inputs=Inputs(model, KEEP))
+    train(model, optimizer, steps=4)
+    other = copy.deepcopy(model)
+    resumed = build(other, keep=KEEP, inputs=Inputs(other, KEEP))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (other, resumed)):
+        train(m, o, steps=4)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_matrices_that_saw_nothing_move_freely():
+    model = Net()
+    optimizer = Teon(param_groups(model, "muon"), lr=1e-2, stack=1, keep=KEEP, inputs=Inputs(model, KEEP))
+    model(ids()).square().mean().backward()
+    model.idle.weight.grad = torch.ones_like(model.idle.weight)
+    before = model.idle.weight.detach().clone()
+    with pytest.warns(UserWarning, match=r"^keep: no inputs of idle\.weight were seen; what has none"):
+        optimizer.step()
+    assert not torch.equal(model.idle.weight, before)
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inputs", [None, 2])
+def test_nobody_watched(inputs):
+    model = toy_llama()
+    optimizer = muon(model, keep=KEEP, inputs=inputs and Inputs(model, inputs))
+    with pytest.raises(ValueError, match=r"^keep=3 needs the inputs of .*, which nobody watched: .*Inputs\(model, 3\)"):
+        train(model, optimizer, steps=1)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "many"])
+@pytest.mark.parametrize("build", [muon, pion])
+def test_what_is_no_number_of_directions(build, value):
+    with pytest.raises(ValueError, match="keep must be a whole number of directions, 0 or more, got"):
+        build(toy_llama(), keep=value)
+
+
+@pytest.mark.parametrize("options", [{"preset": "paper"}, {"direction": "msign", "metric": "lie"}])
+def test_rules_that_cannot(options):
+    with pytest.raises(ValueError, match="keep chooses generators that fix what is kept"):
+        pion(toy_llama(), keep=KEEP, **options)
+
+
+def test_adapters_have_no_such_option():
+    with pytest.raises(ValueError, match=r"'keep' is an option of optim='pion' and .*'adamw_routed', not of"):
+        PionTrainingArguments(optim="pion_lora", optim_keep=4, report_to="none")
+
+
+# -- in a Trainer -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainer_class", [PionTrainer, Trainer])
+@pytest.mark.parametrize("optim", ["pion", "teon", "muon", "adamw_routed"])
+def test_a_trainer_watches(trainer_class, optim, tmp_path):
+    """Both micro-batches of the first step count; the hooks are gone afterwards; a checkpoint goes on."""
+    args = PionTrainingArguments(
+        output_dir=tmp_path,
+        optim=optim,
+        optim_keep=KEEP,
+        learning_rate=3e-3,
+        max_steps=4,
+        save_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in itertools.chain(*(tokens(i) for i in range(4)))]
+    model = toy_llama()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = trainer_class(model, args, train_dataset=rows)
+    trainer.train()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    for name, p in matrices(optimizer).items():
+        kept = optimizer.state[p]["kept.0"][0]
+        change = p.detach() - start[name]
+        assert change.any()
+        assert (change @ kept).norm() < 2e-2 * change.norm()
+    again = trainer_class(toy_llama(), args, train_dataset=rows)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for a, b in zip(model.parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+def directions_of_one() -> tuple[Tensor, Tensor]:
+    """In a process: what it saw itself, and the directions that all agree on."""
+    model = Net()
+    inputs = Inputs(model, KEEP)
+    rows = inputs_of(model, "up", ids(dist.get_rank()))
+    return rows, inputs.directions("up.weight", 16, KEEP, CPU)
+
+
+def test_processes_agree_on_directions():
+    (first, found), (second, same) = launch(directions_of_one, 2)
+    assert not torch.equal(first, second)
+    assert torch.equal(found, same)
+    assert_same_span(found, leading(torch.cat([first, second])))
