@@ -213,6 +213,29 @@ def test_outputs_of_kept_directions_stay(case, dtype):
             assert spectral_drift(singular_values(before[name]), singular_values(p.detach())) < 2e-6
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rotations_keep_the_spectrum_beside(dtype):
+    """Of long and square matrices whose singular values lie close together, which any cross term would part."""
+    draws = torch.Generator().manual_seed(0)
+    layers = [nn.Linear(n, m, bias=False) for m, n in ((96, 48), (48, 96), (48, 48), (120, 24))]
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight, generator=draws)
+        layer.weight.data *= torch.linspace(1, 1.05, layer.in_features)
+    model = nn.ModuleList(layers)
+    before = [layer.weight.detach().clone() for layer in layers]
+    optimizer = Pion(
+        list(model.named_parameters()), lr=2e-2, keep=KEEP, inputs=Inputs(model, KEEP), generator_dtype=dtype
+    )
+    for number in range(60):
+        optimizer.zero_grad()
+        for layer in layers:
+            layer(rows_of(32, layer.in_features, seed=number)).sub(1).square().mean().backward()
+        optimizer.step()
+    for start, layer in zip(before, layers, strict=True):
+        assert (layer.weight - start).norm() > 0.1 * start.norm()
+        assert spectral_drift(singular_values(start), singular_values(layer.weight.detach())) < 1e-6
+
+
 def test_the_directions_are_those_of_the_first_steps_inputs():
     model = toy_llama()
     rows = inputs_of(model, "model.layers.1.mlp.up_proj", tokens(0))

@@ -131,12 +131,14 @@ class Tangent(NamedTuple):
         middle = torch.add(w, step, alpha=0.5)
         error = _inner(step, middle, self.tall)
         values, rows = self.basis.values.unsqueeze(-1), self.basis.rows
-        gram = rows @ (error + error.mT) @ rows.mT / (values * values.mT)
+        # Of a matrix less what it keeps, some are zero to rounding, and so is `K` there.
+        inverse = torch.where(values > SMALLEST * values[..., :1, :], values.reciprocal(), 0)
+        gram = rows @ (error + error.mT) @ rows.mT * (inverse * inverse.mT)
         series, size = _inverse_root(gram, values, low=self.turn.dtype, reader=reader)
         if series is None:
             return None
         low = self.turn.dtype if size <= ROUNDED_TERM else w.dtype
-        back = rows.mT.to(low) @ (values * series / values.mT @ rows).to(low)
+        back = rows.mT.to(low) @ (values * series * inverse.mT @ rows).to(low)
         moved = middle.add_(step, alpha=0.5).to(low)
         return step.add_(_lead(back, moved, self.tall))
 
@@ -161,10 +163,10 @@ def has_long_side(shape: torch.Size, side: str) -> bool:
     return (m if side == "out" else n) >= LONG * min(m, n)
 
 
-def is_well_conditioned(basis: Basis, *, reader: Reader = READER) -> bool:
-    """Whether every singular direction is large enough for a `Tangent`."""
+def is_well_conditioned(basis: Basis, *, zeros: int = 0, reader: Reader = READER) -> bool:
+    """Whether every singular direction, but for so many that are zero, is large enough for a `Tangent`."""
     values = basis.values
-    smallest = values[..., -1] / values[..., 0].clamp_min(torch.finfo(values.dtype).tiny)
+    smallest = values[..., -1 - zeros] / values[..., 0].clamp_min(torch.finfo(values.dtype).tiny)
     return reader.read("smallest", smallest.amin(), order=0) > SMALLEST
 
 

@@ -214,18 +214,22 @@ class Pion(MatrixOptimizer):
             )
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
-        sides = _sides(group["side"], step)
+        sides, fixed = _sides(group["side"], step), _fixed_directions(weight, state)
         if group["momentum"] == "lie":
             generators = _lie_momentum_generators(weight, grad, state, group=group, sides=sides)
         else:
             direction = direction_of(grad, state, group=group, step=step)
+            free = _free_part(weight, fixed)
             if group["metric"] == "ambient":
                 if (step - 1) % BASIS_REFRESH == 0:
-                    state["basis"], state["values"] = singular_basis(weight)
-                stepped = self._move_long_side(weight, direction, state, side=sides[0], group=group)
+                    state["basis"], state["values"] = singular_basis(free)
+                stepped = self._move_long_side(weight, free, fixed, direction, state, side=sides[0], group=group)
                 if stepped is not None:
                     return stepped
-            generators = {side: generator_of(weight, direction, state, side=side, group=group) for side in sides}
+            generators = {
+                side: generator_of(free, direction, state, side=side, group=group, fixed=fixed.get(side))
+                for side in sides
+            }
         if group["direction"] == "msign":
             generators = {side: Generator(skew(_polar(a.core, group)) / 2) for side, a in generators.items()}
         # What a lone dense generator moves at first order gives the size of the step, and is the rotation's first term.
@@ -243,20 +247,33 @@ class Pion(MatrixOptimizer):
                 state["momentum"].add_(increment.change(state["momentum"], side=side, low=True))
             if "basis" in state and side == _basis_side(weight):
                 state["basis"].add_(increment.change(state["basis"]))
+            if side in fixed and side == "in":
+                # A rounded generator turns a little of what is kept, and the basis belongs to the weight less that.
+                state[KEPT].add_(increment.change(state[KEPT].mT).mT)
         return weight
 
     def _move_long_side(
-        self, weight: Tensor, direction: Tensor, state: dict[str, Tensor], *, side: str, group: dict
+        self,
+        weight: Tensor,
+        free: Tensor,
+        fixed: dict[str, Tensor],
+        direction: Tensor,
+        state: dict[str, Tensor],
+        *,
+        side: str,
+        group: dict,
     ) -> Tensor | None:
         """The step through a `Tangent`; None where `side` is not long, or the options ask for a generator."""
         basis = Basis(state["basis"], state["values"])
-        if weight.is_meta or KEPT in state or group["retraction"] != "root" or group["scale"] == "spectral":
+        if weight.is_meta or group["retraction"] != "root" or group["scale"] == "spectral":
             return None
         reader = self.reader(side, group)
-        if not has_long_side(weight.shape, side) or not is_well_conditioned(basis, reader=reader):
+        zeros = group["keep"] if fixed and side == "out" else 0
+        if not has_long_side(weight.shape, side) or not is_well_conditioned(basis, zeros=zeros, reader=reader):
             return None
+        direction = _without_fixed(direction, fixed, side)
         tangent = ambient_tangent(
-            weight,
+            free,
             direction,
             basis,
             tall=side == "out",
@@ -266,14 +283,15 @@ class Pion(MatrixOptimizer):
         )
         change = tangent.change()
         alpha = _alpha(change, group)
-        step = tangent.retract(weight, change, alpha, reader=reader)
+        step = tangent.retract(free, change, alpha, reader=reader)
         if step is None:
             return None
         if self._rotations is not None:
             self.note_rotation(side, tangent.generator(), alpha)
         if group["momentum"] == "transported":
             state["momentum"].add_(tangent.carry(state["momentum"], alpha))
-        return weight.add_(step)
+        # Rounding turns what is fixed too, on either side, and its cross terms would change singular values.
+        return weight.add_(_without_fixed(_without_fixed(step, fixed, side), fixed, "in"))
 
 
 def _preset_options(preset: str, given: dict) -> dict:
@@ -362,12 +380,39 @@ def _unseen_apart(second: Tensor) -> Tensor:
     return torch.threshold_(second, 0.0, math.inf)
 
 
-def generator_of(weight: Tensor, direction: Tensor, state: dict[str, Tensor], *, side: str, group: dict) -> Generator:
+def _fixed_directions(weight: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By side, what rotations leave as it is for outputs of kept inputs to stay; nothing where nothing is kept.
+
+    Of inputs these themselves, of outputs what the weight makes of them: orthonormal columns `(b, n, j)`, `(b, m, j)`.
+    """
+    kept = state.get(KEPT)
+    return {} if kept is None else {"in": kept, "out": torch.linalg.qr(weight @ kept).Q}
+
+
+def _free_part(weight: Tensor, fixed: dict[str, Tensor]) -> Tensor:
+    """The weight less the side's part that stays, of which the rotations keep the singular values too.
+
+    It has the basis that is carried: on the smaller side, as the whole weight's (see `_basis_side`).
+    """
+    return _without_fixed(weight, fixed, "out" if _basis_side(weight) == "in" else "in")
+
+
+def _without_fixed(x: Tensor, fixed: dict[str, Tensor], side: str) -> Tensor:
+    return _seen_from(without(_seen_from(x, side), fixed[side]), side) if fixed else x
+
+
+def generator_of(
+    weight: Tensor,
+    direction: Tensor,
+    state: dict[str, Tensor],
+    *,
+    side: str,
+    group: dict,
+    fixed: Tensor | None = None,
+) -> Generator:
+    """Of the rotation on `side` that stands for `direction`; fixed: directions it leaves alone, see `generator`."""
     w, d = _seen_from(weight, side), _seen_from(direction, side)
-    fixed = state.get(KEPT)
     if fixed is not None:
-        # Of inputs the directions themselves, of outputs what the weight makes of them.
-        fixed = fixed if side == "in" else torch.linalg.qr(weight @ fixed).Q
         d = without(d, fixed)
     dtype = product_dtype(weight, group["generator_dtype"])
     rows = 2 * w.shape[-2]  # the weight and its momentum
