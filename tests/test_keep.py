@@ -261,6 +261,17 @@ def test_it_makes_a_difference_and_zero_makes_none():
     assert not torch.allclose(found[0], found[KEEP], atol=1e-3)
 
 
+@pytest.mark.parametrize("build", [muon, teon, pion, adamw_routed])
+def test_its_state_is_counted(build):
+    model = toy_llama()
+    optimizer = build(model, keep=KEEP, inputs=Inputs(model, KEEP))
+    counted = optimizer.state_bytes()
+    train(model, optimizer, steps=1)
+    tensors = [t for s in optimizer.state.values() for k, t in s.items() if isinstance(t, Tensor) and k != "step"]
+    assert counted == sum(t.numel() * t.element_size() for t in tensors)
+    assert counted > build(model).state_bytes()
+
+
 @pytest.mark.parametrize("build", [muon, pion, adamw_routed])
 def test_it_goes_on_from_saved_state(build):
     model = toy_llama()

@@ -176,6 +176,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for (shape, dtype), count in shapes.items():
                 if group["rule"] in self.elementwise_rules:
                     total += count * 2 * shape.numel() * dtype.itemsize
+                    if group["rule"] in self.matrix_rules and group.get("keep"):
+                        n = shape[-2 if blocks.Layout.parse(group["layout"]).transposed else -1]
+                        total += count * group["keep"] * n * _working_dtype(dtype).itemsize
                     continue
                 forms = self._state_forms(shape, dtype, group).values()
                 total += count * sum(form.numel() * form.element_size() for form in forms)
