@@ -33,6 +33,7 @@ class Inputs:
         """directions: as many as will be asked for."""
         self.most = directions
         self._sketches: dict[str, Tensor] = {}
+        self._tests: dict[tuple[int, torch.device], Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._unseen: list[str] = []
         for module_name, module in model.named_modules():
@@ -50,18 +51,23 @@ class Inputs:
                 return
             rows = x.detach().reshape(-1, x.shape[-1]).float()
             with torch.autocast(x.device.type, enabled=False):
-                seen = sketch_of(rows, test_matrix(rows.shape[-1], self.most, x.device))
+                seen = sketch_of(rows, self._test(rows.shape[-1], x.device))
             for name in names:
                 self._sketches[name] = self._sketches[name] + seen if name in self._sketches else seen
 
         return see
+
+    def _test(self, n: int, device: torch.device) -> Tensor:
+        if (n, device) not in self._tests:
+            self._tests[n, device] = test_matrix(n, self.most, device)
+        return self._tests[n, device]
 
     def directions(self, name: str, n: int, count: int, device: torch.device) -> Tensor:
         """The `count` leading directions of the inputs of the matrix `name`, orthonormal columns `(n, count)`.
 
         Of all processes' inputs together; 0 where none were seen.
         """
-        test = test_matrix(n, self.most, device)
+        test = self._test(n, device)
         sketch = self._sketches.get(name)
         if sketch is None or sketch.shape != test.shape:
             sketch = torch.zeros_like(test)
@@ -75,7 +81,8 @@ class Inputs:
         if self._unseen:
             more = f" and {len(self._unseen) - NAMED} more" if len(self._unseen) > NAMED else ""
             warnings.warn(
-                f"keep: no inputs of {', '.join(self._unseen[:NAMED])}{more} were seen; what has none moves freely.",
+                f"keep: no inputs of {', '.join(self._unseen[:NAMED])}{more} were seen in a forward pass in training "
+                "mode; what has none moves freely.",
                 stacklevel=2,
             )
             self._unseen.clear()
@@ -83,3 +90,4 @@ class Inputs:
             handle.remove()
         self._handles.clear()
         self._sketches.clear()
+        self._tests.clear()
