@@ -55,6 +55,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
         inputs: of the model's layers, for groups that `keep` some of their directions.
         """
+        if not (inputs is None or isinstance(inputs, Inputs)):
+            raise ValueError(f"inputs must be a pion_hf.Inputs of the model, got {inputs!r}")
         self.skipped_steps = 0
         self.inputs = inputs
         self.share_work = share_work
