@@ -11,6 +11,8 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
@@ -382,3 +384,22 @@ def test_processes_agree_on_directions():
     assert not torch.equal(first, second)
     assert torch.equal(found, same)
     assert_same_span(found, leading(torch.cat([first, second])))
+
+
+def sharded_adamw() -> str:
+    """In a process: what a step of `adamw_routed` on sharded parameters says."""
+    model = Net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    groups = [{"params": [("up.weight", model.up.weight)], "rule": "adamw_routed"}]
+    optimizer = RoutedAdamW(groups, keep=KEEP, inputs=Inputs(model, KEEP))
+    model(ids()).square().mean().backward()
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_sharded_adamw_is_refused():
+    for said in launch(sharded_adamw, 2):
+        assert said.startswith("keep=3 of optim='adamw_routed' is not for parameters sharded by FSDP2, as up.weight is")

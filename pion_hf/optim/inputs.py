@@ -49,9 +49,10 @@ class Inputs:
             x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             if not module.training or x is None or not x.is_floating_point():
                 return
-            rows = x.detach().reshape(-1, x.shape[-1]).float()
+            rows = x.detach().reshape(-1, x.shape[-1])
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             with torch.autocast(x.device.type, enabled=False):
-                seen = sketch_of(rows, self._test(rows.shape[-1], x.device))
+                seen = sketch_of(rows, self._test(rows.shape[-1], x.device).to(rows.dtype))
             for name in names:
                 self._sketches[name] = self._sketches[name] + seen if name in self._sketches else seen
 
