@@ -23,6 +23,7 @@ class Factor:
 
     grows: whether it is the one that starts at zero (`B`, but `A` of an embedding) by peft's default.
     reach: what `optim.lora` makes of a step; see `PionLora`.
+    begun: whether its partner is not zero any more, so that the adapter has an effect.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Factor:
     matrices: int
     grows: bool
     reach: float
+    begun: bool
 
 
 def lora_factors(model: nn.Module) -> list[Factor]:
@@ -92,11 +94,12 @@ def _factor(
     if experts > 1:  # rows of A expert by expert, columns of B rank by rank
         layout = Layout(rows=(rank,) * experts) if side == "A" else Layout(True, interleaved=(rank, experts))
     a, b = (own, partner) if side == "A" else (partner, own)
-    reach = 1.0
+    reach, begun = 1.0, False
     if not own.is_meta and own.ndim == 2:
         size, other = _size(own, rank * experts), _size(partner, rank * experts)
         if not (size or other):
             raise ValueError(f"{name} and its partner are both zero: neither can move. Initialise one of them.")
+        begun = other > 0
         scale = abs(float(layer.scaling[adapter]))
         reach = math.sqrt(USUAL_RANK / rank * b.shape[0] / a.shape[1]) / (scale * other) if other and scale else size
     return Factor(
@@ -107,6 +110,7 @@ def _factor(
         matrices=experts,
         grows=(side == "A") == embedding,
         reach=reach,
+        begun=begun,
     )
 
 

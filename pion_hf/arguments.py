@@ -153,10 +153,7 @@ class PionOptions:
     )
     optim_keep: int | None = field(
         default=None,
-        metadata=_help(
-            "All but on adapters: so many leading directions of every layer's inputs keep their outputs, against "
-            "forgetting."
-        ),
+        metadata=_help("So many leading directions of every layer's inputs keep their outputs, against forgetting."),
     )
     optim_share_work: bool | None = field(
         default=None,

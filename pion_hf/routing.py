@@ -34,7 +34,8 @@ NO_STACKS = Stacks()
 class Route:
     """Where one parameter goes. `matrices` counts what it holds, `decays` says whether weight decay may act.
 
-    method, reach: of LoRA factors, what they do and how far they step (see `optim.lora`).
+    method, reach, begun: of LoRA factors, what they do, how far they step, and whether their adapter has an effect
+    already (see `optim.lora`).
     """
 
     name: str
@@ -45,6 +46,7 @@ class Route:
     matrices: int = 0
     method: str = ""
     reach: float = 0.0
+    begun: bool = False
 
     @property
     def decays(self) -> bool:
@@ -279,9 +281,8 @@ def _factor_route(factor: Factor, optim: str, method: str) -> Route:
     if method == "adamw":
         return Route(factor.name, factor.parameter, factor.role, "adamw")
     layout = str(factor.layout)
-    return Route(
-        factor.name, factor.parameter, factor.role, optim, layout, factor.matrices, method=method, reach=factor.reach
-    )
+    route = Route(factor.name, factor.parameter, factor.role, optim, layout, factor.matrices, method=method)
+    return dataclasses.replace(route, reach=factor.reach, begun=factor.begun)
 
 
 def _stacked(routing: Routing, model: nn.Module, stack: int, targets: str | Iterable[str] | None) -> Routing:
@@ -351,10 +352,11 @@ def param_groups(
             if r.rule in ("teon", "teon_lora"):
                 groups[key].update(stack=routing.stack, stacks=[])
             if r.method:
-                groups[key].update(method=r.method, reach=[])
+                groups[key].update(method=r.method, reach=[], begun=[])
         groups[key]["params"].append((r.name, r.parameter))
         if r.method:
             groups[key]["reach"].append(r.reach)
+            groups[key]["begun"] += [r.name] * r.begun
     group_of = {name: groups[_group_key(r)] for r in routing.matrices for name in r.matrix_names}
     for names in routing.stacks.stacks:
         group_of[names[0]]["stacks"].append(list(names))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +18,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
-from pion_hf import Inputs, Pion, PionTrainer, PionTrainingArguments, RoutedAdamW, Teon, param_groups
+from pion_hf import (
+    Inputs,
+    Pion,
+    PionLora,
+    PionTrainer,
+    PionTrainingArguments,
+    RoutedAdamW,
+    Teon,
+    TeonLora,
+    param_groups,
+)
 from pion_hf.linalg import sketch
 from pion_hf.linalg.spectrum import singular_values, spectral_drift
 from pion_hf.optim.base import MatrixOptimizer
@@ -325,9 +336,103 @@ def test_rules_that_cannot(options):
         pion(toy_llama(), keep=KEEP, **options)
 
 
-def test_adapters_have_no_such_option():
-    with pytest.raises(ValueError, match=r"'keep' is an option of optim='pion' and .*'adamw_routed', not of"):
-        PionTrainingArguments(optim="pion_lora", optim_keep=4, report_to="none")
+# -- on adapters ------------------------------------------------------------------------------------------------------
+
+
+def adapted(**config) -> nn.Module:
+    model = toy_llama()
+    torch.manual_seed(1)
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", **config))
+
+
+def pion_lora(model: nn.Module, lora_a: str = "rotate", **options) -> MatrixOptimizer:
+    return PionLora(param_groups(model, "pion_lora", lr=3e-2, lora_a=lora_a), lr=3e-2, **options)
+
+
+def teon_lora(model: nn.Module, stack: int = 2, **options) -> MatrixOptimizer:
+    return TeonLora(param_groups(model, "teon_lora", lr=3e-2, stack=stack), lr=3e-2, stack=stack, **options)
+
+
+ADAPTERS = {
+    "pion_lora": (pion_lora, {}),
+    "pion_lora, ambient": (pion_lora, {"metric": "ambient"}),
+    "pion_lora, A grows": (pion_lora, {"lora_a": "orthogonal"}),
+    "teon_lora": (teon_lora, {}),
+    "muon": (teon_lora, {"stack": 1}),
+}
+
+
+def products(model: nn.Module, optimizer: MatrixOptimizer) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`A`, `B A` and the kept directions of every adapted layer."""
+    named = dict(model.named_parameters())
+    found = []
+    for name, a in named.items():
+        if ".lora_A." in name:
+            b = named[name.replace(".lora_A.", ".lora_B.")]
+            found.append((a.detach(), (b @ a).detach(), optimizer.state[a]["kept.0"][0]))
+    return found
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_adapters_have_no_effect_on_what_is_kept(case):
+    build, options = ADAPTERS[case]
+    model = adapted()
+    before, after_init = model(tokens(0)).logits, {}
+    optimizer = build(model, keep=KEEP, inputs=Inputs(model, KEEP), **options)
+    assert optimizer.inputs is not None
+    train(model, optimizer, steps=1)
+    after_init = {i: singular_values(a) for i, (a, _, _) in enumerate(products(model, optimizer))}
+    train(model, optimizer, steps=12)
+    for i, (a, ba, kept) in enumerate(products(model, optimizer)):
+        torch.testing.assert_close(kept.mT @ kept, torch.eye(KEEP), atol=1e-5, rtol=0)
+        assert ba.norm() > 1e-2
+        assert (ba @ kept).norm() < 1e-5 * ba.norm()
+        assert (a @ kept).norm() < 1e-5 * a.norm()
+        if build is pion_lora and not options.get("lora_a"):
+            assert spectral_drift(after_init[i], singular_values(a)) < 2e-6
+    assert not torch.allclose(model(tokens(0)).logits, before, atol=1e-2)
+
+
+def test_that_the_factor_loses_what_is_kept_changes_nothing():
+    model, other = adapted(), adapted()
+    optimizer, free = pion_lora(model, keep=KEEP, inputs=Inputs(model, KEEP)), pion_lora(other)
+    for m, o in ((model, optimizer), (other, free)):
+        for group in o.param_groups:
+            group["lr"] = 1e-12
+        train(m, o, steps=1)
+    torch.testing.assert_close(model(tokens(0)).logits, other(tokens(0)).logits)
+    assert not torch.allclose(
+        products(model, optimizer)[0][0],
+        dict(other.named_parameters())[next(name for name, _ in model.named_parameters() if ".lora_A." in name)],
+    )
+
+
+@pytest.mark.parametrize("build", [pion_lora, teon_lora])
+def test_adapters_with_an_effect_are_refused(build):
+    model = adapted(init_lora_weights=False)
+    optimizer = build(model, keep=KEEP, inputs=Inputs(model, KEEP))
+    with pytest.raises(ValueError, match=r"^keep=3 is for adapters that begin without an effect, and the partner of "):
+        train(model, optimizer, steps=1)
+
+
+def test_a_factor_of_adamw_keeps_nothing():
+    model = adapted()
+    with pytest.raises(ValueError, match=r"^keep=3 is for adapters whose factor A rotates or takes"):
+        pion_lora(model, lora_a="adamw", keep=KEEP, inputs=Inputs(model, KEEP))
+
+
+@pytest.mark.parametrize("build", [pion_lora, teon_lora])
+def test_adapters_go_on_from_saved_state(build):
+    model = adapted()
+    optimizer = build(model, keep=KEEP, inputs=Inputs(model, KEEP))
+    train(model, optimizer, steps=4)
+    other = copy.deepcopy(model)
+    resumed = build(other, keep=KEEP, inputs=Inputs(other, KEEP))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (other, resumed)):
+        train(m, o, steps=4)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 # -- in a Trainer -----------------------------------------------------------------------------------------------------
@@ -365,6 +470,32 @@ def test_a_trainer_watches(trainer_class, optim, tmp_path):
     again = trainer_class(toy_llama(), args, train_dataset=rows)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for a, b in zip(model.parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("optim", ["pion", "muon"])
+def test_a_trainer_watches_adapters(optim, tmp_path):
+    args = PionTrainingArguments(
+        output_dir=tmp_path,
+        optim=optim,
+        optim_keep=KEEP,
+        learning_rate=3e-2,
+        max_steps=4,
+        save_steps=2,
+        per_device_train_batch_size=2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in itertools.chain(*(tokens(i) for i in range(4)))]
+    trainer = PionTrainer(adapted(), args, train_dataset=rows)
+    trainer.train()
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    for _, ba, kept in products(trainer.model, optimizer):
+        assert (ba @ kept).norm() < 1e-5 * ba.norm()
+    again = PionTrainer(adapted(), args, train_dataset=rows)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for a, b in zip(trainer.model.parameters(), again.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 

@@ -50,6 +50,7 @@ CONTENDERS = {
     "riemannian": ("riemannian", {}, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
     "muon": ("muon", {}, (1e-2, 3e-2, 1e-1, 3e-1)),
     "pion_lora": ("pion_lora", {}, (1e-2, 3e-2, 5e-2, 1e-1, 3e-1)),
+    "pion_lora, keep 16": ("pion_lora", {"keep": 16}, (3e-2, 5e-2, 1e-1, 2e-1)),
     "pion_lora, polar": ("pion_lora", {"direction": "polar"}, (1e-2, 2e-2, 3e-2, 5e-2, 1e-1, 3e-1)),
     "pion_lora, gradient": ("pion_lora", {"direction": "gradient"}, (1e-2, 3e-2, 1e-1, 3e-1)),
     "teon_lora": ("teon_lora", {}, (1e-2, 3e-2, 1e-1, 3e-1)),

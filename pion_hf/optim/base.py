@@ -26,7 +26,18 @@ from pion_hf.optim.observing import Observer, SelfCheck, Update
 from pion_hf.optim.saved import OWN, check_saved
 
 # Keys that torch, its schedulers or the routing put into a group, besides the options of a rule.
-STRUCTURAL_KEYS = {"params", "param_names", "rule", "layout", "role", "stacks", "method", "reach", "initial_lr"}
+STRUCTURAL_KEYS = {
+    "params",
+    "param_names",
+    "rule",
+    "layout",
+    "role",
+    "stacks",
+    "method",
+    "reach",
+    "begun",
+    "initial_lr",
+}
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -178,7 +189,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for (shape, dtype), count in shapes.items():
                 if group["rule"] in self.elementwise_rules:
                     total += count * 2 * shape.numel() * dtype.itemsize
-                    if group["rule"] in self.matrix_rules and group.get("keep"):
+                    if group["rule"] in self.matrix_rules and self.keep_of(group):
                         n = shape[-2 if blocks.Layout.parse(group["layout"]).transposed else -1]
                         total += count * group["keep"] * n * _working_dtype(dtype).itemsize
                     continue
@@ -194,8 +205,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for index, view in enumerate(blocks.split(p, blocks.Layout.parse(group["layout"]))):
             weight = blocks.merge_rows(view).to(_working_dtype(dtype))
             state = self.initial_state(0, weight, group)
-            if group.get("keep"):
-                state[KEPT] = weight.new_empty(len(weight), weight.shape[-1], group["keep"])
+            if keep := self.keep_of(group):
+                state[KEPT] = weight.new_empty(len(weight), weight.shape[-1], keep)
             self.update(weight, torch.empty_like(weight), state, group={**group, "compile": False}, step=1)
             for name, value in state.items():
                 apart = is_apart(name, value, weight.shape[-2:], self.per_block_state)
@@ -351,7 +362,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     if whole is p:
                         self.check_matrix(name, blocks.merge_rows(view), group)
                     entries = self.initial_state(position, blocks.merge_rows(view), group)
-                    if group.get("keep"):
+                    if self.keep_of(group):
                         entries[KEPT] = self.kept_inputs(name, view, group).repeat(len(view), 1, 1)
                     for key, value in entries.items():
                         state[f"{key}.{i}"] = sharding.placed(value, p, key)
@@ -374,6 +385,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """State whose shape may happen to equal the weight's, and is kept by block all the same."""
     keeps_by_itself = False
     """Whether `update` does what `keep` asks for; else its change is projected afterwards."""
+
+    def keep_of(self, group: dict) -> int:
+        """How many directions of the inputs of a group's matrices are kept."""
+        return group.get("keep", 0)
 
     def kept_inputs(self, name: str, matrix: Tensor, group: dict) -> Tensor:
         """The directions of a matrix's inputs, `(n, keep)`, whose outputs stay as they are."""

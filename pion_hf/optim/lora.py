@@ -22,10 +22,12 @@ from pion_hf.linalg.polar import (
     polar_factor,
     polar_map,
 )
-from pion_hf.linalg.rotation import RETRACTIONS, Generator
+from pion_hf.linalg.rotation import RETRACTIONS, Generator, without
 from pion_hf.linalg.spectrum import numerical_zero, singular_basis, singular_values
 from pion_hf.optim.base import MatrixOptimizer, average, check_choices, check_range
+from pion_hf.optim.batches import KEPT
 from pion_hf.optim.blocks import Layout
+from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.pion import BASIS_REFRESH, direction_of, generator_of
 from pion_hf.optim.precision import HALF
 from pion_hf.optim.teon import Teon
@@ -41,7 +43,37 @@ CHOICES = {
 }
 
 
-class PionLora(MatrixOptimizer):
+class _Factors(MatrixOptimizer):
+    """What optimizers of LoRA factors have in common: how adapters `keep`.
+
+    `dW Q = s B A Q` stays zero if `A Q` is: of `A` all that answers to kept directions is taken away at first, which
+    changes nothing while `B` is zero, and steps are orthogonal to them.
+    """
+
+    keeps_by_itself = True
+
+    def keep_of(self, group: dict) -> int:
+        """`B`, seen transposed, takes in what `A` gives out."""
+        return 0 if Layout.parse(group["layout"]).transposed else super().keep_of(group)
+
+    def kept_inputs(self, name: str, matrix: Tensor, group: dict) -> Tensor:
+        kept = super().kept_inputs(name, matrix, group)
+        if name in group.get("begun", ()) and kept.any():
+            raise ValueError(
+                f"keep={group['keep']} is for adapters that begin without an effect, and the partner of {name} is not "
+                "zero: set keep=0, or init_lora_weights to true or gaussian."
+            )
+        return kept
+
+    def _check_kept(self, keep: int) -> None:
+        if keep and not any(self.keep_of(group) for group in self.param_groups if group["rule"] != "adamw"):
+            raise ValueError(
+                f"keep={keep} is for adapters whose factor A rotates or takes orthogonalised steps, and AdamW trains "
+                "all of them here: set lora_a to rotate or orthogonal, or keep=0."
+            )
+
+
+class PionLora(_Factors):
     """Pion for adapters: one factor rotates and keeps its singular values, the other grows by orthogonalised steps.
 
     A fresh adapter has `B = 0`, which no rotation can move: by default `A` rotates and `B` grows. A group of rule
@@ -72,6 +104,8 @@ class PionLora(MatrixOptimizer):
         polar, polar_steps: how a step is orthogonalised; see `Teon`. `gram` has kernels for ranks of 256 and more only.
         retraction: `cayley` or `root`, both exact.
         batch_elements: of the factors that are updated at once, which bounds the extra memory of a step; see `Pion`.
+        keep: so many leading directions of every adapted layer's inputs keep their outputs (of `A`: those of adapters
+            that begin at zero). inputs: `pion_hf.Inputs(model, keep)`; see `Pion`.
         weight_decay: decoupled, of factors that grow (and AdamW's groups).
         share_work: under DDP, each process updates a share of the matrices and tells the others.
 
@@ -97,6 +131,8 @@ class PionLora(MatrixOptimizer):
         polar_steps: int = 5,
         retraction: Literal["root", "cayley"] = "cayley",
         batch_elements: int | None = None,
+        keep: int = 0,
+        inputs: Inputs | None = None,
         weight_decay: float = 0.0,
         share_work: bool = False,
     ) -> None:
@@ -112,6 +148,7 @@ class PionLora(MatrixOptimizer):
             "polar_steps": polar_steps,
             "retraction": retraction,
             "batch_elements": batch_elements,
+            "keep": keep,
             "weight_decay": weight_decay,
             # What the rules of whole matrices can choose and these do not; products of factors are small.
             "generator_dtype": "float32",
@@ -119,7 +156,8 @@ class PionLora(MatrixOptimizer):
             "second_moment": False,
             "hold": 0.0,
         }
-        super().__init__(params, defaults, share_work=share_work)
+        super().__init__(params, defaults, share_work=share_work, inputs=inputs)
+        self._check_kept(keep)
 
     def check_options(self, group: dict) -> None:
         if group["rule"] == "adamw":
@@ -132,7 +170,8 @@ class PionLora(MatrixOptimizer):
         check_range("rank_tolerance", group["rank_tolerance"], lambda v: 0 <= v < 1, "in [0, 1)")
 
     def keeps_spectrum(self, group: dict) -> bool:
-        return group["rule"] == "pion_lora" and group["method"] == "rotate"
+        """With `keep` the factor's changes once, before its first step."""
+        return group["rule"] == "pion_lora" and group["method"] == "rotate" and not self.keep_of(group)
 
     def check_matrix(self, name: str, matrix: Tensor, group: dict) -> None:
         super().check_matrix(name, matrix, group)
@@ -177,6 +216,8 @@ def _rotated(
     note: Callable[[dict, Generator, Tensor], None],
 ) -> Tensor:
     direction = direction_of(grad, state, group=group, step=step)
+    if KEPT in state:  # orthogonal to them both, a rotation has no part in them
+        weight, direction = (without(x, state[KEPT]) for x in (weight, direction))
     # Of the size of the weight, so that one Gram matrix holds both without loss. The angle is set below.
     size, length = (torch.linalg.matrix_norm(x, keepdim=True) for x in (weight, direction))
     direction = direction * torch.where(length > _tiny(length), size / length, 0)
@@ -223,6 +264,9 @@ def grown(
     """
     momentum = average(state, "momentum", grad, mu)
     direction = grad.lerp(momentum, mu) if nesterov else momentum
+    kept = state.get(KEPT)
+    if kept is not None:
+        weight, direction = (without(x, kept) for x in (weight, direction))
     k = weight.shape[1] if weight.ndim == 4 else 1
     r, n = weight.shape[-2:]
     tall, start = direction.reshape(-1, k * r, n), weight.reshape(-1, k * r, n)
@@ -230,9 +274,12 @@ def grown(
     decay = 1 - group["lr"] * group["weight_decay"]
     if group["polar"] in ITERATIONS and is_skinny(tall):
         factor = polar_map(tall, method=group["polar"], steps=group["polar_steps"])
-        return torch.baddbmm(start, size * factor, tall, beta=decay).view(weight.shape)
-    factor = polar_factor(tall, method=group["polar"], steps=group["polar_steps"])
-    return (start * decay).addcmul_(size, factor).view(weight.shape)
+        stepped = torch.baddbmm(start, size * factor, tall, beta=decay).view(weight.shape)
+    else:
+        factor = polar_factor(tall, method=group["polar"], steps=group["polar_steps"])
+        stepped = (start * decay).addcmul_(size, factor).view(weight.shape)
+    # The polar factor of a stack mixes the rows of layers that keep other directions each.
+    return stepped if kept is None else without(stepped, kept)
 
 
 def _by_row(reach: Tensor, r: int) -> Tensor:
@@ -240,7 +287,7 @@ def _by_row(reach: Tensor, r: int) -> Tensor:
     return reach if reach.ndim == 3 else reach.expand(-1, -1, r, 1).flatten(1, 2)
 
 
-class TeonLora(Teon):
+class TeonLora(_Factors, Teon):
     """TEON for adapters: the factors of consecutive layers are orthogonalised together, both grow.
 
     Two adapters share their layers' spaces of inputs and outputs, as far as these are one residual stream, but not the
@@ -252,7 +299,7 @@ class TeonLora(Teon):
     Args:
         params: groups from `pion_hf.param_groups(model, "teon_lora")`, which finds the stacks.
         lr: size of a step; see `PionLora`. momentum, nesterov, stack, polar, polar_steps, batch_elements: see
-            `Teon`.
+            `Teon`. keep, inputs: see `PionLora`.
         weight_decay: decoupled, of the factors and AdamW's groups. adamw_betas, adamw_eps: of AdamW's groups.
         share_work: under DDP, each process updates a share of the matrices and tells the others.
 
@@ -275,15 +322,18 @@ class TeonLora(Teon):
         polar: Literal["express", "quintic", "svd", "gram"] = "express",
         polar_steps: int = 5,
         batch_elements: int | None = None,
+        keep: int = 0,
+        inputs: Inputs | None = None,
         weight_decay: float = 0.0,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         share_work: bool = False,
     ) -> None:
         options = {"momentum": momentum, "nesterov": nesterov, "stack": stack, "weight_decay": weight_decay}
-        options |= {"batch_elements": batch_elements, "share_work": share_work}
+        options |= {"batch_elements": batch_elements, "share_work": share_work, "keep": keep, "inputs": inputs}
         options |= {"polar": polar, "polar_steps": polar_steps, "polar_dtype": "float32"}
         super().__init__(params, lr, adamw_betas=adamw_betas, adamw_eps=adamw_eps, **options)
+        self._check_kept(keep)
 
     def check_options(self, group: dict) -> None:
         if group["rule"] == "teon_lora":
