@@ -124,7 +124,8 @@ def test_inputs_of_all_training_passes_count(layer):
     inputs = Inputs(model, KEEP)
     model(ids(0))
     model.eval()
-    model(ids(5))
+    with torch.no_grad():
+        model(ids(5))
     model.train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(ids(1))
@@ -132,6 +133,15 @@ def test_inputs_of_all_training_passes_count(layer):
     assert_same_span(inputs.directions(f"{layer}.weight", n, KEEP, CPU), expected)
     assert not inputs.directions("idle.weight", 16, KEEP, CPU).any()
     assert not inputs.directions("embed.weight", 16, KEEP, CPU).any()
+
+
+def test_a_model_in_eval_mode_may_train():
+    """As `from_pretrained` leaves it, in a loop that never says `train()`."""
+    model = Net().eval()
+    expected = leading(inputs_of(model, "up", ids()))
+    inputs = Inputs(model, KEEP)
+    model(ids()).sum().backward()
+    assert_same_span(inputs.directions("up.weight", 16, KEEP, CPU), expected)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -305,9 +315,7 @@ def test_matrices_that_saw_nothing_move_freely():
     model(ids()).square().mean().backward()
     model.idle.weight.grad = torch.ones_like(model.idle.weight)
     before = model.idle.weight.detach().clone()
-    with pytest.warns(
-        UserWarning, match=r"^keep: no inputs of idle\.weight were seen in a forward pass in training mode"
-    ):
+    with pytest.warns(UserWarning, match=r"^keep: no inputs of idle\.weight were seen in a forward pass that trains"):
         optimizer.step()
     assert not torch.equal(model.idle.weight, before)
 

@@ -23,9 +23,10 @@ NAMED = 5
 
 
 class Inputs:
-    """Sketches of the inputs of a model's layers, from its forward passes in training mode until `close`.
+    """Sketches of the inputs of a model's layers, from its forward passes until `close`.
 
-    For an optimizer with `keep`, which closes it after its first step: all passes of that step's gradients count.
+    For an optimizer with `keep`, which closes it after its first step: all passes of that step's gradients count, those
+    of an evaluation (eval mode without gradients) do not.
     Layers are modules with a trainable matrix of their own whose input is a tensor: `Linear`, `Conv1D`, LoRA's A.
     """
 
@@ -44,14 +45,14 @@ class Inputs:
                 self._handles.append(hook)
 
     def _hook(self, names: list[str]) -> Any:
-        @torch.no_grad()
         def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if not module.training or x is None or not x.is_floating_point():
+            trains = module.training or torch.is_grad_enabled()  # one of them: checkpointing, models without dropout
+            if not trains or x is None or not x.is_floating_point():
                 return
             rows = x.detach().reshape(-1, x.shape[-1])
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            with torch.autocast(x.device.type, enabled=False):
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 seen = sketch_of(rows, self._test(rows.shape[-1], x.device).to(rows.dtype))
             for name in names:
                 self._sketches[name] = self._sketches[name] + seen if name in self._sketches else seen
@@ -82,8 +83,8 @@ class Inputs:
         if self._unseen:
             more = f" and {len(self._unseen) - NAMED} more" if len(self._unseen) > NAMED else ""
             warnings.warn(
-                f"keep: no inputs of {', '.join(self._unseen[:NAMED])}{more} were seen in a forward pass in training "
-                "mode; what has none moves freely.",
+                f"keep: no inputs of {', '.join(self._unseen[:NAMED])}{more} were seen in a forward pass that trains; "
+                "what has none moves freely.",
                 stacklevel=2,
             )
             self._unseen.clear()
