@@ -25,7 +25,7 @@ from trl.trainer.utils import get_callable_name
 from pion_hf.cli.adapters import ModelArguments, changes_base, initialisation
 from pion_hf.cli.outcome import ReportArguments, ReportMixin
 from pion_hf.cli.recipe import RecipeParser
-from pion_hf.cli.training import train
+from pion_hf.cli.training import readable, train
 from pion_hf.errors import unknown
 from pion_hf.integrations.trl import PionGRPOConfig
 
@@ -94,15 +94,16 @@ def main(argv: list[str]) -> None:
     class ReportingGRPOTrainer(RewardReport, PionGRPOTrainer):
         """TRL's `GRPOTrainer` with this package's optimizer, and the report."""
 
-    train(
-        script_args,
-        training_args,
-        model_args,
-        *others,
-        make_trainer=ReportingGRPOTrainer,
-        script=trl_grpo,
-        trainer_name="GRPOTrainer",
-    )
+    with readable(script_args.dataset_name):
+        train(
+            script_args,
+            training_args,
+            model_args,
+            *others,
+            make_trainer=ReportingGRPOTrainer,
+            script=trl_grpo,
+            trainer_name="GRPOTrainer",
+        )
 
 
 def check_reward(name: str) -> None:

@@ -70,11 +70,6 @@ def train(
             if error.args == (split,) and not trainers:
                 raise ValueError(f"the dataset has no split {split!r}: set {name}") from error
         raise
-    except datasets.exceptions.DatasetGenerationError as error:  # says nothing, its cause does
-        lines = str(error.__cause__ or error).splitlines()
-        why = " ... ".join(dict.fromkeys([*lines[:1], *lines[-1:]]))
-        name = script_args.dataset_name
-        raise ValueError(f"cannot read the data ({name}): {why}. All its files need the same columns.") from error
     except OSError as error:  # a name that is no folder here is looked for at the hub
         if trainers:
             raise
@@ -82,6 +77,17 @@ def train(
         raise ValueError(f"cannot load {names}: {str(error).splitlines()[0]}") from error
     trainers[0].create_model_card(dataset_name=script_args.dataset_name)  # after peft's, which comes with saving
     trainers[0].finish()
+
+
+@contextlib.contextmanager
+def readable(name: str | None) -> Iterator[None]:
+    """Raises ValueError, in one line, where `datasets` cannot read the files of a dataset of chats."""
+    try:
+        yield
+    except datasets.exceptions.DatasetGenerationError as error:  # says nothing, its cause does
+        lines = str(error.__cause__ or error).splitlines()
+        why = " ... ".join(dict.fromkeys([*lines[:1], *lines[-1:]]))
+        raise ValueError(f"cannot read the data ({name}): {why}. All its files need the same columns.") from error
 
 
 def quiet_without_terminal(training_args: PionSFTConfig) -> None:
