@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 
 import peft
 import pytest
@@ -446,24 +447,37 @@ def test_adapters_go_on_from_saved_state(build):
 # -- in a Trainer -----------------------------------------------------------------------------------------------------
 
 
+def arguments(folder: Path, optim: str, **options) -> PionTrainingArguments:
+    return PionTrainingArguments(
+        output_dir=folder,
+        optim=optim,
+        optim_keep=KEEP,
+        max_steps=4,
+        save_steps=2,
+        per_device_train_batch_size=2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+
+
+def data() -> list[dict[str, Tensor]]:
+    return [{"input_ids": row, "labels": row} for row in itertools.chain(*(tokens(i) for i in range(4)))]
+
+
+def assert_goes_on(trainer: Trainer, again: Trainer, folder: Path) -> None:
+    """From the checkpoint in the middle to the same end."""
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    for a, b in zip(trainer.model.parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("trainer_class", [PionTrainer, Trainer])
 @pytest.mark.parametrize("optim", ["pion", "teon", "muon", "adamw_routed"])
 def test_a_trainer_watches(trainer_class, optim, tmp_path):
     """Both micro-batches of the first step count; the hooks are gone afterwards; a checkpoint goes on."""
-    args = PionTrainingArguments(
-        output_dir=tmp_path,
-        optim=optim,
-        optim_keep=KEEP,
-        learning_rate=3e-3,
-        max_steps=4,
-        save_steps=2,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    rows = [{"input_ids": row, "labels": row} for row in itertools.chain(*(tokens(i) for i in range(4)))]
+    args, rows = arguments(tmp_path, optim, learning_rate=3e-3, gradient_accumulation_steps=2), data()
     model = toy_llama()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = trainer_class(model, args, train_dataset=rows)
@@ -475,36 +489,18 @@ def test_a_trainer_watches(trainer_class, optim, tmp_path):
         change = p.detach() - start[name]
         assert change.any()
         assert (change @ kept).norm() < 2e-2 * change.norm()
-    again = trainer_class(toy_llama(), args, train_dataset=rows)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for a, b in zip(model.parameters(), again.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert_goes_on(trainer, trainer_class(toy_llama(), args, train_dataset=rows), tmp_path)
 
 
 @pytest.mark.parametrize("optim", ["pion", "muon"])
 def test_a_trainer_watches_adapters(optim, tmp_path):
-    args = PionTrainingArguments(
-        output_dir=tmp_path,
-        optim=optim,
-        optim_keep=KEEP,
-        learning_rate=3e-2,
-        max_steps=4,
-        save_steps=2,
-        per_device_train_batch_size=2,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    rows = [{"input_ids": row, "labels": row} for row in itertools.chain(*(tokens(i) for i in range(4)))]
+    args, rows = arguments(tmp_path, optim, learning_rate=3e-2), data()
     trainer = PionTrainer(adapted(), args, train_dataset=rows)
     trainer.train()
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     for _, ba, kept in products(trainer.model, optimizer):
         assert (ba @ kept).norm() < 1e-5 * ba.norm()
-    again = PionTrainer(adapted(), args, train_dataset=rows)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for a, b in zip(trainer.model.parameters(), again.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert_goes_on(trainer, PionTrainer(adapted(), args, train_dataset=rows), tmp_path)
 
 
 # -- several processes ------------------------------------------------------------------------------------------------

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
-import numbers
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +19,7 @@ from pion_hf.linalg.reading import LateReader
 from pion_hf.linalg.rotation import Generator
 from pion_hf.optim import blocks, precision, sharding
 from pion_hf.optim.batches import KEPT, REST, Batch, Block, Plan, is_apart
+from pion_hf.optim.checks import check_common, check_parameter
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Observer, SelfCheck, Update
 from pion_hf.optim.saved import OWN, check_saved
@@ -114,9 +113,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_common(group)
+            check_common(group)
             for name, p in named_parameters(group):
-                _check_parameter(name, p)
+                check_parameter(name, p)
                 if rule != "adamw":
                     try:
                         blocks.split(sharding.stand_in(p), layout)
@@ -462,21 +461,6 @@ def average(state: dict[str, Tensor], key: str, value: Tensor, beta: float) -> T
     return buffer(state, key, value).lerp_(value, 1 - beta)
 
 
-def check_choices(group: dict, choices: dict[str, tuple[str, ...]]) -> None:
-    """Raises ValueError for an option that is none of its words, with the nearest."""
-    for option, known in choices.items():
-        if group[option] not in known:
-            raise unknown(f"value of {option}", group[option], known)
-
-
-def check_range(option: str, value: Any, ok: Callable[[float], bool], wanted: str, *, whole: bool = False) -> None:
-    """Raises ValueError unless `value` is a finite number, a whole one where that is `wanted`, and `ok`."""
-    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    kind = numbers.Integral if whole else numbers.Real
-    if isinstance(number, bool) or not isinstance(number, kind) or not (math.isfinite(number) and ok(number)):
-        raise ValueError(f"{option} must be {wanted}, got {value!r}")
-
-
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
     """Rotations are formed in float32 at least, whatever the weight is stored in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -492,34 +476,3 @@ def _are_finite(kinds: list[list[Tensor]]) -> bool:
         dtype = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
         norms.append(torch.stack(torch._foreach_norm(grads, dtype=dtype)).sum())
     return not norms or sum(norm.to(norms[0].device) for norm in norms).isfinite().item()
-
-
-def _check_common(group: dict) -> None:
-    for option in ("lr", "eps", "weight_decay"):
-        check_range(option, group[option], lambda v: v >= 0, "at least 0")
-    check_range("keep", group.get("keep", 0), lambda v: v >= 0, "a whole number of directions, 0 or more", whole=True)
-    elements = group.get("batch_elements")
-    if elements is not None:
-        check_range("batch_elements", elements, lambda v: v >= 1, "a whole number of at least 1", whole=True)
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
-    for beta in betas:
-        check_range("betas", beta, lambda v: 0 <= v < 1, "two numbers in [0, 1)")
-
-
-def _check_parameter(name: str, p: Tensor) -> None:
-    if p.is_complex():
-        raise ValueError(f"{name} is complex; only real parameters can be optimized here.")
-    if p.is_sparse or p.layout != torch.strided:
-        raise ValueError(f"{name} is sparse; only dense parameters can be optimized here.")
-    if not p.is_floating_point():
-        raise ValueError(
-            f"{name} has dtype {p.dtype}; freeze quantised weights (requires_grad_(False)) and train LoRA adapters on "
-            "them."
-        )
-    if type(p).__name__ == "FlatParameter" or getattr(p, "_is_flat_param", False):
-        raise ValueError(
-            f"{name} is a flat shard of FSDP1, which holds no whole matrix: use FSDP2 (fsdp_version: 2) or DDP."
-        )
-    sharding.check(name, p)

@@ -24,9 +24,10 @@ from pion_hf.linalg.polar import (
 )
 from pion_hf.linalg.rotation import RETRACTIONS, Generator, without
 from pion_hf.linalg.spectrum import numerical_zero, singular_basis, singular_values
-from pion_hf.optim.base import MatrixOptimizer, average, check_choices, check_range
+from pion_hf.optim.base import MatrixOptimizer, average
 from pion_hf.optim.batches import KEPT
 from pion_hf.optim.blocks import Layout
+from pion_hf.optim.checks import check_choices, check_range
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.pion import BASIS_REFRESH, direction_of, generator_of
 from pion_hf.optim.precision import HALF

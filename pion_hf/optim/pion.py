@@ -17,8 +17,9 @@ from pion_hf.linalg.precision import PRODUCT_DTYPES, product_dtype
 from pion_hf.linalg.rotation import RETRACTIONS, Generator, generator, rms_scale, skew, without
 from pion_hf.linalg.spectrum import Basis, singular_basis
 from pion_hf.optim import compiled
-from pion_hf.optim.base import MatrixOptimizer, average, buffer, check_choices, check_range
+from pion_hf.optim.base import MatrixOptimizer, average, buffer
 from pion_hf.optim.batches import KEPT
+from pion_hf.optim.checks import check_choices, check_range
 from pion_hf.optim.inputs import Inputs
 
 CHOICES = {

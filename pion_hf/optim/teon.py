@@ -14,7 +14,8 @@ from torch import Tensor
 from pion_hf.linalg.polar import ITERATIONS, MOST_STEPS, POLAR_METHODS, check_method, polar_factor
 from pion_hf.linalg.precision import PRODUCT_DTYPES, product_dtype
 from pion_hf.optim import blocks, compiled
-from pion_hf.optim.base import MatrixOptimizer, buffer, check_choices, check_range, named_parameters
+from pion_hf.optim.base import MatrixOptimizer, buffer, named_parameters
+from pion_hf.optim.checks import check_choices, check_range
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.sharding import stand_in
 

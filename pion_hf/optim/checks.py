@@ -1,0 +1,62 @@
+"""Whether options and parameters are such as can be trained with; what is not is named, with its value."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pion_hf.errors import unknown
+from pion_hf.optim import sharding
+
+
+def check_choices(group: dict, choices: dict[str, tuple[str, ...]]) -> None:
+    """Raises ValueError for an option that is none of its words, with the nearest."""
+    for option, known in choices.items():
+        if group[option] not in known:
+            raise unknown(f"value of {option}", group[option], known)
+
+
+def check_range(option: str, value: Any, ok: Callable[[float], bool], wanted: str, *, whole: bool = False) -> None:
+    """Raises ValueError unless `value` is a finite number, a whole one where that is `wanted`, and `ok`."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    kind = numbers.Integral if whole else numbers.Real
+    if isinstance(number, bool) or not isinstance(number, kind) or not (math.isfinite(number) and ok(number)):
+        raise ValueError(f"{option} must be {wanted}, got {value!r}")
+
+
+def check_common(group: dict) -> None:
+    """Raises ValueError for options that every optimizer has."""
+    for option in ("lr", "eps", "weight_decay"):
+        check_range(option, group[option], lambda v: v >= 0, "at least 0")
+    check_range("keep", group.get("keep", 0), lambda v: v >= 0, "a whole number of directions, 0 or more", whole=True)
+    elements = group.get("batch_elements")
+    if elements is not None:
+        check_range("batch_elements", elements, lambda v: v >= 1, "a whole number of at least 1", whole=True)
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    for beta in betas:
+        check_range("betas", beta, lambda v: 0 <= v < 1, "two numbers in [0, 1)")
+
+
+def check_parameter(name: str, p: Tensor) -> None:
+    """Raises ValueError for a parameter that no optimizer here can take."""
+    if p.is_complex():
+        raise ValueError(f"{name} is complex; only real parameters can be optimized here.")
+    if p.is_sparse or p.layout != torch.strided:
+        raise ValueError(f"{name} is sparse; only dense parameters can be optimized here.")
+    if not p.is_floating_point():
+        raise ValueError(
+            f"{name} has dtype {p.dtype}; freeze quantised weights (requires_grad_(False)) and train LoRA adapters on "
+            "them."
+        )
+    if type(p).__name__ == "FlatParameter" or getattr(p, "_is_flat_param", False):
+        raise ValueError(
+            f"{name} is a flat shard of FSDP1, which holds no whole matrix: use FSDP2 (fsdp_version: 2) or DDP."
+        )
+    sharding.check(name, p)
