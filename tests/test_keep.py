@@ -1,4 +1,4 @@
-"""`keep`: the leading directions of a layer's inputs, and that what the layer makes of them stays as it is."""
+"""`keep`: that what a layer makes of the leading directions of its inputs stays as it is."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
-from transformers.pytorch_utils import Conv1D
 
 from pion_hf import (
     Inputs,
@@ -30,140 +26,11 @@ from pion_hf import (
     TeonLora,
     param_groups,
 )
-from pion_hf.linalg import sketch
 from pion_hf.linalg.spectrum import singular_values, spectral_drift
 from pion_hf.optim.base import MatrixOptimizer
 from tests.conftest import toy_llama
 from tests.distributed_worker import launch
-
-KEEP = 3
-CPU = torch.device("cpu")
-
-
-def rows_of(count: int, n: int, *, seed: int = 0, rank: int | None = None) -> Tensor:
-    """Inputs of which a few directions are large."""
-    draws = torch.Generator().manual_seed(seed)
-    scales = 10.0 ** -torch.arange(n)[: rank or n].clamp_max(4)
-    directions = torch.linalg.qr(torch.randn(n, n, generator=draws)).Q[:, : len(scales)]
-    return (torch.randn(count, len(scales), generator=draws) * scales) @ directions.T
-
-
-# -- the sketch -------------------------------------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=60)
-@given(n=st.integers(1, 80), count=st.integers(1, 6), tokens=st.integers(1, 200), seed=st.integers(0, 99))
-def test_a_sketch_knows_the_leading_directions(n, count, tokens, seed):
-    rows, test = rows_of(tokens, n, seed=seed), sketch.test_matrix(n, count, CPU)
-    found = sketch.leading_directions(sum(sketch.sketch_of(part, test) for part in rows.split(7)), test, count)
-    assert found.shape == (n, count)
-    there = found.norm(dim=0) > 0.5
-    gram = found.mT @ found
-    torch.testing.assert_close(gram, torch.diag(there.float()), atol=1e-5, rtol=0)
-    # What is left of the inputs is as little as the best directions leave, but for what float32 cannot tell.
-    values = torch.linalg.svdvals(rows.double())
-    best = values[count:].square().sum().sqrt()
-    left = (rows - rows @ found @ found.mT).double().norm()
-    assert left <= 1.2 * best + 1e-3 * values[0]
-
-
-def test_directions_that_are_not_there_are_zero():
-    rows, test = rows_of(50, 20, rank=2), sketch.test_matrix(20, 5, CPU)
-    found = sketch.leading_directions(sketch.sketch_of(rows, test), test, 5)
-    assert found.norm(dim=0).round().tolist() == [1, 1, 0, 0, 0]
-    assert not sketch.leading_directions(torch.zeros_like(test), test, 5).any()
-
-
-# -- what is watched --------------------------------------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    """A linear layer, one stored transposed, one used twice, an embedding, and a layer nobody calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(30, 16)
-        self.up, self.down = nn.Linear(16, 24), Conv1D(16, 24)
-        self.again, self.idle = nn.Linear(16, 16, bias=False), nn.Linear(16, 16)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        x = x + self.down(self.up(x).tanh())
-        return self.again(self.again(input=x))
-
-
-def ids(seed: int = 0) -> Tensor:
-    return torch.randint(30, (4, 10), generator=torch.Generator().manual_seed(seed))
-
-
-def inputs_of(model: nn.Module, layer: str, *calls: Tensor) -> Tensor:
-    """All that a layer took in, as rows."""
-    seen, module = [], model.get_submodule(layer)
-    handle = module.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append((args or tuple(kwargs.values()))[0].detach().flatten(0, -2)),
-        with_kwargs=True,
-    )
-    for call in calls:
-        model(call)
-    handle.remove()
-    return torch.cat(seen)
-
-
-def leading(rows: Tensor, count: int = KEEP) -> Tensor:
-    return torch.linalg.eigh(rows.double().T @ rows.double())[1][:, -count:].float()
-
-
-def assert_same_span(found: Tensor, expected: Tensor) -> None:
-    assert torch.linalg.svdvals(found.mT @ expected).min() > 0.99
-
-
-@pytest.mark.parametrize("layer", ["up", "down", "again"])
-def test_inputs_of_all_training_passes_count(layer):
-    model = Net()
-    expected = leading(inputs_of(model, layer, ids(0), ids(1)))
-    inputs = Inputs(model, KEEP)
-    model(ids(0))
-    model.eval()
-    with torch.no_grad():
-        model(ids(5))
-    model.train()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(ids(1))
-    n = expected.shape[0]
-    assert_same_span(inputs.directions(f"{layer}.weight", n, KEEP, CPU), expected)
-    assert not inputs.directions("idle.weight", 16, KEEP, CPU).any()
-    assert not inputs.directions("embed.weight", 16, KEEP, CPU).any()
-
-
-def test_a_model_in_eval_mode_may_train():
-    """As `from_pretrained` leaves it, in a loop that never says `train()`."""
-    model = Net().eval()
-    expected = leading(inputs_of(model, "up", ids()))
-    inputs = Inputs(model, KEEP)
-    model(ids()).sum().backward()
-    assert_same_span(inputs.directions("up.weight", 16, KEEP, CPU), expected)
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_checkpointed_layers_are_seen():
-    model = Net()
-    expected = leading(inputs_of(model, "again", ids()))
-    inputs, forward = Inputs(model, KEEP), model.forward
-    for reentrant in (False, True):
-        checkpoint(forward, ids(), use_reentrant=reentrant)
-    assert_same_span(inputs.directions("again.weight", 16, KEEP, CPU), expected)
-
-
-def test_closed_it_sees_nothing():
-    model = Net()
-    inputs = Inputs(model, KEEP)
-    model(ids())
-    inputs.close()
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    model(ids())
-    assert not inputs.directions("up.weight", 16, KEEP, CPU).any()
-
+from tests.test_inputs import KEEP, Net, ids, inputs_of, leading, rows_of
 
 # -- what is kept -----------------------------------------------------------------------------------------------------
 
@@ -504,21 +371,6 @@ def test_a_trainer_watches_adapters(optim, tmp_path):
 
 
 # -- several processes ------------------------------------------------------------------------------------------------
-
-
-def directions_of_one() -> tuple[Tensor, Tensor]:
-    """In a process: what it saw itself, and the directions that all agree on."""
-    model = Net()
-    inputs = Inputs(model, KEEP)
-    rows = inputs_of(model, "up", ids(dist.get_rank()))
-    return rows, inputs.directions("up.weight", 16, KEEP, CPU)
-
-
-def test_processes_agree_on_directions():
-    (first, found), (second, same) = launch(directions_of_one, 2)
-    assert not torch.equal(first, second)
-    assert torch.equal(found, same)
-    assert_same_span(found, leading(torch.cat([first, second])))
 
 
 def sharded_adamw() -> str:
