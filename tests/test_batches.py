@@ -205,6 +205,21 @@ def test_some_experts_are_seen_like_all(caplog):
     assert said == [["pion: 12 of 12 matrices rotated"]] * 2
 
 
+def test_what_leaves_a_batch_takes_its_memory_along():
+    """Layers that are frozen one after the other; a checkpoint would hold what is shared more than once."""
+    params = [nn.Parameter(torch.randn(8, 8)) for _ in range(6)]
+    optimizer = Teon(params, stack=1)
+    for frozen in range(len(params)):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        for p in params[:frozen]:
+            p.grad = None
+        optimizer.step()
+    buffers = [optimizer.state[p]["momentum"].untyped_storage() for p in params]
+    held = {storage.data_ptr(): storage.nbytes() for storage in buffers}
+    assert sum(held.values()) <= (len(params) + 1) * params[0].nbytes
+
+
 def test_stacks_are_not_cut():
     assert sizes_of_a_step(teon, (16, 16), 1) == [512, 512]
 

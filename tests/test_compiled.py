@@ -80,6 +80,15 @@ def test_where_nothing_compiles_a_step_is_as_it_was_and_says_so_once(monkeypatch
     assert sum("could not be compiled" in str(warning.message) for warning in caught) == 1
 
 
+def test_memory_that_runs_out_is_no_failed_compilation(monkeypatch):
+    def kernel(x):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "compile", lambda kernel, **options: kernel)
+    with pytest.raises(torch.OutOfMemoryError):
+        compiled.run(kernel, torch.ones(1), compiled=True)
+
+
 def test_state_does_not_say_how_steps_are_carried_out():
     """A run that was not compiled, or was saved before there was the option, goes on compiled if that is asked for."""
     p = nn.Parameter(torch.randn(6, 4))

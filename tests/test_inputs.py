@@ -66,8 +66,10 @@ class Net(nn.Module):
         self.up, self.down = nn.Linear(16, 24), Conv1D(16, 24)
         self.again, self.idle = nn.Linear(16, 16, bias=False), nn.Linear(16, 16)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.layers(self.embed(ids))
+
+    def layers(self, x: Tensor) -> Tensor:
         x = x + self.down(self.up(x).tanh())
         return self.again(self.again(input=x))
 
@@ -98,14 +100,14 @@ def assert_same_span(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("layer", ["up", "down", "again"])
-def test_inputs_of_all_training_passes_count(layer):
+def test_inputs_of_all_passes_with_gradients_count(layer):
     model = Net()
     expected = leading(inputs_of(model, layer, ids(0), ids(1)))
     inputs = Inputs(model, KEEP)
     model(ids(0))
-    model.eval()
-    with torch.no_grad():
+    with torch.no_grad():  # an evaluation, or the generation of what is to be rewarded
         model(ids(5))
+        model.eval()(ids(6))
     model.train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(ids(1))
@@ -124,14 +126,43 @@ def test_a_model_in_eval_mode_may_train():
     assert_same_span(inputs.directions("up.weight", 16, KEEP, CPU), expected)
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_checkpointed_layers_are_seen():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_are_seen(reentrant):
     model = Net()
     expected = leading(inputs_of(model, "again", ids()))
-    inputs, forward = Inputs(model, KEEP), model.forward
-    for reentrant in (False, True):
-        checkpoint(forward, ids(), use_reentrant=reentrant)
+    inputs = Inputs(model, KEEP)
+    checkpoint(model.layers, model.embed(ids()), use_reentrant=reentrant).sum().backward()
     assert_same_span(inputs.directions("again.weight", 16, KEEP, CPU), expected)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_tokens_that_are_masked_do_not_count(reentrant):
+    model = Net()
+    rows, mask = ids(), torch.ones(ids().shape)
+    padded = torch.cat([rows, torch.zeros_like(rows)], dim=1)
+    mask = torch.cat([mask, torch.zeros_like(mask)], dim=1)
+    expected = leading(inputs_of(model, "up", rows))
+    assert torch.linalg.svdvals(leading(inputs_of(model, "up", padded)).mT @ expected).min() < 0.9
+    if reentrant is not None:
+        through = model.layers
+        model.layers = lambda x: checkpoint(through, x, use_reentrant=reentrant)
+    inputs = Inputs(model, KEEP)
+    model(padded, attention_mask=mask).sum().backward()
+    assert_same_span(inputs.directions("up.weight", 16, KEEP, CPU), expected)
+
+
+def test_a_pass_that_overflows_leaves_nothing_behind():
+    model = Net()
+    expected = leading(inputs_of(model, "up", ids(1)))
+    inputs = Inputs(model, KEEP)
+    with torch.no_grad():
+        scale = model.embed.weight[0, 0].item()
+        model.embed.weight[0, 0] = torch.inf
+    model(torch.zeros_like(ids(0)))
+    with torch.no_grad():
+        model.embed.weight[0, 0] = scale
+    model(ids(1))
+    assert_same_span(inputs.directions("up.weight", 16, KEEP, CPU), expected)
 
 
 def test_closed_it_sees_nothing():

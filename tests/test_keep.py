@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import itertools
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer
@@ -188,6 +191,29 @@ def test_matrices_that_saw_nothing_move_freely():
     assert not torch.equal(model.idle.weight, before)
 
 
+@pytest.mark.parametrize("options", [{}, {"side": "out"}, {"direction": "polar", "metric": "lie"}])
+def test_rotations_of_matrices_that_saw_nothing_are_free(options):
+    """On the side of the outputs too: what zero directions give out is no reason to hold anything."""
+    model = Net()
+    groups = [{"params": [("idle.weight", model.idle.weight)], "rule": "pion"}]
+    optimizer = Pion(groups, lr=1e-2, keep=KEEP, inputs=Inputs(model, KEEP), **options)
+    before = model.idle.weight.detach().clone()
+    for number in range(2):
+        model.idle.weight.grad = torch.randn_like(before)
+        with pytest.warns(UserWarning, match="no inputs of idle") if number == 0 else contextlib.nullcontext():
+            optimizer.step()
+    moved = (model.idle.weight.detach() - before).norm(dim=1)
+    assert moved.min() > 0.1 * moved.max()
+
+
+def test_distributed_checkpoints_know_its_state():
+    model = toy_llama()
+    optimizer = adamw_routed(model, keep=KEEP, inputs=Inputs(model, KEEP))
+    state = get_optimizer_state_dict(model, optimizer)["state"]
+    assert state["model.layers.0.mlp.down_proj.weight"]["kept.0"].shape == (1, 48, KEEP)
+    assert "kept.0" not in state["model.norm.weight"]
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +236,20 @@ def test_what_is_no_number_of_directions(build, value):
 def test_rules_that_cannot(options):
     with pytest.raises(ValueError, match="keep chooses generators that fix what is kept"):
         pion(toy_llama(), keep=KEEP, **options)
+
+
+@pytest.mark.parametrize(
+    ("rule", "shape", "most"), [("muon", (9, 6), 5), ("pion", (9, 6), 4), ("pion", (6, 9), 4), ("pion", (3, 2), 0)]
+)
+def test_there_must_be_something_left_to_train(rule, shape, most):
+    build = Pion if rule == "pion" else functools.partial(Teon, stack=1)
+    params = [{"params": [("w", nn.Parameter(torch.randn(shape)))], "rule": rule}]
+    if most:
+        build(params, keep=most)
+    way_out = f"set keep={most} at most, or exclude" if most else "exclude"
+    form = f"{shape[0]} x {shape[1]}"
+    with pytest.raises(ValueError, match=rf"^parameter w, .* keep={most + 1} leaves a matrix of {form} .*: {way_out}"):
+        build(params, keep=most + 1)
 
 
 # -- on adapters ------------------------------------------------------------------------------------------------------
@@ -289,6 +329,14 @@ def test_adapters_with_an_effect_are_refused(build):
     optimizer = build(model, keep=KEEP, inputs=Inputs(model, KEEP))
     with pytest.raises(ValueError, match=r"^keep=3 is for adapters that begin without an effect, and the partner of "):
         train(model, optimizer, steps=1)
+
+
+def test_a_factor_keeps_its_rank():
+    """Of 32 inputs and rank 4."""
+    model = adapted()
+    pion_lora(model, keep=28, inputs=Inputs(model, 28))
+    with pytest.raises(ValueError, match="keep=29 leaves a matrix of 4 x 32 nothing to train: set keep=28 at most"):
+        pion_lora(model, keep=29)
 
 
 def test_a_factor_of_adamw_keeps_nothing():

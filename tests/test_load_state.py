@@ -134,6 +134,29 @@ def test_state_that_fits_continues_to_the_bit(build, how):
     assert all(torch.equal(p, q) for p, q in zip(weights(resumed), weights(straight), strict=True))
 
 
+def test_steps_of_adamw_come_to_the_device_of_the_weights():
+    """As where a Trainer reads the file to the CPU and trains on a GPU."""
+    away = RoutedAdamW([(name, nn.Parameter(p.to("meta"))) for name, p in named()])
+    away.load_state_dict(saved(RoutedAdamW(named())))
+    assert {v.device.type for state in away.state.values() for v in state.values()} == {"meta"}
+
+
+def test_adamw_goes_on_in_another_precision():
+    optimizer = RoutedAdamW(named(dtype=torch.bfloat16))
+    optimizer.load_state_dict(saved(RoutedAdamW(named(), lr=1e-1)))
+    start = [p.clone() for p in weights(optimizer)]
+    step(optimizer, 2)
+    assert not any(torch.equal(p, q) for p, q in zip(weights(optimizer), start, strict=True))
+
+
+def test_groups_added_after_loading_are_no_difference():
+    loaded = pion("a")
+    loaded.load_state_dict(saved(pion("a")))
+    loaded.add_param_group({"params": named("b"), "rule": "pion"})
+    state = saved(loaded)
+    Pion([{"params": named(name), "rule": "pion"} for name in "ab"]).load_state_dict(state)
+
+
 def test_names_on_one_side_only_are_no_difference():
     Pion([p for _, p in named()]).load_state_dict(saved(pion()))
     pion().load_state_dict(saved(Pion([p for _, p in named()])))

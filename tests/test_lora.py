@@ -328,6 +328,27 @@ def test_state_bytes_are_those_of_a_real_step(optim):
 
 # -- what cannot rotate -----------------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize(
+    ("build", "option", "value"),
+    [(optimizer_of, "hold", 0.1), (optimizer_of, "generator_dtype", "bfloat16"), (teon_of, "scale", "paper")],
+)
+def test_a_groups_options_that_are_not_read_are_refused(build, option, value):
+    groups = build([nn.Parameter(draw(4, 6))], **({"stack": 1} if build is teon_of else {})).param_groups
+    kind = TeonLora if build is teon_of else PionLora
+    rule = groups[0]["rule"]
+    with pytest.raises(ValueError, match=f"^{option}={value!r} is no option of rule '{rule}': leave it out"):
+        kind([{**groups[0], option: value}])
+
+
+def test_factors_with_more_rows_than_columns_are_orthogonalised_exactly():
+    b = nn.Parameter(draw(64, 8).float())
+    before = b.detach().clone()
+    step([b], [draw(64, 8, seed=1)], optimizer_of([b], "orthogonal", lr=1.0, polar_steps=10))
+    values = torch.linalg.svdvals((before - b.detach()).double())
+    assert (values / values.mean() - 1).abs().max() < 1e-5
+
+
 WAYS_OUT = ("lora_a or lora_b = 'orthogonal'", "init_lora_weights", "requires_grad_(False)")
 
 

@@ -227,3 +227,17 @@ def test_nothing_is_kept_for_nobody():
     step(optimizer)
     assert optimizer._rotations is None
     assert not math.isnan(optimizer.param_groups[0]["params"][0].sum().item())
+
+
+def test_the_self_check_holds_no_tensors_of_the_step():
+    class Shown(SelfCheck):
+        def see(self, update):
+            super().see(update)
+            held = [x for seen, flags in self._seen for x in (*seen, flags) if isinstance(x, torch.Tensor)]
+            assert sum(x.numel() for x in held) <= 2 * len(update.names)
+            assert all(a is None for seen, _ in self._seen for a in seen.rotations.values())
+
+    optimizer = Pion(matrices(), metric="lie")
+    optimizer.observers = [Shown()]
+    step(optimizer)
+    assert optimizer._rotations is None

@@ -205,6 +205,19 @@ def test_bare_tensors_are_divided_and_names_kept():
     assert len(Pion(layer.parameters()).param_groups) == 2
 
 
+def test_groups_without_a_rule_are_divided_with_their_names_whenever_they_come():
+    layer, later = nn.Linear(4, 3), nn.Linear(4, 3)
+    optimizer = Pion([{"params": list(layer.parameters()), "param_names": ["weight", "bias"], "lr": 1e-2}])
+    optimizer.add_param_group({"params": [(f"later.{n}", p) for n, p in later.named_parameters()]})
+    assert [(g["rule"], g["param_names"]) for g in optimizer.param_groups] == [
+        ("pion", ["weight"]),
+        ("adamw", ["bias"]),
+        ("pion", ["later.weight"]),
+        ("adamw", ["later.bias"]),
+    ]
+    assert {g["lr"] for g in optimizer.param_groups[:2]} == {1e-2}
+
+
 def test_state_is_lazy_and_in_parameter_shape():
     p = nn.Parameter(torch.randn(6, 4))
     optimizer = Pion([("w", p)])
@@ -390,3 +403,14 @@ def test_sparse_gradients_are_refused():
     table(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(ValueError, match="table is sparse"):
         optimizer.step()
+
+
+def test_double_precision_is_kept_where_few_rows_are_rotated():
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(24, 32, dtype=torch.float64))
+    start = torch.linalg.svdvals(p.detach())
+    optimizer = Pion([p], lr=1e-2, side="in", metric="lie")
+    for _ in range(50):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert (torch.linalg.svdvals(p.detach()) / start - 1).abs().max() < 1e-13

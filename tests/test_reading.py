@@ -180,6 +180,15 @@ def test_a_rate_of_zero_tells_nothing(device_like: None) -> None:
     assert late.waited == 2
 
 
+def test_a_value_of_zero_bounds_nothing(device_like: None) -> None:
+    """As of layers without a gradient before the output behind them has moved."""
+    late = LateReader()
+    late.lr = 0.1
+    assert late.read("angle", torch.tensor(0.0)) == 0
+    assert late.read("angle", torch.tensor(2.0)) == 2
+    assert late.read("angle", torch.tensor(3.0)) == GROWTH * 2
+
+
 def test_a_value_is_kept_as_it_was(device_like: None) -> None:
     """Its memory may be used for something else before it is read."""
     late, value = LateReader(), torch.tensor(1.0)

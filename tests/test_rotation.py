@@ -207,11 +207,35 @@ def test_flop_counts_choose_the_low_rank_form_for_adapters():
     assert generator(torch.randn(64, 64), torch.randn(64, 64), rows=128).factor is None
 
 
-def test_full_float32_puts_the_setting_back():
-    torch.set_float32_matmul_precision("high")
+def ask_by_word(precision: str) -> None:
+    torch.set_float32_matmul_precision({"tf32": "high", "none": "highest"}[precision])
+
+
+def ask_by_flag(precision: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+
+
+def ask_everywhere(precision: str) -> None:
+    """As transformers' `--tf32 true` does."""
+    torch.backends.fp32_precision = precision
+
+
+def ask_of_products(precision: str) -> None:
+    torch.backends.cuda.matmul.fp32_precision = precision
+
+
+@pytest.mark.parametrize("ask", [ask_by_word, ask_by_flag, ask_everywhere, ask_of_products])
+def test_full_float32_puts_the_setting_back(ask):
+    product = torch.backends.cuda.matmul
     try:
+        ask("tf32")
         with full_float32():
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "high"
+            assert product.fp32_precision == "ieee"
+        assert product.fp32_precision == "tf32"
     finally:
-        torch.set_float32_matmul_precision("highest")
+        ask("none")
+        for place in (torch.backends, product, torch.backends.mkldnn.matmul):
+            place.fp32_precision = "none"
+    with full_float32():
+        pass
+    assert torch.get_float32_matmul_precision() == "highest"

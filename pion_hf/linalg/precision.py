@@ -17,15 +17,16 @@ def full_float32() -> Iterator[None]:
 
     With TF32 products Cayley's orthogonality error is 4e-3 instead of 4e-6.
     """
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
+    # Not torch.get_float32_matmul_precision, which fails after the newer settings (as of transformers' --tf32).
+    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
 
 
 def split_product(x: Tensor, low: Tensor, *, left: bool = False) -> Tensor:

@@ -36,7 +36,7 @@ class LateReader(Reader):
 
     It is for values that bound something from above and change little from one step to the next but for the step size
     `lr`: a value of order `k` is proportional to `lr^k`. What is given is the last one at today's `lr`, times
-    `GROWTH^k`. The first of a key is waited for.
+    `GROWTH^k`. The first of a key is waited for, and what comes after zero.
     """
 
     def __init__(self) -> None:
@@ -49,10 +49,11 @@ class LateReader(Reader):
             return value.item()
         last = self._last.get(key)
         self._last[key] = _send(value, self.lr)
-        if last is None or (order and last.lr == 0):
+        before = 0.0 if last is None else last.arrive()
+        if last is None or (order and not (before and last.lr)):  # nothing bounds what comes after zero
             self.waited += 1
             return self._last[key].arrive()
-        return last.arrive() * (GROWTH * self.lr / last.lr) ** order if order else last.arrive()
+        return before * (GROWTH * self.lr / last.lr) ** order if order else before
 
 
 class _Sent(NamedTuple):

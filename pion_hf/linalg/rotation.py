@@ -128,13 +128,13 @@ def root(x: Tensor, *, angle: float | Tensor, largest: float | None = None) -> T
     """
     angle = torch.as_tensor(angle, dtype=x.dtype, device=x.device)
     largest = angle.max().item() if largest is None else largest
-    limit, most_terms = SERIES_ANGLES[-1]
+    limit = SERIES_ANGLES[-1][0]
     most = math.ceil(math.log2(largest / limit)) if limit < largest < math.inf else 0
     if most:
         halvings = (angle / limit).log2().ceil().nan_to_num(0).clamp(0, most)
         x = x / 2**halvings
     square = x @ x
-    terms = most_terms if x.dtype == torch.float64 else max(3, root_terms(largest))
+    terms = max(3, root_terms(largest, x.dtype))
     increment = square / 2 + x + x @ _odd_series(square, terms)
     for done in range(most):
         doubled = 2 * increment + increment @ increment
@@ -163,9 +163,10 @@ def _linear(z: Tensor, constant: float, slope: float) -> Tensor:
     return out
 
 
-def root_terms(angle: float) -> int:
-    """Terms of the root series that leave it orthogonal to float32 rounding at `angle`."""
-    return next((terms for limit, terms in SERIES_ANGLES if angle <= limit), SERIES_ANGLES[-1][1])
+def root_terms(angle: float, dtype: torch.dtype = torch.float32) -> int:
+    """Terms of the root series that leave it orthogonal to float32 rounding at `angle`; all of them in float64."""
+    enough = (terms for limit, terms in SERIES_ANGLES if angle <= limit and dtype != torch.float64)
+    return next(enough, SERIES_ANGLES[-1][1])
 
 
 def passing_terms(angle: float) -> int:
@@ -368,7 +369,7 @@ class Generator(NamedTuple):
         tail = None if self.low is None else self.low * _like(alpha, self.low)
         few_rows = tail is not None or (rows is not None and rows < self.core.shape[-1])
         if few_rows and angle <= SERIES_ANGLES[-1][0]:
-            terms = root_terms(angle)
+            terms = root_terms(angle, self.core.dtype)
             return Increment(self.core, terms=terms, alpha=alpha, angle=angle, tail=tail, low=self.low)
         increment = root(self.core * alpha, angle=angles, largest=angle)
         return Increment(increment, tail=None if tail is None else increment.to(tail.dtype))

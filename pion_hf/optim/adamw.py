@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
-from pion_hf.optim import blocks, sharding
-from pion_hf.optim.base import MatrixOptimizer, named_parameters
+from pion_hf.optim import blocks, elementwise, sharding
+from pion_hf.optim.base import MatrixOptimizer, named_parameters, working_dtype
 from pion_hf.optim.batches import KEPT
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Update
@@ -71,6 +72,15 @@ class RoutedAdamW(MatrixOptimizer):
                 for observer, old in zip(observers, kept, strict=True):
                     observer.see(Update(names, group, old[i], new, grad, {}))
 
+    def _lay_out_state(self) -> None:
+        super()._lay_out_state()
+        for group in self.param_groups:
+            transposed = blocks.Layout.parse(group["layout"]).transposed
+            for p in group["params"] if group["rule"] in self.matrix_rules and group["keep"] else ():
+                if p.grad is not None:
+                    w = p.mT if transposed else p
+                    self.state[p][KEY] = torch.zeros(1, w.shape[-1], group["keep"], dtype=working_dtype(p.dtype))
+
     def _kept_step(self, group: dict, *, routed: bool) -> None:
         """torch's step; of matrices less what it does to the outputs of kept directions."""
         if not (routed and group.get("keep")):
@@ -81,7 +91,7 @@ class RoutedAdamW(MatrixOptimizer):
             if p.grad is None:
                 continue
             if not self.state[p]:
-                self._begin_adamw(p)
+                self.state[p].update(elementwise.begin(p))
             if KEY not in self.state[p]:
                 if sharding.is_sharded(p):
                     raise ValueError(

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from pion_hf.errors import unknown
 from pion_hf.linalg.precision import full_float32
 from pion_hf.linalg.reading import LateReader
 from pion_hf.linalg.rotation import Generator
-from pion_hf.optim import blocks, precision, sharding
-from pion_hf.optim.batches import KEPT, REST, Batch, Block, Plan, is_apart
+from pion_hf.optim import blocks, elementwise, precision, sharding
+from pion_hf.optim.batches import KEPT, REST, Batch, Block, Plan, is_apart, unshared
 from pion_hf.optim.checks import check_common, check_parameter
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Observer, SelfCheck, Update
@@ -57,6 +56,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     matrix_rules: tuple[str, ...] = ()
     isospectral_rules: tuple[str, ...] = ()
     elementwise_rules: tuple[str, ...] = ("adamw",)
+    per_block_state: frozenset[str] = frozenset()
+    """State whose shape may happen to equal the weight's, and is kept by block all the same."""
+    keeps_by_itself = False
+    """Whether `update` does what `keep` asks for; else its change is projected afterwards."""
 
     def __init__(
         self, params: Iterable, defaults: dict[str, Any], *, share_work: bool = False, inputs: Inputs | None = None
@@ -94,6 +97,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             yield group
             return
         params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        if "param_names" in group:
+            params = list(zip(group["param_names"], params, strict=True))
+            group = {key: value for key, value in group.items() if key != "param_names"}
         matrices = [p for p in params if _tensor(p).ndim == 2]
         others = [p for p in params if _tensor(p).ndim != 2]
         if matrices:
@@ -102,8 +108,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
             yield {**group, "params": others, "rule": "adamw"}
 
     def add_param_group(self, param_group: dict) -> None:
-        """Raises ValueError for unknown keys, bad values, and parameters this optimizer cannot take."""
-        rule = param_group.setdefault("rule", self.matrix_rules[0])
+        """Raises ValueError for unknown keys, bad values, and parameters this optimizer cannot take.
+
+        A group without a rule becomes two where it holds matrices and others.
+        """
+        if "rule" not in param_group:
+            for part in self._divide(param_group):
+                self.add_param_group(part)
+            return
+        rule = param_group["rule"]
         self._check_rule(rule)
         for key in param_group:
             if key not in STRUCTURAL_KEYS and key not in self.defaults:
@@ -118,7 +131,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 check_parameter(name, p)
                 if rule != "adamw":
                     try:
-                        blocks.split(sharding.stand_in(p), layout)
+                        for view in blocks.split(sharding.stand_in(p), layout):
+                            self._check_keep(*blocks.merge_rows(view).shape[-2:], group)
                     except ValueError as error:
                         raise ValueError(f"parameter {name}, rule {rule!r}: {error}") from None
             self.check_options(group)
@@ -138,7 +152,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step over all groups. Parameters without a gradient are left alone."""
+        """One step over all groups. Parameters without a gradient are left alone.
+
+        Raises:
+            ValueError: a matrix that its rule cannot take (zero, not finite), inputs that nobody watched (`keep`), a
+                sparse gradient, or one on some of several processes only.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -190,7 +209,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     total += count * 2 * shape.numel() * dtype.itemsize
                     if group["rule"] in self.matrix_rules and self.keep_of(group):
                         n = shape[-2 if blocks.Layout.parse(group["layout"]).transposed else -1]
-                        total += count * group["keep"] * n * _working_dtype(dtype).itemsize
+                        total += count * group["keep"] * n * working_dtype(dtype).itemsize
                     continue
                 forms = self._state_forms(shape, dtype, group).values()
                 total += count * sum(form.numel() * form.element_size() for form in forms)
@@ -202,7 +221,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if dtype in precision.HALF:
             forms[REST] = torch.empty_like(p, dtype=precision.REST_DTYPES[dtype])
         for index, view in enumerate(blocks.split(p, blocks.Layout.parse(group["layout"]))):
-            weight = blocks.merge_rows(view).to(_working_dtype(dtype))
+            weight = blocks.merge_rows(view).to(working_dtype(dtype))
             state = self.initial_state(0, weight, group)
             if keep := self.keep_of(group):
                 state[KEPT] = weight.new_empty(len(weight), weight.shape[-1], keep)
@@ -240,9 +259,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for index, p in zip(saved["params"], group["params"], strict=True):
                 for key, value in state_dict["state"].get(index, {}).items():
                     if isinstance(value, Tensor):
-                        if value.dtype != self.state[p][key].dtype:
-                            self.state[p][key] = value.to(device=p.device, copy=True)
-                        self.state[p][key] = sharding.placed(self.state[p][key], p, key)
+                        self.state[p][key] = sharding.placed(_loaded(key, value, self.state[p][key], p), p, key)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of loading, copying and unpickling: what is not state starts anew."""
@@ -273,7 +290,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 if group["rule"] in self.elementwise_rules:
-                    self._begin_adamw(p)
+                    self.state[p].update(elementwise.begin(p))
                 else:
                     forms = self._forms_of(index, p)
                     self.state[p].update({key: sharding.zeros(form, p) for key, form in forms.items()}, step=0)
@@ -317,13 +334,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         watching = [(observer, observer.keep(weights)) for observer in self.observers if observer.wants(group)]
         self._rotations = {} if watching else None
         self._updating = batch.key
-        kept = None if self.keeps_by_itself else state.get(KEPT)
-        outputs = None if kept is None else weights @ kept
+        directions = None if self.keeps_by_itself else state.get(KEPT)
+        outputs = None if directions is None else weights @ directions
         new = self.update(weights, grad, state, group=group, step=step)
-        if kept is not None:
-            new = new.add_((outputs - new @ kept) @ kept.mT)
-        for observer, kept in watching:
-            observer.see(Update(batch.names, group, kept, new, grad, self._rotations))
+        if directions is not None:
+            new = new.add_((outputs - new @ directions) @ directions.mT)
+        for observer, old in watching:
+            observer.see(Update(batch.names, group, old, new, grad, self._rotations))
+        self._rotations = None
         batch.store(state, states, by_block=self.per_block_state)
         batch.write(new, states)
 
@@ -351,27 +369,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
         plan_class, fresh = sharding.plan_class(group["params"], share_work=self.share_work), set()
         for position, (name, p) in enumerate(named_parameters(group)):
             if p.grad is None:
+                if p in self.state:
+                    self.state[p] = unshared(self.state[p])
                 continue
-            state, whole = self.state[p], sharding.stand_in(p)
-            views = blocks.split(whole, layout)
-            if not state.get("step"):
-                state.clear()
+            views = blocks.split(sharding.stand_in(p), layout)
+            if not self.state[p].get("step"):
                 fresh.add(p)
-                for i, view in enumerate(views):
-                    if whole is p:
-                        self.check_matrix(name, blocks.merge_rows(view), group)
-                    entries = self.initial_state(position, blocks.merge_rows(view), group)
-                    if self.keep_of(group):
-                        entries[KEPT] = self.kept_inputs(name, view, group).repeat(len(view), 1, 1)
-                    for key, value in entries.items():
-                        state[f"{key}.{i}"] = sharding.placed(value, p, key)
-                if p.dtype in precision.HALF:
-                    rest = torch.empty(p.shape, dtype=precision.REST_DTYPES[p.dtype], device="meta")
-                    state[REST] = sharding.zeros(rest, p)
-                state["step"] = 0
+                self._begin_matrix(position, name, p, views, group)
             for i, view in enumerate(views):
                 own = blocks.name_of(name, i, len(views))
-                units[stacked.get(own, own), state["step"]].append(Block(p, name, i, view))
+                units[stacked.get(own, own), self.state[p]["step"]].append(Block(p, name, i, view))
         found = ((tuple(unit), step) for (_, step), unit in units.items())
         if plan_class is Plan:
             return Plan(found, layout, group["params"], group.get("batch_elements"))
@@ -380,54 +387,54 @@ class MatrixOptimizer(torch.optim.Optimizer):
         plan.inspect(lambda name, matrices: self.check_matrix(name, matrices, group), fresh)
         return plan
 
-    per_block_state: frozenset[str] = frozenset()
-    """State whose shape may happen to equal the weight's, and is kept by block all the same."""
-    keeps_by_itself = False
-    """Whether `update` does what `keep` asks for; else its change is projected afterwards."""
+    def _begin_matrix(self, position: int, name: str, p: Tensor, views: list[Tensor], group: dict) -> None:
+        """The state of a group's parameter at `position` before its first step; views: of its matrices."""
+        state = self.state[p]
+        state.clear()
+        for i, view in enumerate(views):
+            matrices = blocks.merge_rows(view)
+            if not sharding.is_sharded(p):  # those are checked where they are whole
+                self.check_matrix(name, matrices, group)
+            entries = self.initial_state(position, matrices, group)
+            if self.keep_of(group):
+                entries[KEPT] = self.kept_inputs(name, matrices, group).repeat(len(view), 1, 1)
+            state.update({f"{key}.{i}": sharding.placed(value, p, key) for key, value in entries.items()})
+        if p.dtype in precision.HALF:
+            rest = torch.empty(p.shape, dtype=precision.REST_DTYPES[p.dtype], device="meta")
+            state[REST] = sharding.zeros(rest, p)
+        state["step"] = 0
 
     def keep_of(self, group: dict) -> int:
         """How many directions of the inputs of a group's matrices are kept."""
         return group.get("keep", 0)
 
+    def most_kept(self, m: int, n: int) -> int:
+        """As many directions of the inputs of `(m, n)` matrices as can be kept while they train in the others."""
+        return n - 1
+
+    def _check_keep(self, m: int, n: int, group: dict) -> None:
+        keep, most = self.keep_of(group), self.most_kept(m, n)
+        if keep > max(most, 0):
+            way_out = f"set keep={most} at most, or " if most > 0 else ""
+            raise ValueError(
+                f"keep={keep} leaves a matrix of {m} x {n} nothing to train: {way_out}exclude it from the matrices."
+            )
+
     def kept_inputs(self, name: str, matrix: Tensor, group: dict) -> Tensor:
-        """The directions of a matrix's inputs, `(n, keep)`, whose outputs stay as they are."""
+        """The directions of the inputs of `matrix`, `(..., m, n)`, whose outputs stay as they are: `(n, keep)`.
+
+        A collective, where there are several processes.
+        """
         if self.inputs is None or self.inputs.most < group["keep"]:
             raise ValueError(
                 f"keep={group['keep']} needs the inputs of {name}, which nobody watched: give the optimizer "
                 f"inputs=pion_hf.Inputs(model, {group['keep']}) before the first forward pass; a Trainer does."
             )
         directions = self.inputs.directions(name, matrix.shape[-1], group["keep"], matrix.device)
-        return directions.to(_working_dtype(matrix.dtype))
+        return directions.to(working_dtype(matrix.dtype))
 
     def _adamw_step(self, group: dict) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        for p in params:
-            if not self.state[p]:
-                self._begin_adamw(p)
-        states = [self.state[p] for p in params]
-        adamw(
-            [sharding.local(p) for p in params],
-            [sharding.local(p.grad) for p in params],
-            [sharding.local(s["exp_avg"]) for s in states],
-            [sharding.local(s["exp_avg_sq"]) for s in states],
-            [],
-            [s["step"] for s in states],
-            fused=all(p.device.type in ("cpu", "cuda") for p in params),
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-
-    def _begin_adamw(self, p: Tensor) -> None:
-        self.state[p].update(
-            step=torch.zeros((), dtype=torch.float32, device=p.device),
-            exp_avg=torch.zeros_like(p),
-            exp_avg_sq=torch.zeros_like(p),
-        )
+        elementwise.step(group, self.state)
 
 
 def _as_groups(params: Iterable) -> list[dict]:
@@ -441,6 +448,15 @@ def _as_groups(params: Iterable) -> list[dict]:
 
 def _tensor(param: Tensor | tuple[str, Tensor]) -> Tensor:
     return param[1] if isinstance(param, tuple) else param
+
+
+def _loaded(key: str, saved: Tensor, cast: Tensor, p: Tensor) -> Tensor:
+    """An entry of the state of `p` as it was saved, where torch has made `cast` of it.
+
+    torch leaves steps on the device they were saved from. Its AdamW wants averages in the parameter's dtype.
+    """
+    dtype = cast.dtype if key in elementwise.AVERAGES else saved.dtype
+    return cast if (cast.dtype, cast.device) == (dtype, p.device) else saved.to(p.device, dtype, copy=True)
 
 
 def named_parameters(group: dict) -> Iterator[tuple[str, Tensor]]:
@@ -461,7 +477,7 @@ def average(state: dict[str, Tensor], key: str, value: Tensor, beta: float) -> T
     return buffer(state, key, value).lerp_(value, 1 - beta)
 
 
-def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """Rotations are formed in float32 at least, whatever the weight is stored in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 

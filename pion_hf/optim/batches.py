@@ -269,6 +269,17 @@ def is_apart(name: str, entry: Tensor, matrix_shape: tuple[int, ...], by_block: 
     return name == KEPT or name in by_block or entry.shape[-2:] != matrix_shape
 
 
+def unshared(state: dict) -> dict:
+    """The state of a parameter that leaves its batch, in memory of its own: the others' would live on with it."""
+    return {key: _unshared(value) if isinstance(value, Tensor) else value for key, value in state.items()}
+
+
+def _unshared(x: Tensor) -> Tensor:
+    if type(x) is not Tensor or x.untyped_storage().nbytes() <= x.nbytes:
+        return x
+    return x.clone()
+
+
 def _param(block: Block) -> Tensor:
     return block.param
 

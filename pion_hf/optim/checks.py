@@ -29,6 +29,13 @@ def check_range(option: str, value: Any, ok: Callable[[float], bool], wanted: st
         raise ValueError(f"{option} must be {wanted}, got {value!r}")
 
 
+def check_unused(group: dict, usual: dict, options: tuple[str, ...]) -> None:
+    """Raises ValueError for options that the group's rule does not read, where they are not the `usual` ones."""
+    for option in options:
+        if group[option] != usual[option]:
+            raise ValueError(f"{option}={group[option]!r} is no option of rule {group['rule']!r}: leave it out.")
+
+
 def check_common(group: dict) -> None:
     """Raises ValueError for options that every optimizer has."""
     for option in ("lr", "eps", "weight_decay"):

@@ -23,6 +23,8 @@ def run(kernel: Callable[..., Tensor], *args: Any, compiled: bool) -> Tensor:
         return kernel(*args)
     try:
         return _compiled(kernel)(*args)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of the compiler's many kinds
         _failed.add(kernel)
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -26,7 +26,7 @@ class Inputs:
     """Sketches of the inputs of a model's layers, from its forward passes until `close`.
 
     For an optimizer with `keep`, which closes it after its first step: all passes of that step's gradients count, those
-    of an evaluation (eval mode without gradients) do not.
+    without gradients (evaluation, generation) do not, nor do tokens that the model's `attention_mask` leaves out.
     Layers are modules with a trainable matrix of their own whose input is a tensor: `Linear`, `Conv1D`, LoRA's A.
     """
 
@@ -37,6 +37,8 @@ class Inputs:
         self._tests: dict[tuple[int, torch.device], Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._unseen: list[str] = []
+        self._mask: Tensor | None = None  # of the model's latest call
+        self._handles.append(model.register_forward_pre_hook(self._see_mask, with_kwargs=True))
         for module_name, module in model.named_modules():
             own = [n for n, p in module.named_parameters(recurse=False) if p.ndim == 2 and p.requires_grad]
             if own and not isinstance(module, nn.Embedding):
@@ -44,16 +46,22 @@ class Inputs:
                 hook = module.register_forward_pre_hook(self._hook(names), with_kwargs=True)
                 self._handles.append(hook)
 
+    def _see_mask(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
     def _hook(self, names: list[str]) -> Any:
         def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            trains = module.training or torch.is_grad_enabled()  # one of them: checkpointing, models without dropout
-            if not trains or x is None or not x.is_floating_point():
+            if not torch.is_grad_enabled() or x is None or not x.is_floating_point():
                 return
-            rows = x.detach().reshape(-1, x.shape[-1])
-            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+            if self._mask is not None and self._mask.shape == x.shape[:-1]:
+                x = x * self._mask.unsqueeze(-1)
+            rows = x.reshape(-1, x.shape[-1])
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 seen = sketch_of(rows, self._test(rows.shape[-1], x.device).to(rows.dtype))
+                seen = torch.where(seen.isfinite().all(), seen, 0)  # of a pass whose step will be skipped
             for name in names:
                 self._sketches[name] = self._sketches[name] + seen if name in self._sketches else seen
 
@@ -91,5 +99,6 @@ class Inputs:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._mask = None
         self._sketches.clear()
         self._tests.clear()

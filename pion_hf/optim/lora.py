@@ -27,7 +27,7 @@ from pion_hf.linalg.spectrum import numerical_zero, singular_basis, singular_val
 from pion_hf.optim.base import MatrixOptimizer, average
 from pion_hf.optim.batches import KEPT
 from pion_hf.optim.blocks import Layout
-from pion_hf.optim.checks import check_choices, check_range
+from pion_hf.optim.checks import check_choices, check_range, check_unused
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.pion import BASIS_REFRESH, direction_of, generator_of
 from pion_hf.optim.precision import HALF
@@ -42,6 +42,9 @@ CHOICES = {
     "polar": POLAR_METHODS,
     "retraction": RETRACTIONS[:2],  # low-rank generators need an exact one
 }
+# What the rules of whole matrices can choose and those of factors cannot; products of factors are small.
+UNUSED = {"generator_dtype": "float32", "compile": False, "second_moment": False, "hold": 0.0}
+UNUSED_BY_STACKS = ("polar_dtype", "compile", "scale", "rms")
 
 
 class _Factors(MatrixOptimizer):
@@ -56,6 +59,10 @@ class _Factors(MatrixOptimizer):
     def keep_of(self, group: dict) -> int:
         """`B`, seen transposed, takes in what `A` gives out."""
         return 0 if Layout.parse(group["layout"]).transposed else super().keep_of(group)
+
+    def most_kept(self, m: int, n: int) -> int:
+        """`A` keeps its rank."""
+        return n - m
 
     def kept_inputs(self, name: str, matrix: Tensor, group: dict) -> Tensor:
         kept = super().kept_inputs(name, matrix, group)
@@ -96,7 +103,7 @@ class PionLora(_Factors):
     Args:
         params: groups from `pion_hf.param_groups(model, "pion_lora")`; its `lora_a` and `lora_b` choose the methods.
         lr: angle of a rotation in radians, and the size of a growing step (above).
-        betas: decay of momentum and second moment. eps: added to the root of the second moment.
+        betas: decay of momentum and second moment. eps: see `Pion`.
         direction: of a rotation, the step without the constraint: `natural` (which learns most and forgets least in
             examples/benchmarks/lora.py), `polar` (one buffer less), `adam` or `gradient`; see `Pion`.
         metric: of a rotation, `lie` or `ambient`; of a factor whose singular values are equal they nearly agree.
@@ -151,11 +158,7 @@ class PionLora(_Factors):
             "batch_elements": batch_elements,
             "keep": keep,
             "weight_decay": weight_decay,
-            # What the rules of whole matrices can choose and these do not; products of factors are small.
-            "generator_dtype": "float32",
-            "compile": False,
-            "second_moment": False,
-            "hold": 0.0,
+            **UNUSED,
         }
         super().__init__(params, defaults, share_work=share_work, inputs=inputs)
         self._check_kept(keep)
@@ -164,6 +167,7 @@ class PionLora(_Factors):
         if group["rule"] == "adamw":
             return
         _require_reach(group)
+        check_unused(group, self.defaults, tuple(UNUSED))
         check_choices(group, CHOICES)
         check_method(group["polar"])
         steps = group["polar_steps"]
@@ -273,7 +277,7 @@ def grown(
     tall, start = direction.reshape(-1, k * r, n), weight.reshape(-1, k * r, n)
     size = -group["lr"] * math.sqrt(k * min(r, n) / min(k * r, n)) * _by_row(state["reach"], r)
     decay = 1 - group["lr"] * group["weight_decay"]
-    if group["polar"] in ITERATIONS and is_skinny(tall):
+    if group["polar"] in ITERATIONS and is_skinny(tall) and k * r <= n:
         factor = polar_map(tall, method=group["polar"], steps=group["polar_steps"])
         stepped = torch.baddbmm(start, size * factor, tall, beta=decay).view(weight.shape)
     else:
@@ -339,6 +343,7 @@ class TeonLora(_Factors, Teon):
     def check_options(self, group: dict) -> None:
         if group["rule"] == "teon_lora":
             _require_reach(group)
+            check_unused(group, self.defaults, UNUSED_BY_STACKS)
         super().check_options(group)
 
     def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:

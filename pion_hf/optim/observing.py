@@ -84,7 +84,10 @@ class SelfCheck:
     def see(self, update: Update) -> None:
         flags = [x.flatten(-2).any(-1).flatten() for x in (update.after != update.kept, update.grad != 0)]
         none = update.kept.new_empty(0)
-        self._seen.append((update._replace(kept=none, after=none, grad=none), torch.stack(flags)))
+        # Of the tensors, which would otherwise live until the end of the step, nothing stays.
+        rotations = dict.fromkeys(update.rotations)
+        seen = update._replace(kept=none, after=none, grad=none, rotations=rotations)
+        self._seen.append((seen, torch.stack(flags)))
 
     def step_done(self) -> bool:
         if not self._seen:

@@ -63,7 +63,7 @@ class Pion(MatrixOptimizer):
         params: tensors, `(name, tensor)` pairs or groups; for a model, `pion_hf.param_groups(model)`.
         lr: step size. With `scale="rms"` a matrix's update has the RMS `lr * rms`; with `none` the direction's own.
         betas: decay of the momentum and of the second moment (and AdamW's).
-        eps: added to the root of the second moment.
+        eps: added to the root of the second moment; under `natural` its square, to the second moment itself.
         rms: the update's RMS at `lr = 1` (`scale="rms"`); 0.2 is that of a typical AdamW update.
         side: `in` (rotates input space), `out`, `alternate` (odd steps in, even ones out), `both`.
         momentum: `transported` (of the gradient, carried along by the rotations), `lie` (of both generators, as in the
@@ -199,6 +199,10 @@ class Pion(MatrixOptimizer):
         for clash, message in clashes:
             if clash:
                 raise ValueError(f"These options do not combine: {message}.")
+
+    def most_kept(self, m: int, n: int) -> int:
+        """A rotation needs a plane, on either side."""
+        return min(m, n) - 2
 
     def check_matrix(self, name: str, matrix: Tensor, group: dict) -> None:
         super().check_matrix(name, matrix, group)
@@ -387,7 +391,11 @@ def _fixed_directions(weight: Tensor, state: dict[str, Tensor]) -> dict[str, Ten
     Of inputs these themselves, of outputs what the weight makes of them: orthonormal columns `(b, n, j)`, `(b, m, j)`.
     """
     kept = state.get(KEPT)
-    return {} if kept is None else {"in": kept, "out": torch.linalg.qr(weight @ kept).Q}
+    if kept is None:
+        return {}
+    # Directions that the inputs did not show are zero, and come last.
+    shown = kept.any(-2, keepdim=True)
+    return {"in": kept, "out": torch.linalg.qr(weight @ kept).Q * shown}
 
 
 def _free_part(weight: Tensor, fixed: dict[str, Tensor]) -> Tensor:

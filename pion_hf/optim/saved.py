@@ -17,7 +17,8 @@ LISTED = 5
 ROUTED = ("rule", "layout", "method", "stacks")
 # How a step is carried out, which is the optimizer's own affair: not that of saved state.
 OWN = ("compile", "batch_elements")
-NOT_COMPARED = ("lr", *OWN)  # a learning rate is a schedule's
+# A learning rate is a schedule's; the other one torch's, which only groups have that were added after loading.
+NOT_COMPARED = ("lr", "differentiable", *OWN)
 ADAMW_OPTIONS = ("betas", "eps", "weight_decay")
 # Of a sharded bfloat16 weight it is kept as bfloat16 bits (see `sharding`).
 HALF_OF_REST = {**{rest: half for half, rest in REST_DTYPES.items()}, torch.bfloat16: torch.bfloat16}

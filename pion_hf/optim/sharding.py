@@ -116,7 +116,7 @@ def of_first(value: list) -> list:
 def summed(x: Tensor) -> Tensor:
     """The sum of what all processes have in the place of `x`: a collective, where there are several."""
     if _several():
-        dist.all_reduce(x)
+        dist.all_reduce(x := x.clone())
     return x
 
 

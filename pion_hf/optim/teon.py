@@ -133,8 +133,8 @@ class Teon(MatrixOptimizer):
         momentum = buffer(state, "momentum", grad)
         direction = compiled.run(_look_ahead, grad, momentum, mu, ahead, compiled=group["compile"])
         factor = _orthogonalised(direction, group)
-        kept, size = 1 - lr * group["weight_decay"], lr * _scale(weight.shape, group)
-        return compiled.run(_decay_and_move, weight, factor, kept, size, compiled=group["compile"])
+        decay, size = 1 - lr * group["weight_decay"], lr * _scale(weight.shape, group)
+        return compiled.run(_decay_and_move, weight, factor, decay, size, compiled=group["compile"])
 
 
 def _look_ahead(grad: Tensor, momentum: Tensor, mu: float, ahead: float) -> Tensor:
@@ -142,9 +142,9 @@ def _look_ahead(grad: Tensor, momentum: Tensor, mu: float, ahead: float) -> Tens
     return momentum if ahead == 1 else grad.lerp(momentum, ahead)
 
 
-def _decay_and_move(weight: Tensor, factor: Tensor, kept: float, size: float) -> Tensor:
+def _decay_and_move(weight: Tensor, factor: Tensor, decay: float, size: float) -> Tensor:
     # Not `add_(alpha=...)`, which is compiled anew for every learning rate.
-    return (weight if kept == 1 else weight.mul_(kept)).sub_(factor.mul_(size))
+    return (weight if decay == 1 else weight.mul_(decay)).sub_(factor.mul_(size))
 
 
 def _orthogonalised(x: Tensor, group: dict) -> Tensor:
