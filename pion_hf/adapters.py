@@ -82,7 +82,9 @@ def has_adapters(model: nn.Module) -> bool:
 
 def _pairs(layer: Any) -> list[tuple[str, nn.Parameter, nn.Parameter, bool]]:
     """`(adapter, A, B, whether of an embedding)`."""
-    linear = [(k, a.weight, layer.lora_B[k].weight, False) for k, a in layer.lora_A.items() if k in layer.lora_B]
+    modules = ((k, a, layer.lora_B[k]) for k, a in layer.lora_A.items() if k in layer.lora_B)
+    # AdaLoRA's are bare parameters, with a diagonal between them that its own schedule prunes.
+    linear = [(k, a.weight, b.weight, False) for k, a, b in modules if isinstance(a, nn.Module)]
     return linear + [(k, a, layer.lora_embedding_B[k], True) for k, a in layer.lora_embedding_A.items()]
 
 

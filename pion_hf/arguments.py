@@ -181,9 +181,13 @@ class PionOptions:
 
     def given_options(self) -> dict[str, Any]:
         """The options that were set, by the constructor's names."""
-        names = {f.name: f.name.removeprefix("optim_") for f in fields(PionOptions)}
-        names["optim_exclude_modules"] = "exclude"
-        return {option: getattr(self, name) for name, option in names.items() if getattr(self, name) is not None}
+        given = {option_name(f.name): getattr(self, f.name) for f in fields(PionOptions)}
+        return {option: value for option, value in given.items() if value is not None}
+
+
+def option_name(field: str) -> str:
+    """The constructor's name of a field of `PionOptions`."""
+    return "exclude" if field == "optim_exclude_modules" else field.removeprefix("optim_")
 
 
 def option_types(optim: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pion_hf.errors import unknown
 from pion_hf.optim.blocks import Layout, name_of
 from pion_hf.patterns import Patterns, spellings_of
 from pion_hf.stacking import ALL_FACTORS, Stacks, find_stacks
-from pion_hf.structure import Structure
+from pion_hf.structure import Structure, parameter_count
 
 OPTIMIZERS = ("pion", "teon", "muon", "adamw_routed", "pion_lora", "teon_lora")
 # What an optimizer becomes on a model with LoRA adapters, and the options that come with it.
@@ -27,6 +27,7 @@ LORA_FORMS = {"pion": ("pion_lora", {}), "teon": ("teon_lora", {}), "muon": ("te
 FOR_ADAPTERS = ("pion_lora", "teon_lora")
 FACTOR_METHODS = ("rotate", "orthogonal", "adamw")
 DEFAULT_STACK = 2
+PLAIN_WIDTH = 120  # of a table as text
 NO_STACKS = Stacks()
 
 
@@ -71,6 +72,14 @@ class Routing:
 
     def __iter__(self) -> Iterator[Route]:
         return iter(self.routes)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=PLAIN_WIDTH)
+        with console.capture() as captured:
+            console.print(self.table({}))
+        return captured.get()
 
     @property
     def matrices(self) -> tuple[Route, ...]:
@@ -205,7 +214,7 @@ def routing_table(
     names = [n for _, p in named for n in spellings[id(p)]]
     wanted.require_all_used(names)
     unwanted.require_all_used(names)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    frozen = sum(parameter_count(p) for p in model.parameters() if not p.requires_grad)
     routing = Routing(tuple(routes), frozen)
     if not routing.matrices:
         raise _nothing_to_update(optim, routes, by_adamw=set(methods.values()) == {"adamw"}, excluded=bool(unwanted))

@@ -28,6 +28,7 @@ from torch import Tensor
 
 RECORD, LOG, MATRICES, SPECTRA = "run.json", "log.jsonl", "matrices.jsonl", "spectra.safetensors"
 ROUTING, EVALUATION = "routing.json", "eval.json"
+BEFORE = "before.json"  # measured when training began, for a run that goes on
 FORMAT = 1  # of run.json
 RUNNING, FINISHED, FAILED = "running", "finished", "failed"
 

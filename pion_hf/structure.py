@@ -36,14 +36,13 @@ class Structure:
     """What the model's modules say about a parameter."""
 
     def __init__(self, model: nn.Module) -> None:
-        # The outermost transformers model, inside whatever wraps it (peft, DDP, a module of the user's).
-        inner = _outermost(model)
+        found = _outermost(model)
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.config = getattr(inner, "config", None)
-        self.inputs = _parameters_of(inner, "get_input_embeddings")
-        self.outputs = _parameters_of(inner, "get_output_embeddings")
-        base = getattr(inner, "base_model", inner)
-        self.outside = {id(m) for m in inner.modules()} - {id(m) for m in base.modules()}
+        self.config = getattr(found[0], "config", None) if found else None
+        self.inputs = set().union(*(_parameters_of(m, "get_input_embeddings") for m in found or [model]))
+        self.outputs = set().union(*(_parameters_of(m, "get_output_embeddings") for m in found or [model]))
+        inside = {id(m) for inner in found for m in inner.base_model.modules()}
+        self.outside = {id(m) for m in model.modules()} - inside if found else set()
 
     def classify(self, name: str, p: Tensor) -> tuple[str, Layout]:
         path, _, leaf = name.rpartition(".")
@@ -127,13 +126,21 @@ class Structure:
         return p.shape[0] == _expert_count(owner)
 
 
-def _outermost(model: nn.Module) -> nn.Module:
-    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+def parameter_count(p: Tensor) -> int:
+    """How many numbers a parameter stands for: of bitsandbytes' 4 bits, two in every byte."""
+    return p.numel() * (2 if type(p).__name__ == "Params4bit" and p.element_size() == 1 else 1)
+
+
+def _outermost(model: nn.Module) -> list[PreTrainedModel]:
+    """The transformers models in no other one, inside whatever wraps them (peft, DDP, a module of the user's)."""
+    if isinstance(model, PreTrainedModel):
+        return [model]
+    return list(dict.fromkeys(m for child in model.children() for m in _outermost(child)))
 
 
 def text_config(model: nn.Module) -> Any:
     """The config of the (text part of the) transformers model that `model` is or wraps, or None."""
-    config = getattr(_outermost(model), "config", None)
+    config = getattr(next(iter(_outermost(model)), model), "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

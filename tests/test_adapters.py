@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from pion_hf import PionLora, PionTrainingArguments, TeonLora, param_groups, routing_table
 from pion_hf.adapters import has_adapters, lora_factors
+from pion_hf.integrations.callbacks import watch
 from pion_hf.optim.blocks import Layout, merge_rows, split
 from tests.conftest import toy_llama
 
@@ -355,6 +356,20 @@ def test_the_choices_of_both_factors(lora_a, lora_b):
 def test_bad_choices_name_the_right_one(optim, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         routing_table(adapted(), optim, **options)
+
+
+def test_adapters_of_another_kind_are_none_of_ours(token_rows, tmp_path):
+    """AdaLoRA prunes its factors itself, through a diagonal between them."""
+    config = peft.AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, total_step=10, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(toy_llama(), config)
+    assert not has_adapters(model)
+    with pytest.raises(ValueError, match="no trainable matrix"):
+        param_groups(model)
+    args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)
+    trainer = Trainer(model, args, train_dataset=token_rows)
+    watch(trainer)
+    trainer.train()
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "finished"
 
 
 def test_targets_and_exclude_choose_among_factors():

@@ -170,6 +170,15 @@ def test_the_record_says_what_ran(train, token_rows):
     }
 
 
+def test_input_tokens_in_every_entry_are_not_the_end(train):
+    """With this transformers writes the time so far into every entry, as it otherwise does into the last."""
+    trainer, run = train(include_num_input_tokens_seen="all")
+    plain = [entry for entry in run.logs if "learning_rate/pion" in entry]
+    assert [entry["step"] for entry in plain] == [2, 4, 6]
+    assert [snapshot.step for snapshot in run.snapshots][-1] == 6
+    assert "spectrum_drift" in trainer.run_callback.summary
+
+
 def test_the_logs_are_those_of_the_trainer_and_of_trackers(train):
     trainer, run = train(optim="pion", extra=[tracker := Tracker()])
     assert [entry["step"] for entry in run.logs] == [2, 4, 6, 6]

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from pion_hf import run
 from pion_hf.cli import main
+from pion_hf.cli.outcome import ReportMixin
 from tests.conftest import toy_llama
 
 COMMAND = [str(Path(sysconfig.get_path("scripts")) / "pion-hf")]
@@ -137,6 +138,22 @@ def test_sft_takes_other_optimizers_and_flags_over_the_recipe(recipe, tmp_path):
 # -- plan -------------------------------------------------------------------------------------------
 
 
+def test_what_the_optimizer_refuses_is_known_before_anything_is_measured(recipe, monkeypatch):
+    monkeypatch.setattr(ReportMixin, "measure", lambda self: pytest.fail("measured"))
+    said = fails("sft", "--config", recipe(optim="teon", optim_stack=7))
+    assert "stack" in said
+    assert "set use_peft too" in fails("sft", "--config", recipe(optim="pion_lora"))
+
+
+def test_errors_of_the_users_own_code_keep_their_traceback(monkeypatch):
+    def train(argv):
+        float("seven")  # as a reward function might, in a file of the user's
+
+    monkeypatch.setattr("pion_hf.cli.sft.main", train)
+    with pytest.raises(ValueError, match="could not convert string to float: 'seven'"):
+        main(["sft"])
+
+
 def planned_bytes(printed: str) -> dict[str, int]:
     """Bytes of state by optimizer, from the last table."""
     cells = [[c.strip() for c in line.split("│")] for line in printed.split("Optimizer state")[1].splitlines()]
@@ -205,6 +222,9 @@ def test_plan_takes_the_dtype_of_the_checkpoint(tmp_path, capsys):
         ({"optim_momentum": "lye"}, [], "'lye' is not a known value of momentum. Did you mean 'lie'"),
         ({"learning_rate": "fast"}, [], "--learning_rate/--learning-rate: invalid float value: 'fast'"),
         ({"optim_hold": [0.1]}, [], "hold must be of type float, got [0.1]"),
+        ({"max_steps": 2.5}, [], "max_steps must be a whole number, got 2.5"),
+        ({"learning_rate": [0.001]}, [], "learning_rate must be a number, got [0.001]"),
+        ({"max_steps": True}, [], "max_steps must be a whole number, got True"),
         ({"optim_args": "beta=(0.9,0.95)"}, [], "Did you mean 'betas'"),
         ({}, ["--optim_hald", "0.1"], "'optim_hald' is not a known flag. Did you mean 'optim_hold'"),
         ({}, ["--learning-rat=1e-3x"], "invalid float value: '1e-3x'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pion_hf.cli import child, main
+from pion_hf.cli import child, jobs, main
 from pion_hf.cli.contest import remarks, rows, standings
 from pion_hf.cli.frontier import frontier, unbeaten
-from pion_hf.cli.grid import make_grid, parse_axes, read_contenders
+from pion_hf.cli.grid import Trial, check_grid, contenders_from_flags, make_grid, parse_axes, read_contenders
 from pion_hf.cli.jobs import LOCK, is_finished
 from tests.test_cli import fails
 
@@ -204,6 +205,37 @@ def test_a_run_ends_with_what_started_it():
     process = subprocess.Popen([sys.executable, child.__file__, "sft"], stdin=subprocess.PIPE, start_new_session=True)
     process.stdin.close()  # as when the parent is gone
     assert process.wait(60) == -signal.SIGKILL
+
+
+def test_checkpoints_go_with_the_weights(tmp_path):
+    """A recipe may save some by its own strategy."""
+    trial = Trial("a", 1e-3, 0, "sft", {"optim": "pion"})
+    for keep in (False, True):
+        folder = tmp_path / str(keep)
+        process = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, start_new_session=True)
+        process.wait(60)
+        for file in ("model.safetensors", "spectra.safetensors", "eval.json", "checkpoint-2/model.safetensors"):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text("{}")
+        jobs.settle(jobs.Job(trial, folder, process, (folder / "train.log").open("wb"), 0.0), keep_models=keep)
+        left = {path.name for path in folder.iterdir()}
+        weights = {"model.safetensors", "checkpoint-2"}
+        assert left & weights == (weights if keep else set())
+        assert {"spectra.safetensors", "eval.json"} <= left
+
+
+def test_what_only_the_command_knows_is_checked_for_every_contender(tmp_path):
+    recipe = {"model_name_or_path": "m", "dataset_name": "d", "eval_strategy": "epoch", "bf16": False}
+    for command, keys, message in (
+        ("grpo", {"reward_funcs": ["zzz"]}, "'zzz' is not a known reward function"),
+        ("cpt", {"spectral_init": 1.0}, "spectral_init is for fresh weights"),
+        ("cpt", {"max_tokens": 5}, "max_tokens=5 is less than one step"),
+        ("cpt", {"dataset_name": "./nowhere"}, "dataset_name: there is no file or folder './nowhere'"),
+    ):
+        contenders = contenders_from_flags({}, "pion", "1e-3")
+        grid, _ = make_grid({**recipe, **keys}, command, contenders, {}, 1)
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+            check_grid(grid, Path("r.yaml"), tmp_path)
 
 
 # -- what is found ----------------------------------------------------------------------------------

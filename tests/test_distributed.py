@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from pion_hf import PionTrainer, PionTrainingArguments
+from pion_hf import PionTrainer, PionTrainingArguments, cli
 from pion_hf.integrations.callbacks import unwrap
 from pion_hf.optim.sharding import whole
 from tests.conftest import toy_llama
@@ -238,24 +239,29 @@ def test_weights_read_by_the_first_process_only(alone, tmp_path):
 # -- launched ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("recipe", ["ddp", "fsdp2"])
-def test_accelerate_launches_the_recipe(recipe, alone, tmp_path, tried):
+def launch_by_accelerate(recipe: str, folder: Path, *argv: str) -> None:
+    """This module's `main` with `argv` in two processes, with a recipe of this project."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(RECIPES / f"{recipe}.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
-    command += ["--main_process_port", port, "-m", "tests.test_distributed", str(tmp_path)]
+    command += ["--main_process_port", port, "-m", "tests.test_distributed", *argv]
     done = subprocess.run(
         command,
         cwd=Path(__file__).parent.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("recipe", ["ddp", "fsdp2"])
+def test_accelerate_launches_the_recipe(recipe, alone, tmp_path, tried):
+    launch_by_accelerate(recipe, tmp_path, str(tmp_path))
     result = torch.load(tmp_path / "end.pt")
     assert all(result["sharded"]) == (recipe == "fsdp2")
     for name, value in alone["pion"]["weights"].items():
@@ -263,14 +269,51 @@ def test_accelerate_launches_the_recipe(recipe, alone, tmp_path, tried):
     tried(f"accelerate launch --config_file recipes/accelerate/{recipe}.yaml", 1, "run")
 
 
-def main(folder: str) -> None:
-    """In a process that accelerate has launched."""
+@pytest.mark.distributed
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_accelerate_launches_the_command(how, recipe_file, tmp_path, tried):
+    """With evaluation, chats and text of another domain before training and after it, and on from a checkpoint."""
+    launch_by_accelerate(how, tmp_path, "sft", "--config", recipe_file)
+    first = json.loads((tmp_path / "run" / "eval.json").read_text())
+    for moment in ("before", "after"):
+        assert set(first[moment]) == {"task", "other_text", "other_dataset"}
+        assert set(first[moment]["task"]) == {"loss", "perplexity", "exact_match"}
+    assert first["learnt"] > 0
+    launch_by_accelerate(how, tmp_path, "sft", "--config", recipe_file, "--resume_from_checkpoint", "true")
+    again = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert again["before"] == first["before"]
+    assert again["after"]["task"]["loss"] == pytest.approx(first["after"]["task"]["loss"], abs=1e-6)
+    tried(f"accelerate launch --config_file recipes/accelerate/{how}.yaml -m pion_hf.cli sft", 2, "runs")
+
+
+@pytest.fixture
+def recipe_file(recipe, chat_data, tmp_path):
+    (tmp_path / "other.txt").write_text("Sphinx of black quartz, judge my vow. " * 40, encoding="utf-8")
+    other = {"other_text_file": str(tmp_path / "other.txt"), "other_dataset": str(chat_data)}
+    measured = {"exact_match_samples": 2, "max_new_tokens": 4, **other}
+    return recipe(max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=2, **measured)
+
+
+@pytest.mark.distributed
+def test_a_stream_is_read_by_several(recipe, tmp_path):
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40, encoding="utf-8")
+    keys = {"dataset_name": str(tmp_path), "dataset_streaming": True, "eval_strategy": "no", "max_length": 32}
+    launch_by_accelerate("ddp", tmp_path, "cpt", "--config", recipe(**keys))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+
+
+def main(*argv: str) -> None:
+    """In a process that accelerate has launched: train as `alone` does into a folder, or run a command."""
     with fsdp_on_cpu():
-        result = train("pion", str(Path(folder, "run")))
+        if len(argv) > 1:
+            cli.main(list(argv))
+            return
+        result = train("pion", str(Path(argv[0], "run")))
     if dist.get_rank() == 0:
-        torch.save(result, Path(folder, "end.pt"))
+        torch.save(result, Path(argv[0], "end.pt"))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

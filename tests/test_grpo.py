@@ -138,6 +138,11 @@ def test_prepared_rows_score_their_own_answers(reasoning_data):
 # -- training --------------------------------------------------------------------------------------
 
 
+def test_one_reward_needs_no_list(grpo_recipe):
+    script_args, *_ = parser().parse_recipe(["--config", grpo_recipe(reward_funcs="think_format_reward")])
+    assert script_args.reward_funcs == ["think_format_reward"]
+
+
 def test_grpo_trains_and_reports(grpo_recipe, tmp_path, capsys, monkeypatch):
     evaluated, evaluate = [], trl.GRPOTrainer.evaluate
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import datasets
 import peft
 import pytest
+import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from huggingface_hub.utils import filter_repo_objects
 from transformers import Phi3Config, Phi3ForCausalLM, Trainer, TrainingArguments
 
-from pion_hf import Pion, PionTrainer, PionTrainerMixin, PionTrainingArguments, param_groups
+from pion_hf import Pion, PionTrainer, PionTrainerMixin, PionTrainingArguments, Teon, param_groups
 from pion_hf.cli import main
 from pion_hf.integrations.model_card import METHODS, extend
 from pion_hf.integrations.trl import PionSFTConfig, PionSFTTrainer
@@ -228,6 +229,23 @@ def test_an_optimizer_built_by_hand(token_rows, tmp_path):
     assert "`direction=polar`" in card.text
     assert {row["learning rate"] for row in rows_of(card.text, "rule")} == {"0.003"}
     assert "routing.json" not in card.text, "nothing wrote one"
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda m: Teon(param_groups(m, "muon", lr=2e-2), stack=1), "muon"),
+        (lambda m: Pion(param_groups(m, lr=2e-2)), "pion"),
+        (lambda m: torch.optim.SGD(m.parameters(), lr=2e-2), "sgd"),
+    ],
+)
+def test_an_optimizer_built_by_hand_in_our_trainer(build, name, token_rows, tmp_path):
+    """Its default `optim` is `pion`, with a learning rate that nothing uses."""
+    args = PionTrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)
+    model = toy_llama()
+    PionTrainer(model, args, train_dataset=token_rows, optimizers=(build(model), None)).train()
+    said = json.loads((tmp_path / "run.json").read_text())["optimizer"]
+    assert (said["name"], said["learning_rate"]) == (name, 2e-2)
 
 
 def test_cards_can_be_made_again(trainer, tmp_path):

@@ -175,6 +175,16 @@ def test_what_stands_in_the_way_of_comparing_is_said_first(pair, change, said):
     assert any(said in warning for warning in facts.warnings([read_run(folder) for folder in pair]))
 
 
+def test_of_rewards_the_highest_is_best(pair):
+    for folder, reward in zip(pair, (0.5, 0.1), strict=True):
+        measured = evaluation(learnt=1.0, forgotten=0.1)
+        measured["before"]["task"], measured["after"]["task"] = {"own_reward": 0.0}, {"own_reward": reward}
+        write_json(folder / EVALUATION, measured)
+    table = facts.results_table([read_run(folder) for folder in pair])
+    column = table.columns.index("task: own reward")
+    assert {row for row, at in table.best if at == column} == {1}
+
+
 @pytest.mark.usefixtures("one_picture")
 def test_measurements_of_different_beginnings_have_no_best(pair, tmp_path):
     other = evaluation(learnt=1.5, forgotten=0.1)

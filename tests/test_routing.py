@@ -270,6 +270,38 @@ def test_a_wrapped_model_is_routed_as_the_model_itself(wrap):
         assert {r.name: record(r) for r in routing_table(wrap(model))} == bare
 
 
+class WithHead(nn.Module):
+    """A classifier on models of transformers, as people write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList([llama().model, llama().model])
+        self.classifier = nn.Linear(2 * WIDTH, 3)
+
+
+def test_what_a_users_module_puts_on_models_is_a_head():
+    roles = Counter(route.role for route in routing_table(WithHead()))
+    assert roles == {"embedding": 2, "matrix": 2 * 7 * LAYERS, "norm": 2 * (2 * LAYERS + 1), "head": 1, "bias": 1}
+
+
+def test_four_bits_are_two_numbers_a_byte():
+    class Params4bit(nn.Parameter):
+        pass
+
+    model = llama()
+    layer = model.model.layers[0].mlp.up_proj
+    whole = layer.weight.numel()
+    packed = torch.zeros(whole // 2, 1, dtype=torch.uint8)
+    layer.weight = Params4bit(packed, requires_grad=False)
+    assert routing_table(model).frozen == whole
+
+
+def test_it_prints_as_a_table():
+    printed = str(routing_table(llama()))
+    assert "Which rule updates what" in printed
+    assert max(map(len, printed.splitlines())) <= 120
+
+
 def test_a_plain_torch_model():
     model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4, bias=False), nn.Linear(4, 1))
     assert {r.name: record(r) for r in routing_table(model)} == {

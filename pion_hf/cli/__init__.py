@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
+import traceback
 from importlib import import_module
+from pathlib import Path
 
 COMMANDS = {
     "sft": "fine-tune on chat or text data: TRL's own script and flags, a recipe with --config",
@@ -36,4 +39,18 @@ def main(argv: list[str] | None = None) -> None:
     try:
         command(argv[1:])
     except (ValueError, FileNotFoundError) as error:
+        if _is_of_user(error):
+            raise
         raise SystemExit(f"pion-hf {name}: {error}") from error
+
+
+def _is_of_user(error: Exception) -> bool:
+    """Whether code of the user's own (a reward, a model's) took part: then its place matters more than the words."""
+    return not all(_is_of_library(frame.filename) for frame in traceback.extract_tb(error.__traceback__))
+
+
+def _is_of_library(file: str) -> bool:
+    path = Path(file)
+    if file.startswith("<") or not {"site-packages", "dist-packages"}.isdisjoint(path.parts):
+        return True
+    return any(path.is_relative_to(home) for home in (Path(__file__).parent.parent, sysconfig.get_path("stdlib")))

@@ -89,9 +89,17 @@ def set_budget(args: TrainingArguments, corpus_args: CorpusArguments) -> None:
     Raises:
         ValueError: less than the tokens of one step, or `max_steps` is set too.
     """
-    tokens = corpus_args.max_tokens
-    if tokens is None:
+    if corpus_args.max_tokens is None:
         return
+    rows, step = _step_of_budget(args, corpus_args.max_tokens)
+    args.max_steps = corpus_args.max_tokens // step
+    logger.warning(
+        f"max_tokens={corpus_args.max_tokens:,}: {args.max_steps:,} steps of {step:,} tokens, {rows} rows each"
+    )
+
+
+def _step_of_budget(args: TrainingArguments, tokens: int) -> tuple[int, int]:
+    """Rows and tokens of one step; raises ValueError as `set_budget`."""
     if args.max_steps > 0:
         raise ValueError(
             f"max_tokens={tokens} and max_steps={args.max_steps} both set the length: leave one out (max_steps=-1)"
@@ -105,8 +113,7 @@ def set_budget(args: TrainingArguments, corpus_args: CorpusArguments) -> None:
             f"max_tokens={tokens} is less than one step, {rows} rows of max_length={args.max_length}, {step} tokens: "
             "raise it, or lower per_device_train_batch_size or gradient_accumulation_steps"
         )
-    args.max_steps = tokens // step
-    logger.warning(f"max_tokens={tokens:,}: {args.max_steps:,} steps of {step:,} tokens, {rows} rows each")
+    return rows, step
 
 
 def check_corpus(
@@ -121,10 +128,12 @@ def check_corpus(
         raise ValueError(f"validation_fraction must be between 0 and 1, got {fraction}")
     if fraction is not None and args.eval_strategy == "no":
         raise ValueError("validation_fraction holds out documents for evaluation: set eval_strategy, or leave it out")
-    if corpus_args.max_tokens is not None and not args.packing:
-        raise ValueError("max_tokens counts full rows: leave packing on, or set max_steps instead")
+    if corpus_args.max_tokens is not None:
+        if not args.packing:
+            raise ValueError("max_tokens counts full rows: leave packing on, or set max_steps instead")
+        _step_of_budget(args, corpus_args.max_tokens)
     if _streaming(script_args, dataset_args):
-        if args.max_steps <= 0:
+        if args.max_steps <= 0 and corpus_args.max_tokens is None:
             raise ValueError("a stream has no length to count epochs of: set max_steps or max_tokens")
         if args.shuffle_dataset:
             raise ValueError("shuffle_dataset is for data that are no stream: set shuffle_buffer instead")

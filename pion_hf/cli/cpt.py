@@ -16,6 +16,7 @@ the same. TRL's own default, `bfd`, drops what is longer than `max_length`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers.utils import logging
 from pion_hf.cli import training
 from pion_hf.cli.corpus import CorpusArguments, check_corpus, load_corpus, located, rows_to_train, set_budget
 from pion_hf.cli.recipe import RecipeParser
-from pion_hf.cli.training import ReportArguments, ReportingSFTTrainer, model_from_config, substituted, train
+from pion_hf.cli.training import ReportingSFTTrainer, model_from_config, substituted, train
 from pion_hf.initialization import spectral_init_
 from pion_hf.integrations.trl import PionSFTConfig
 
@@ -62,11 +63,12 @@ def parser() -> RecipeParser:
 
 def main(argv: list[str]) -> None:
     """Train; ends with a table and `eval.json` in the output folder."""
-    *common, scratch_args, corpus_args = parser().parse_recipe(argv)
-    script_args, training_args, model_args, dataset_args, report_args = common
-    _check(training_args, model_args, report_args, scratch_args)
+    parsed = parser().parse_recipe(argv)
+    check(parsed)
+    *common, scratch_args, corpus_args = parsed
+    script_args, training_args, _, dataset_args, _ = common
     set_budget(training_args, corpus_args)
-    check_corpus(script_args, training_args, dataset_args, corpus_args)
+    _warn_of_cuts(training_args)
 
     def corpus(*_: Any, **__: Any) -> dict[str, Any]:
         return load_corpus(script_args, training_args, dataset_args, corpus_args)
@@ -109,10 +111,9 @@ def _tokenizer(name: str, args: PionSFTConfig) -> transformers.PreTrainedTokeniz
     return tokenizer
 
 
-def _check(
-    args: PionSFTConfig, model_args: trl.ModelConfig, report_args: ReportArguments, scratch_args: ScratchArguments
-) -> None:
-    """Raise ValueError for what does not fit together; warn of text that the options leave out."""
+def check(parsed: Sequence[Any]) -> None:
+    """Raise ValueError or FileNotFoundError for what can be told of the arguments before anything is loaded."""
+    script_args, args, model_args, dataset_args, report_args, scratch_args, corpus_args = parsed
     if report_args.exact_match_samples:
         raise ValueError("exact_match_samples does not apply to plain text, which has no answers: leave it out")
     if scratch_args.spectral_init is not None and not scratch_args.from_config:
@@ -121,6 +122,12 @@ def _check(
         )
     if scratch_args.from_config and (model_args.load_in_8bit or model_args.load_in_4bit):
         raise ValueError("from_config draws fresh weights, there are none to quantize: leave out load_in_8bit/4bit")
+    check_corpus(script_args, args, dataset_args, corpus_args)
+    training.check(parsed)
+
+
+def _warn_of_cuts(args: PionSFTConfig) -> None:
+    """Of text that the options leave out."""
     cut = not args.packing or args.packing_strategy == "bfd" or (args.eval_packing is False)
     if cut and args.max_length is not None:
         logger.warning(

@@ -19,9 +19,8 @@ from typing import Any
 
 import yaml
 
-from pion_hf.arguments import OPTIMIZER_CLASSES, PionOptions, option_types, resolve_options
+from pion_hf.arguments import OPTIMIZER_CLASSES, PionOptions, option_name, option_types, resolve_options
 from pion_hf.cli.recipe import read_recipe
-from pion_hf.cli.training import check_model, check_report
 
 COMMANDS = ("sft", "cpt", "grpo")
 # What every run must share, or no result says anything about the optimizer: what it may cost, and what measures it.
@@ -245,10 +244,9 @@ def write_recipe(path: Path, trial: Trial, output_dir: Path) -> None:
 
 def _check_recipe(module: ModuleType, path: Path) -> None:
     # Nothing runs: a recipe for a GPU (bf16) can be checked where there is none.
-    _, args, model_args, _, report_args, *_ = module.parser().parse_recipe(["--use_cpu", "true", "--config", str(path)])
-    check_model(args, model_args)
-    check_report(args, report_args)
-    if args.eval_strategy == "no":
+    parsed = module.parser().parse_recipe(["--use_cpu", "true", "--config", str(path)])
+    module.check(parsed)
+    if parsed[1].eval_strategy == "no":
         raise ValueError(
             "without evaluation there is nothing to compare: set eval_strategy: epoch, and dataset_test_split"
         )
@@ -268,7 +266,7 @@ def _suits(key: str, value: Any, optim: str, recipe: Mapping[str, Any], chosen: 
         return True
     if optim not in OPTIMIZER_CLASSES:
         return False
-    option = "exclude" if key == "optim_exclude_modules" else key.removeprefix("optim_")
+    option = option_name(key)
     if option not in option_types(optim):
         return False
     if key in chosen or optim == str(recipe.get("optim", "pion")):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,6 +22,7 @@ from trl.import_utils import is_vllm_available
 from trl.scripts import grpo as trl_grpo
 from trl.trainer.utils import get_callable_name
 
+from pion_hf.cli import training
 from pion_hf.cli.adapters import ModelArguments, changes_base, initialisation
 from pion_hf.cli.outcome import ReportArguments, ReportMixin
 from pion_hf.cli.recipe import RecipeParser
@@ -84,8 +85,9 @@ def parser() -> RecipeParser:
 
 def main(argv: list[str]) -> None:
     """Train; ends with a table, and `eval.json` in the output folder."""
-    script_args, training_args, model_args, *others = parser().parse_recipe(argv)
-    _check(script_args, training_args, model_args)
+    parsed = parser().parse_recipe(argv)
+    check(parsed)
+    script_args, training_args, model_args, *others = parsed
     # TRL's script knows its own by name, and imports the rest.
     script_args.reward_funcs = [OWN.get(name, name) for name in script_args.reward_funcs or []]
 
@@ -142,8 +144,9 @@ def check_columns(dataset: Any, rewards: Iterable[Callable]) -> None:
                 )
 
 
-def _check(script_args: RewardArguments, args: PionGRPOConfig, model_args: ModelArguments) -> None:
-    """Raise ValueError, before anything is loaded, for what does not fit together."""
+def check(parsed: Sequence[Any]) -> None:
+    """Raise ValueError or FileNotFoundError for what can be told of the arguments before anything is loaded."""
+    script_args, args, model_args, *_ = parsed
     rewards = len(script_args.reward_funcs or []) + bool(script_args.reward_model_name_or_path)
     if not rewards:
         raise ValueError(f"name a reward: reward_funcs: [{next(iter(REWARDS))}], or reward_model_name_or_path")
@@ -160,3 +163,4 @@ def _check(script_args: RewardArguments, args: PionGRPOConfig, model_args: Model
         start = initialisation(model_args.init_lora_weights)
         if start == "eva" or changes_base(start):
             raise ValueError(f"init_lora_weights={start!r} is for sft and cpt alone: choose another, or leave it out")
+    training.check(parsed)

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import torch
 from filelock import FileLock, Timeout
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pion_hf.cli import child
 from pion_hf.cli.grid import Trial, write_recipe
@@ -157,6 +158,8 @@ def settle(job: Job, *, keep_models: bool) -> None:
             for path in job.folder.glob("*.safetensors"):
                 if path.name != SPECTRA:
                     path.unlink()
+            for checkpoint in job.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                shutil.rmtree(checkpoint)
         write_json(job.folder / TRIAL, _said(job.trial, FINISHED, seconds=seconds))
     else:
         error = _last_line(job.folder / OUTPUT) or f"ended with code {code}"

@@ -14,6 +14,7 @@ from datasets.exceptions import DatasetsError
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import TrainerCallback
 
 from pion_hf.errors import unknown
 from pion_hf.evaluation import (
@@ -27,7 +28,7 @@ from pion_hf.evaluation import (
     token_loss,
 )
 from pion_hf.integrations.model_card import table_rows
-from pion_hf.runs import EVALUATION, write_json
+from pion_hf.runs import BEFORE, EVALUATION, read_json, write_json
 
 OTHER_ROWS = 128  # rows of `other_dataset` whose loss is measured
 
@@ -81,7 +82,12 @@ class ReportMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`, between two measurements; writes `eval.json`."""
-        self.measured = {"before": self.measure()}
+        self.measured = {}
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            self.add_callback(_MeasuresFirst(self))
+        else:
+            self.create_optimizer()  # what it refuses is known before anything is measured
+            self.measured["before"] = self.measure()
         output = super().train(*args, **kwargs)
         self.measured["after"] = self.measure()
         if self.is_world_process_zero():
@@ -176,6 +182,26 @@ class ReportMixin:
             table.add_row("share of the training time in the optimizer", "", f"{summary['optimizer_share']:.0%}")
         table.add_row("checkpoint", "", str(self.args.output_dir))
         return table
+
+
+class _MeasuresFirst(TrainerCallback):
+    """Measures when training begins, where a model can be used only once it is sharded, together with its optimizer.
+
+    A run that goes on has its checkpoint's weights by then: it reads what was measured when it began, if that is there.
+    """
+
+    def __init__(self, trainer: ReportMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.remove_callback(self)
+        path = Path(args.output_dir, BEFORE)
+        if state.global_step:
+            self._trainer.measured["before"] = read_json(path) or {}
+            return
+        self._trainer.measured["before"] = self._trainer.measure()
+        if state.is_world_process_zero:
+            write_json(path, self._trainer.measured["before"])
 
 
 def check_report(args: transformers.TrainingArguments, report: ReportArguments) -> None:

@@ -19,7 +19,14 @@ from transformers.training_args import OptimizerNames
 from trl import TrlParser
 from trl.scripts.utils import DatasetConfig
 
-from pion_hf.arguments import OPTIMIZER_CLASSES, PionOptions, option_types, parse_optim_args, resolve_options
+from pion_hf.arguments import (
+    OPTIMIZER_CLASSES,
+    PionOptions,
+    option_name,
+    option_types,
+    parse_optim_args,
+    resolve_options,
+)
 from pion_hf.cli.configs import local_config
 from pion_hf.errors import unknown
 from pion_hf.schedules import SCHEDULES
@@ -102,6 +109,12 @@ class RecipeParser(TrlParser):
         _check_parsed(parsed, lambda key: f"{path}: {key}" if key in recipe else key)
         return parsed
 
+    def set_defaults_with_config(self, **recipe: Any) -> list[str]:
+        """As TRL's, where one word stands for a list of one, as on a command line."""
+        lists = {key for key, action in self._by_key().items() if action.nargs in ("+", "*")}
+        recipe = {key: [value] if key in lists and isinstance(value, str) else value for key, value in recipe.items()}
+        return super().set_defaults_with_config(**recipe)
+
     def error(self, message: str) -> NoReturn:
         """argparse would print the usage of all flags, pages of it, and exit."""
         raise ValueError(message)
@@ -134,6 +147,7 @@ class RecipeParser(TrlParser):
             choices = actions[key].choices
             if choices is not None and value is not None and value not in choices:
                 raise ValueError(f"{path}: {unknown(f'value of {key}', value, choices)}")
+            _check_number(f"{path}: {key}", actions[key], value)
         if "datasets" in actions:
             _check_mixture(f"{path}: datasets", recipe.get("datasets") or [])
         for key, known in MAPPINGS.items():
@@ -141,6 +155,16 @@ class RecipeParser(TrlParser):
                 _check_mapping(f"{path}: {key}", recipe[key], known)
         if "optim" in actions:
             _check_optimizer(path, recipe, str(recipe.get("optim", self.get_default("optim"))))
+
+
+def _check_number(where: str, action: argparse.Action, value: Any) -> None:
+    """Raise ValueError for a value that argparse would take as it is, for text alone is converted."""
+    wanted = {int: "a whole number", float: "a number"}.get(action.type)
+    if wanted is None or action.nargs is not None or value is None or isinstance(value, str):
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or (action.type is int and value != int(value)):
+        raise ValueError(f"{where} must be {wanted}, got {value!r}")
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -228,7 +252,7 @@ def _check_optimizer(path: Path, recipe: dict[str, Any], optim: str) -> None:
         return
     own = option_types(optim) if optim in OPTIMIZER_CLASSES else {}
     for field in dataclasses.fields(PionOptions):
-        option = "exclude" if field.name == "optim_exclude_modules" else field.name.removeprefix("optim_")
+        option = option_name(field.name)
         if recipe.get(field.name) is not None and option not in own:
             owners = ", ".join(name for name in OPTIMIZER_CLASSES if option in option_types(name))
             raise ValueError(

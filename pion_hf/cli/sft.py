@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pion_hf.cli.recipe import RecipeParser
-from pion_hf.cli.training import ARGUMENTS, readable, train
+from pion_hf.cli.training import ARGUMENTS, check, readable, train
 
 
 def parser() -> RecipeParser:
@@ -13,6 +13,8 @@ def parser() -> RecipeParser:
 
 def main(argv: list[str]) -> None:
     """Fine-tune; ends with a table, `eval.json` and a model card in the output folder."""
-    script_args, *others = parser().parse_recipe(argv)
+    parsed = parser().parse_recipe(argv)
+    check(parsed)
+    script_args, *others = parsed
     with readable(script_args.dataset_name):
         train(script_args, *others)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,7 @@ from pion_hf.cli.adapters import AdapterSFTTrainer, ModelArguments, check_adapte
 from pion_hf.cli.outcome import ReportArguments, ReportMixin, check_report
 from pion_hf.integrations.registry import refuse_wrappers
 from pion_hf.integrations.trl import PionSFTConfig
-from pion_hf.routing import refuse_adapters
+from pion_hf.routing import FOR_ADAPTERS, refuse_adapters
 
 # The dataclasses of every training command, in the order of `train`'s arguments.
 ARGUMENTS = (trl.ScriptArguments, PionSFTConfig, ModelArguments, trl.DatasetMixtureConfig, ReportArguments)
@@ -49,10 +49,8 @@ def train(
         ValueError, FileNotFoundError: input that cannot be trained on; where possible before anything is loaded.
     """
     quiet_without_terminal(training_args)
-    check_model(training_args, model_args)
     if (model_args.load_in_4bit or model_args.load_in_8bit) and find_spec("bitsandbytes") is None:
         raise ValueError("load_in_4bit and load_in_8bit need the package bitsandbytes: pip install bitsandbytes")
-    check_report(training_args, report_args)
     trainers: list[ReportMixin] = []
 
     def trainer(**kwargs: Any) -> ReportMixin:
@@ -77,6 +75,13 @@ def train(
         raise ValueError(f"cannot load {names}: {str(error).splitlines()[0]}") from error
     trainers[0].create_model_card(dataset_name=script_args.dataset_name)  # after peft's, which comes with saving
     trainers[0].finish()
+
+
+def check(parsed: Sequence[Any]) -> None:
+    """Raise ValueError or FileNotFoundError for what can be told of a command's arguments before anything is loaded."""
+    _, training_args, model_args, _, report_args = parsed[: len(ARGUMENTS)]
+    check_model(training_args, model_args)
+    check_report(training_args, report_args)
 
 
 @contextlib.contextmanager
@@ -109,6 +114,8 @@ def check_model(training_args: PionSFTConfig, model_args: ModelArguments) -> Non
         refuse_wrappers(training_args)
         if model_args.use_peft:
             refuse_adapters(training_args.optim.value)
+        elif training_args.optim.value in FOR_ADAPTERS:
+            raise ValueError(f"optim={training_args.optim.value!r} trains LoRA adapters: set use_peft too")
 
 
 def model_from_config(

@@ -87,7 +87,7 @@ class RunCallback(TrainerCallback):
             self._early.append({**logs, "step": state.global_step})
             return
         added = self._run.additions(logs)
-        if "train_runtime" in logs and not self._run.measured:
+        if "train_loss" in logs and not self._run.measured:  # the last entry, and no other
             added, self.summary = self._run.end(state)
             added |= self.summary
         logs.update(added)

@@ -16,9 +16,11 @@ from transformers.modelcard import make_markdown_table
 
 from pion_hf._version import __version__
 from pion_hf.arguments import OPTIMIZER_CLASSES
-from pion_hf.integrations.optimizers import unwrap
+from pion_hf.integrations.optimizers import name_of, unwrap
 from pion_hf.optim import MatrixOptimizer
 from pion_hf.optim.blocks import Layout
+from pion_hf.routing import LORA_FORMS
+from pion_hf.structure import parameter_count
 
 
 @dataclass(frozen=True)
@@ -93,17 +95,16 @@ def describe(args: TrainingArguments, wrapped: Any, model: nn.Module) -> dict[st
 
     `rules` has a row for every rule, method and learning rate, with counts of tensors, matrices, stacks and parameters.
     """
-    said = {
-        "name": args.optim.value,
-        "learning_rate": args.learning_rate,
-        "schedule": args.lr_scheduler_type.value,
-    }
-    optimizer = unwrap(wrapped)
+    optim, optimizer = args.optim.value, unwrap(wrapped)
+    said = {"name": optim, "learning_rate": args.learning_rate, "schedule": args.lr_scheduler_type.value}
     if optimizer is None:
-        return said
+        by_hand = optim in OPTIMIZER_CLASSES and wrapped is not None
+        return said | ({"name": name_of(wrapped), "learning_rate": _rate(wrapped.param_groups[0])} if by_hand else {})
     matrices = [group for group in optimizer.param_groups if group["rule"] != "adamw"]
     leading = min(matrices, key=lambda group: optimizer.matrix_rules.index(group["rule"]))
-    if said["name"] not in OPTIMIZER_CLASSES:  # built by hand
+    said["learning_rate"] = _rate(leading)
+    forms = {optim, *LORA_FORMS.get(optim, ())[:1]}
+    if not any(type(optimizer) is OPTIMIZER_CLASSES.get(form) for form in forms):  # built by hand
         said["name"] = leading["rule"]
     elsewhere = ("params", "inputs", "lr", "weight_decay")
     names = [name for name in inspect.signature(type(optimizer)).parameters if name not in elsewhere]
@@ -114,15 +115,20 @@ def describe(args: TrainingArguments, wrapped: Any, model: nn.Module) -> dict[st
         **said,
         "options": {name: value for name, value in options.items() if value is not None},
         "rules": list(_rules(optimizer).values()),
-        "frozen_parameters": sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        "frozen_parameters": sum(parameter_count(p) for p in model.parameters() if not p.requires_grad),
     }
+
+
+def _rate(group: dict[str, Any]) -> float:
+    """What its schedule starts from: at the end of one, the group's own is often 0."""
+    return float(group.get("initial_lr", group["lr"]))
 
 
 def _rules(optimizer: MatrixOptimizer) -> dict[tuple, dict[str, Any]]:
     rows: dict[tuple, dict[str, Any]] = {}
     for group in optimizer.param_groups:
         rule, method = group["rule"], group.get("method", "")
-        lr = float(group.get("initial_lr", group["lr"]))  # at the end of a schedule the group's own is often 0
+        lr = _rate(group)
         row = rows.setdefault(
             (rule, method, lr),
             {
@@ -234,11 +240,12 @@ def _measurements(summary: dict[str, Any], folder: Path) -> Iterator[str]:
 def table_rows(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> list[dict[str, str]]:
     """Rows of `domain`, `measure`, `before` and `after`, in words and figures (see `evaluation.Measures`)."""
     rows = []
-    for domain, values in before.items():
+    for domain, values in after.items():
         for metric, value in values.items():
-            number = NUMBER_FORMATS.get(metric, "{:.4f}")
+            number, earlier = NUMBER_FORMATS.get(metric, "{:.4f}"), before.get(domain, {}).get(metric)
             words = {"domain": domain.replace("_", " "), "measure": metric.replace("_", " ")}
-            rows.append({**words, "before": number.format(value), "after": number.format(after[domain][metric])})
+            known = "" if earlier is None else number.format(earlier)
+            rows.append({**words, "before": known, "after": number.format(value)})
     return rows
 
 

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accelerate.data_loader import IterableDatasetShard
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from pion_hf._version import __version__
 from pion_hf.runs import (
+    BEFORE,
     EVALUATION,
     FORMAT,
     LOG,
@@ -33,8 +35,12 @@ from pion_hf.runs import (
     read_run,
     write_json,
 )
+from pion_hf.structure import parameter_count
 
 logger = logging.get_logger(__name__)
+
+# Arguments, of the Trainer and of `from_pretrained`, that nobody else may see.
+SECRETS = {"hub_token", "push_to_hub_token", "token", "use_auth_token"}
 
 
 def _warns(method: Callable) -> Callable:
@@ -71,7 +77,7 @@ class RunFolder:
             self.record["started"] = earlier.get("started", self.record["started"])
             keep_until(self.path, step)
         else:
-            for name in (LOG, MATRICES, SPECTRA, EVALUATION):
+            for name in (LOG, MATRICES, SPECTRA, BEFORE, EVALUATION):
                 (self.path / name).unlink(missing_ok=True)
         self.record |= record | {"steps": step}
         write_json(self.path / RECORD, self.record)
@@ -116,7 +122,7 @@ class RunFolder:
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    counts = [(parameter_count(p), p.requires_grad) for p in model.parameters()]
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {
         "name": getattr(getattr(inner, "config", None), "_name_or_path", "") or type(inner).__name__,
@@ -131,9 +137,14 @@ def describe_data(loader: Any) -> str | None:
     dataset = getattr(loader, "dataset", None)
     if dataset is None:
         return None
+    if isinstance(dataset, IterableDatasetShard):
+        dataset = dataset.dataset
     info = getattr(dataset, "info", None)
     name = getattr(info, "dataset_name", None) or getattr(info, "builder_name", None) or type(dataset).__name__
-    return f"{name}, {len(dataset):,} rows" if hasattr(dataset, "__len__") else str(name)
+    try:
+        return f"{name}, {len(dataset):,} rows"
+    except TypeError:  # of a stream, whose wrappers may have a length that fails
+        return str(name)
 
 
 def describe_arguments(args: transformers.TrainingArguments) -> dict[str, Any]:
@@ -141,14 +152,20 @@ def describe_arguments(args: transformers.TrainingArguments) -> dict[str, Any]:
     found = {}
     for field in dataclasses.fields(args):
         value, default = getattr(args, field.name), field.default
-        if field.name.endswith("token") or dataclasses.is_dataclass(value):  # the latter are made of other fields
+        if field.name in SECRETS or dataclasses.is_dataclass(value):  # the latter are made of other fields
             continue
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        value, default = _json_value(value), _json_value(default)
+        value, default = _json_value(_without_secrets(value)), _json_value(default)
         if value != default and not (_is_unset(value) and _is_unset(default)):
             found[field.name] = value
     return found
+
+
+def _without_secrets(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_secrets(entry) for key, entry in value.items() if key not in SECRETS}
 
 
 def _is_unset(value: Any) -> bool:

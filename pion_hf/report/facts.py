@@ -17,7 +17,7 @@ from pion_hf.runs import FAILED, RUNNING, Run
 PLACES = {"output_dir", "logging_dir", "run_name", "hub_model_id", "project", "trackio_space_id", "push_to_hub"}
 OPTIMIZER_ARGUMENTS = {"name": "optim", "learning_rate": "learning_rate", "schedule": "lr_scheduler_type"}
 NO_NUMBER = "NaN"
-HIGHER_IS_BETTER = {"exact_match", "reward"}
+LOWER_IS_BETTER = {"loss", "perplexity"}  # every reward has a name of its own
 SAME = 1e-4  # relative: measurements before training that agree to this are of the same model and data
 
 
@@ -316,7 +316,7 @@ def _results_of_several(measured: list[tuple[str, Mapping[str, Any]]]) -> Table:
         numbers.append([*after, *gains])
     best = set()
     if same and len(measured) > 1:  # of one model and the same data
-        signs = [1 if m in HIGHER_IS_BETTER else -1 for _, m in keys] + [1] + [-1] * len(domains)
+        signs = [-1 if m in LOWER_IS_BETTER else 1 for _, m in keys] + [1] + [-1] * len(domains)
         for column, sign in enumerate(signs):
             values = {r: sign * row[column] for r, row in enumerate(numbers) if _value(row[column]) is not None}
             best |= {(r + 1, column + 1) for r, value in values.items() if value == max(values.values())}

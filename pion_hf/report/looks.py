@@ -138,9 +138,14 @@ def run_handles(shown: Sequence[Look], *, styles: bool = True) -> list[Line2D]:
     return [Line2D([], [], color=k.colour, linestyle="-" if solid else k.style, label=k.label) for k in shown]
 
 
+def columns_for(count: int) -> int:
+    """How many of so many panels are beside each other."""
+    return 1 if count == 1 else 2 if count <= 8 else 3
+
+
 def panels(figure: Figure, titles: Sequence[str], **options: Any) -> list[Axes]:
     """Axes with these titles, two or three beside each other, as many as there are titles."""
-    columns = 1 if len(titles) == 1 else 2 if len(titles) <= 8 else 3
+    columns = columns_for(len(titles))
     rows = -(-len(titles) // columns)
     grid = figure.subplots(rows, columns, squeeze=False, **options).flatten()
     for axes in grid[len(titles) :]:

@@ -18,6 +18,7 @@ from pion_hf.report.looks import (
     COLOURS,
     SEQUENTIAL,
     add_legend,
+    columns_for,
     log_scale,
     looks,
     new_figure,
@@ -136,7 +137,7 @@ def angle_map(runs: Sequence[Run]) -> Picture | None:
     shown, notes = _shown(maps, MOST_MAPS)
     maps = {title: maps[title] for title in shown}
     tallest = max(len(layers) for layers, _, _ in maps.values())
-    rows = -(-len(maps) // (1 if len(maps) == 1 else 2 if len(maps) <= 8 else 3))
+    rows = -(-len(maps) // columns_for(len(maps)))
     figure = new_figure(1.0 + rows * (1.1 + min(3.2 if len(runs) == 1 else 1.8, max(0.6, 0.13 * tallest))))
     grid = panels(figure, list(maps))
     highest = max(float(np.nanmax(values)) for *_, values in maps.values())
@@ -218,8 +219,7 @@ def _roles_with_spectra(runs: Iterable[Run]) -> dict[str, None]:
 
 
 def _role_figure(roles: list[str], **options: object) -> tuple:
-    columns = 1 if len(roles) == 1 else 2 if len(roles) <= 8 else 3
-    figure = new_figure(1.0 + 1.35 * -(-len(roles) // columns))
+    figure = new_figure(1.0 + 1.35 * -(-len(roles) // columns_for(len(roles))))
     return figure, panels(figure, roles, **options)
 
 
