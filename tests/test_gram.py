@@ -268,3 +268,10 @@ def test_the_package_never_leaves_the_interval_of_its_polynomials(plain_products
     s = 10 ** -(3 * torch.rand(s.shape, generator=torch.Generator().manual_seed(0)))
     factors = polar_factor(((u * s.unsqueeze(-2)) @ vh).float(), method="gram", steps=steps)
     assert torch.linalg.matrix_norm(factors, 2).max() < (1.3 if steps == 5 else 1.05)
+
+
+@pytest.mark.parametrize("kind", [Pion, Teon])
+def test_its_state_is_foretold_without_a_gpu(package, kind):
+    options = {"direction": "polar", "metric": "lie"} if kind is Pion else {"stack": 1}
+    p = torch.nn.Parameter(torch.randn(6, 4))
+    assert kind([p], polar="gram", **options).state_bytes() == p.nbytes

@@ -8,11 +8,13 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from pion_hf import Inputs
 from pion_hf.linalg import sketch
+from pion_hf.optim import inputs as inputs_module
 from tests.distributed_worker import launch
 
 KEEP = 3
@@ -163,6 +165,36 @@ def test_a_pass_that_overflows_leaves_nothing_behind():
         model.embed.weight[0, 0] = scale
     model(ids(1))
     assert_same_span(inputs.directions("up.weight", 16, KEEP, CPU), expected)
+
+
+def test_parts_of_a_model_on_another_device_are_seen():
+    """As with `device_map`: the model's mask is where its first layer is. Of GPUs that there need not be."""
+    model = nn.Linear(4, 4)
+    inputs = Inputs(model, 2)
+    see_mask, see = model._forward_pre_hooks.values()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        see_mask(model, (), {"attention_mask": torch.ones(2, 3, device="cuda:0")})
+        see(model, (torch.randn(2, 3, 4, device="cuda:1"),), {})
+    assert [sketch.device for sketch in inputs._sketches["weight"].values()] == [torch.device("cuda:1")]
+
+
+def test_sketches_of_several_devices_are_added():
+    """As of `DataParallel`, whose replicas have one name."""
+    model, rows = Net(), ids()
+    expected = leading(inputs_of(model, "up", rows, ids(1)))
+    inputs = Inputs(model, KEEP)
+    model(rows)
+    inputs._sketches["up.weight"][torch.device("cuda:1")] = inputs._sketches["up.weight"].pop(CPU)
+    model(ids(1))
+    assert_same_span(inputs.directions("up.weight", 16, KEEP, CPU), expected)
+
+
+def test_nothing_is_drawn_in_a_pass(monkeypatch):
+    """A generator cuts a compiled model into pieces, which stay."""
+    model = Net()
+    Inputs(model, KEEP)
+    monkeypatch.setattr(inputs_module, "test_matrix", lambda *_: pytest.fail("drawn"))
+    model(ids())
 
 
 def test_closed_it_sees_nothing():

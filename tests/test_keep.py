@@ -212,6 +212,8 @@ def test_distributed_checkpoints_know_its_state():
     state = get_optimizer_state_dict(model, optimizer)["state"]
     assert state["model.layers.0.mlp.down_proj.weight"]["kept.0"].shape == (1, 48, KEEP)
     assert "kept.0" not in state["model.norm.weight"]
+    train(model, optimizer, steps=1)  # without loading anything
+    assert optimizer.state[model.model.layers[0].mlp.down_proj.weight]["kept.0"].any()
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pion_hf import Pion, PionLora, Teon
 from pion_hf.linalg import ambient, reading, rotation
 from pion_hf.linalg.reading import GROWTH, LateReader, Reader
+from pion_hf.linalg.rotation import Generator
 from pion_hf.linalg.spectrum import singular_values, spectral_drift
 from pion_hf.optim.base import MatrixOptimizer
 
@@ -79,15 +81,16 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def lora_factors(params: list[nn.Parameter]) -> PionLora:
+def lora_factors(params: list[nn.Parameter], **options: str) -> PionLora:
     names = [f"layers.{i}.lora" for i in range(len(params))]
     group = {"rule": "pion_lora", "method": "rotate", "reach": [1.0] * len(params)}
-    return PionLora([{**group, "params": list(zip(names, params, strict=True))}])
+    return PionLora([{**group, "params": list(zip(names, params, strict=True))}], **options)
 
 
 OPTIMIZERS = {name: lambda params, o=options: Pion(params, **o) for name, options in RULES.items()}
 OPTIMIZERS |= {"cayley": lambda params: Pion(params, retraction="cayley")}
 OPTIMIZERS |= {"muon": lambda params: Teon(params, stack=1), "lora": lora_factors}
+OPTIMIZERS |= {"lora, root": lambda params: lora_factors(params, retraction="root")}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -104,6 +107,28 @@ def test_a_step_waits_once(name: str, device_like: None) -> None:
             optimizer.step()
         counts.append(waits.count)
     assert counts == [1, 1]
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies from one device to another."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.count += out.device != args[0].device
+        return out
+
+
+def test_an_angle_is_estimated_without_a_copy_from_the_host() -> None:
+    """On a GPU that there need not be: fake tensors know their device and nothing else."""
+    with FakeTensorMode(), Copies() as copies:
+        core = torch.randn(2, 8, 8, device="cuda")
+        assert Generator(core).spectral_norm().device == core.device
+        assert copies.count == 0
+        torch.randn(1, 8).to(core)  # what would be seen
+        assert copies.count == 1
 
 
 def test_mixed_gradients_are_read_once() -> None:

@@ -127,7 +127,8 @@ class Products(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
-            self.flops[str(out.dtype).removeprefix("torch.")] += formula(*args, **(kwargs or {}), out_val=out)
+            factors = [a for a in args if isinstance(a, Tensor)]  # of bfloat16 ones the result may be float32
+            self.flops[str(factors[-1].dtype).removeprefix("torch.")] += formula(*factors, out_val=out)
         return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -52,14 +53,23 @@ def splitting_pays(device: torch.device) -> bool:
 
     On a CPU with such units (AMX) the memory that cutting `x` moves eats what is won.
     """
-    return device.type == "cuda"
+    return device.type == "cuda" and _multiplies_bfloat16(device)
+
+
+@functools.cache
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU has units for it: NVIDIA's from Ampere on; others emulate it."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def product_dtype(x: Tensor, choice: str) -> torch.dtype:
     """Of products of `x` that may be rounded: `choice`, or with `auto` bfloat16 where the hardware is faster in it."""
     if x.dtype == torch.float64 or choice == "float32":
         return x.dtype
-    if choice == "bfloat16" or x.device.type == "cuda":
+    if choice == "bfloat16":
         return torch.bfloat16
-    fast = x.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    if x.device.type == "cuda":
+        fast = _multiplies_bfloat16(x.device)
+    else:
+        fast = x.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else x.dtype

@@ -20,6 +20,7 @@ RETRACTIONS = ("root", "cayley", "taylor")
 
 # Angles (radians) up to which so many terms of the root series are orthogonal to float32 rounding: with odd terms up to
 # x^(2j - 1), E^T E - I is 2 |c| theta^(2j + 2), c the next coefficient; with two terms it is theta^4 / 4.
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 SERIES_ANGLES = ((0.006, 2), (0.05, 3), (0.1, 5), (0.2, 7), (0.35, 9), (0.5, 11))
 # Coefficients of x^2, x^3, ... in E(x) - I (those of even powers above 2 are 0): x^2/2 + x (1 + x^2/4)^(1/2).
 ROOT_SERIES = {2: 1 / 2, 3: 1 / 8, 5: -1 / 128, 7: 1 / 1024, 9: -5 / 32768, 11: 7 / 262144}
@@ -322,12 +323,14 @@ class Generator(NamedTuple):
     def spectral_norm(self, *, iterations: int = 8) -> Tensor:
         """Estimate of `||A||_2`, the largest rotation angle at unit step, shape `(..., 1, 1)`.
 
-        Power iteration on `A^T A` from a fixed random start: a lower bound, within a few percent.
+        Power iteration on `A^T A` from a fixed start: a lower bound, within a few percent.
         """
         n = (self.core if self.factor is None else self.factor).shape[-1]
-        seed = torch.Generator().manual_seed(0)
-        v = torch.randn(1, n, generator=seed, dtype=torch.float64).to(self.core).expand(*self.core.shape[:-2], 1, n)
-        norm = torch.zeros_like(v[..., :1])
+        # As good as random, and made where it is needed: what comes from the host is waited for.
+        squares = torch.arange(1, n + 1, dtype=torch.float64, device=self.core.device).square()
+        start = (squares * GOLDEN_RATIO).remainder(1) - 0.5
+        v = start.to(self.core.dtype).expand(*self.core.shape[:-2], 1, n)
+        norm = v.new_zeros(*v.shape[:-1], 1)
         tiny = torch.finfo(v.dtype).tiny
         for _ in range(iterations):
             v = v / torch.linalg.matrix_norm(v, keepdim=True).clamp_min(tiny)

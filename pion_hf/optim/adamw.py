@@ -51,6 +51,7 @@ class RoutedAdamW(MatrixOptimizer):
         adamw_eps: float = 1e-8,
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": adamw_betas, "eps": adamw_eps, "keep": keep}
+        self._laid_out: set[Tensor] = set()  # parameters whose kept directions are none yet
         super().__init__(params, defaults, inputs=inputs)
 
     def _adamw_step(self, group: dict) -> None:
@@ -79,7 +80,13 @@ class RoutedAdamW(MatrixOptimizer):
             for p in group["params"] if group["rule"] in self.matrix_rules and group["keep"] else ():
                 if p.grad is not None:
                     w = p.mT if transposed else p
-                    self.state[p][KEY] = torch.zeros(1, w.shape[-1], group["keep"], dtype=working_dtype(p.dtype))
+                    form = torch.zeros(1, w.shape[-1], group["keep"], dtype=working_dtype(p.dtype), device=p.device)
+                    self.state[p][KEY] = form
+                    self._laid_out.add(p)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._laid_out = set()
 
     def _kept_step(self, group: dict, *, routed: bool) -> None:
         """torch's step; of matrices less what it does to the outputs of kept directions."""
@@ -92,13 +99,14 @@ class RoutedAdamW(MatrixOptimizer):
                 continue
             if not self.state[p]:
                 self.state[p].update(elementwise.begin(p))
-            if KEY not in self.state[p]:
+            if KEY not in self.state[p] or p in self._laid_out:
                 if sharding.is_sharded(p):
                     raise ValueError(
                         f"keep={group['keep']} of optim='adamw_routed' is not for parameters sharded by FSDP2, as "
                         f"{name} is: set keep=0, use DDP, or a matrix rule (muon, teon, pion)."
                     )
                 self.state[p][KEY] = self.kept_inputs(name, p.mT if transposed else p, group).unsqueeze(0)
+                self._laid_out.discard(p)
             kept = self.state[p][KEY][0]
             outputs.append((p, kept, (p.mT if transposed else p).to(kept.dtype) @ kept))
         super()._adamw_step(group)

@@ -9,6 +9,7 @@ stores the inputs of earlier tasks; these are of the new one, and there is nothi
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -33,11 +34,11 @@ class Inputs:
     def __init__(self, model: nn.Module, directions: int) -> None:
         """directions: as many as will be asked for."""
         self.most = directions
-        self._sketches: dict[str, Tensor] = {}
+        self._sketches: dict[str, dict[torch.device, Tensor]] = defaultdict(dict)
         self._tests: dict[tuple[int, torch.device], Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._unseen: list[str] = []
-        self._mask: Tensor | None = None  # of the model's latest call
+        self._masks: dict[torch.device, Tensor] = {}  # of the model's latest call, on every device of several
         self._handles.append(model.register_forward_pre_hook(self._see_mask, with_kwargs=True))
         for module_name, module in model.named_modules():
             own = [n for n, p in module.named_parameters(recurse=False) if p.ndim == 2 and p.requires_grad]
@@ -45,10 +46,17 @@ class Inputs:
                 names = [".".join(filter(None, (module_name, name))) for name in own]
                 hook = module.register_forward_pre_hook(self._hook(names), with_kwargs=True)
                 self._handles.append(hook)
+                for name in own:  # not in the hook: a compiled model would stay cut there
+                    p = getattr(module, name)
+                    for n in () if p.is_meta else set(p.shape):
+                        self._test(n, p.device)
 
     def _see_mask(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
-        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self._masks[mask.device] = mask
+        else:
+            self._masks.clear()
 
     def _hook(self, names: list[str]) -> Any:
         def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -56,14 +64,17 @@ class Inputs:
             if not torch.is_grad_enabled() or x is None or not x.is_floating_point():
                 return
             x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-            if self._mask is not None and self._mask.shape == x.shape[:-1]:
-                x = x * self._mask.unsqueeze(-1)
+            # The model's parts may be on several devices (`device_map`), or all of it on each (`DataParallel`).
+            mask = self._masks.get(x.device, next(iter(self._masks.values()), None))
+            if mask is not None and mask.shape == x.shape[:-1]:
+                x = x * mask.to(x.device).unsqueeze(-1)
             rows = x.reshape(-1, x.shape[-1])
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 seen = sketch_of(rows, self._test(rows.shape[-1], x.device).to(rows.dtype))
                 seen = torch.where(seen.isfinite().all(), seen, 0)  # of a pass whose step will be skipped
             for name in names:
-                self._sketches[name] = self._sketches[name] + seen if name in self._sketches else seen
+                known = self._sketches[name].get(x.device)
+                self._sketches[name][x.device] = seen if known is None else known + seen
 
         return see
 
@@ -78,10 +89,10 @@ class Inputs:
         Of all processes' inputs together; 0 where none were seen.
         """
         test = self._test(n, device)
-        sketch = self._sketches.get(name)
-        if sketch is None or sketch.shape != test.shape:
-            sketch = torch.zeros_like(test)
-        found = leading_directions(sharding.summed(sketch.to(device)), test, count)
+        sketch = torch.zeros_like(test)
+        for seen in self._sketches.get(name, {}).values():
+            sketch = sketch + seen.to(device) if seen.shape == test.shape else sketch
+        found = leading_directions(sharding.summed(sketch), test, count)
         if name not in self._unseen and not found.any():  # a fused one is asked for once for each of its matrices
             self._unseen.append(name)
         return found
@@ -99,6 +110,6 @@ class Inputs:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._mask = None
+        self._masks.clear()
         self._sketches.clear()
         self._tests.clear()

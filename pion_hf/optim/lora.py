@@ -22,6 +22,7 @@ from pion_hf.linalg.polar import (
     polar_factor,
     polar_map,
 )
+from pion_hf.linalg.reading import Reader
 from pion_hf.linalg.rotation import RETRACTIONS, Generator, without
 from pion_hf.linalg.spectrum import numerical_zero, singular_basis, singular_values
 from pion_hf.optim.base import MatrixOptimizer, average
@@ -203,7 +204,8 @@ class PionLora(_Factors):
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
         if group["method"] == "rotate":
-            return _rotated(weight, grad, state, group=group, step=step, note=self._note)
+            reader = self.reader("in", group)
+            return _rotated(weight, grad, state, group=group, step=step, note=self._note, reader=reader)
         return grown(weight, grad, state, group=group, mu=group["betas"][0])
 
     def _note(self, group: dict, a: Generator, alpha: Tensor) -> None:
@@ -219,6 +221,7 @@ def _rotated(
     group: dict,
     step: int,
     note: Callable[[dict, Generator, Tensor], None],
+    reader: Reader,
 ) -> Tensor:
     direction = direction_of(grad, state, group=group, step=step)
     if KEPT in state:  # orthogonal to them both, a rotation has no part in them
@@ -235,7 +238,7 @@ def _rotated(
     # Without a gradient, as A's while B is zero, it stays as it is to the bit.
     alpha = torch.where(moved > _tiny(moved), group["lr"] * size / moved, 0)
     note(group, a, alpha)
-    increment = a.increment(alpha, retraction=group["retraction"], rows=weight.shape[-2])
+    increment = a.increment(alpha, retraction=group["retraction"], rows=weight.shape[-2], reader=reader)
     if group["momentum"] == "transported":
         state["momentum"].add_(increment.change(state["momentum"]))
     if "basis" in state and weight.shape[-2] >= weight.shape[-1]:  # of the other side it stays
