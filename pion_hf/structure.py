@@ -36,13 +36,13 @@ class Structure:
     """What the model's modules say about a parameter."""
 
     def __init__(self, model: nn.Module) -> None:
-        found = _outermost(model)
+        inner = _outermost(model) or [model]
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.config = getattr(found[0], "config", None) if found else None
-        self.inputs = set().union(*(_parameters_of(m, "get_input_embeddings") for m in found or [model]))
-        self.outputs = set().union(*(_parameters_of(m, "get_output_embeddings") for m in found or [model]))
-        inside = {id(m) for inner in found for m in inner.base_model.modules()}
-        self.outside = {id(m) for m in model.modules()} - inside if found else set()
+        self.config = getattr(inner[0], "config", None)
+        self.inputs = set().union(*(_parameters_of(m, "get_input_embeddings") for m in inner))
+        self.outputs = set().union(*(_parameters_of(m, "get_output_embeddings") for m in inner))
+        inside = {id(m) for whole in inner for m in getattr(whole, "base_model", whole).modules()}
+        self.outside = {id(m) for m in model.modules()} - inside
 
     def classify(self, name: str, p: Tensor) -> tuple[str, Layout]:
         path, _, leaf = name.rpartition(".")

@@ -224,6 +224,7 @@ def test_plan_takes_the_dtype_of_the_checkpoint(tmp_path, capsys):
         ({"optim_hold": [0.1]}, [], "hold must be of type float, got [0.1]"),
         ({"max_steps": 2.5}, [], "max_steps must be a whole number, got 2.5"),
         ({"learning_rate": [0.001]}, [], "learning_rate must be a number, got [0.001]"),
+        ({"max_steps": float("inf")}, [], "max_steps must be a whole number, got inf"),
         ({"max_steps": True}, [], "max_steps must be a whole number, got True"),
         ({"optim_args": "beta=(0.9,0.95)"}, [], "Did you mean 'betas'"),
         ({}, ["--optim_hald", "0.1"], "'optim_hald' is not a known flag. Did you mean 'optim_hold'"),

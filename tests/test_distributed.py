@@ -4,13 +4,14 @@ checkpoints."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +24,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
 
 from pion_hf import PionTrainer, PionTrainingArguments, cli
 from pion_hf.integrations.callbacks import unwrap
@@ -303,11 +305,23 @@ def test_a_stream_is_read_by_several(recipe, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
 
 
+def without_wrapper(destroy: Callable[..., None]) -> Callable[..., None]:
+    """`destroy`, which raises where DDP's wrapper is alive: it would take the group down itself, and may hang."""
+
+    def checked(*args: Any) -> None:
+        assert not any(type(found) is DistributedDataParallel for found in gc.get_objects())
+        destroy(*args)
+
+    return checked
+
+
 def main(*argv: str) -> None:
     """In a process that accelerate has launched: train as `alone` does into a folder, or run a command."""
     with fsdp_on_cpu():
         if len(argv) > 1:
-            cli.main(list(argv))
+            with mock.patch.object(dist, "destroy_process_group", without_wrapper(dist.destroy_process_group)):
+                cli.main(list(argv))
+            assert not dist.is_initialized()
             return
         result = train("pion", str(Path(argv[0], "run")))
     if dist.get_rank() == 0:

@@ -367,6 +367,18 @@ def test_a_vision_attention_is_cut_by_its_own_config():
     assert [r.layout for r in routing_table(model).matrices] == ["rows=32,32,32"]
 
 
+def test_a_config_outside_transformers_is_read_too():
+    """Of a user's own module: one of four heads of 8, keys and values of one of them."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = transformers.PreTrainedConfig(num_attention_heads=4, num_key_value_heads=1, head_dim=8)
+            self.attention = nn.ModuleDict({"qkv_proj": nn.Linear(32, 48)})
+
+    assert [r.layout for r in routing_table(Own()).matrices] == ["rows=32,8,8"]
+
+
 def test_frozen_parameters_are_counted_and_never_routed():
     model = llama()
     model.model.embed_tokens.requires_grad_(False)

@@ -61,7 +61,7 @@ def net(dtype: torch.dtype = torch.float32) -> nn.ParameterDict:
 
 def pion(model: nn.Module, **options: Any) -> MatrixOptimizer:
     groups = [{"params": [*LONE, "stack_0", "stack_1", "stack_2"], "rule": "pion"}, OTHERS]
-    groups += [{"params": ["fused_0", "fused_1"], "rule": "pion", "layout": "rows=6,4,2"}]
+    groups += [{"params": ["fused_0", "fused_1"], "rule": "pion", "layout": "rows=5,4,3"}]
     groups += [{"params": [name], "rule": "pion", "layout": layout} for name, layout in LAYOUTS.items()]
     return Pion(with_tensors(groups, model), lr=1e-2, **options)
 
@@ -113,7 +113,8 @@ def watched(model: nn.Module) -> Inputs:
     for name in {*SHAPES} - {"unused", "experts", "bias", "gain"}:
         n = SHAPES[name][0 if LAYOUTS.get(name) == "transposed" else 1]
         rows = torch.randn(20, n, generator=torch.Generator().manual_seed(n)) * torch.arange(1, n + 1)
-        inputs._sketches[name] = sketch_of(rows.double(), random_test_matrix(n, 2, torch.device("cpu")).double())
+        sketch = sketch_of(rows.double(), random_test_matrix(n, 2, rows.device).double())
+        inputs._sketches[name] = {rows.device: sketch}
     return inputs
 
 
@@ -124,7 +125,7 @@ def with_tensors(groups: list[dict], model: nn.Module) -> list[dict]:
 BUILDERS: dict[str, Callable[..., MatrixOptimizer]] = {
     "pion": pion,
     "pion paper": lambda model, **options: pion(model, preset="paper", **options),
-    "pion keep": lambda model, **options: pion(model, keep=2, inputs=watched(model), **options),
+    "pion keep": lambda model, **options: pion(model, keep=1, inputs=watched(model), **options),
     "muon keep": lambda model, **options: muon(model, keep=2, inputs=watched(model), **options),
     "pion both sides, msign": lambda model, **options: pion(
         model, side="both", metric="lie", direction="msign", polar="svd", **options

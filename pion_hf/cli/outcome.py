@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -89,10 +90,22 @@ class ReportMixin:
             self.create_optimizer()  # what it refuses is known before anything is measured
             self.measured["before"] = self.measure()
         output = super().train(*args, **kwargs)
+        self.remove_callback(_MeasuresFirst)
         self.measured["after"] = self.measure()
         if self.is_world_process_zero():
             write_json(Path(self.args.output_dir) / EVALUATION, self.run_summary())
         return output
+
+    def end(self) -> None:
+        """As `Trainer.end`, with nothing left of DDP's wrapper.
+
+        A wrapper that outlives its process group waits for gloo's threads with the interpreter locked, and one of
+        them may need it to finish (pytorch#56297): a command that was done would hang.
+        """
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        gc.collect()
+        super().end()
 
     def measure(self) -> Measures:
         """What the model can do now."""
@@ -194,7 +207,6 @@ class _MeasuresFirst(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.remove_callback(self)
         path = Path(args.output_dir, BEFORE)
         if state.global_step:
             self._trainer.measured["before"] = read_json(path) or {}

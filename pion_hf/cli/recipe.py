@@ -163,7 +163,7 @@ def _check_number(where: str, action: argparse.Action, value: Any) -> None:
     if wanted is None or action.nargs is not None or value is None or isinstance(value, str):
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or (action.type is int and value != int(value)):
+    if not number or (action.type is int and not float(value).is_integer()):
         raise ValueError(f"{where} must be {wanted}, got {value!r}")
 
 

@@ -17,10 +17,10 @@ from pion_hf.linalg.precision import split_product, splitting_pays
 from pion_hf.linalg.reading import READER, Reader, reading_waits
 
 RETRACTIONS = ("root", "cayley", "taylor")
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 # Angles (radians) up to which so many terms of the root series are orthogonal to float32 rounding: with odd terms up to
 # x^(2j - 1), E^T E - I is 2 |c| theta^(2j + 2), c the next coefficient; with two terms it is theta^4 / 4.
-GOLDEN_RATIO = (5**0.5 - 1) / 2
 SERIES_ANGLES = ((0.006, 2), (0.05, 3), (0.1, 5), (0.2, 7), (0.35, 9), (0.5, 11))
 # Coefficients of x^2, x^3, ... in E(x) - I (those of even powers above 2 are 0): x^2/2 + x (1 + x^2/4)^(1/2).
 ROOT_SERIES = {2: 1 / 2, 3: 1 / 8, 5: -1 / 128, 7: 1 / 1024, 9: -5 / 32768, 11: 7 / 262144}
