@@ -139,7 +139,7 @@ BUILDERS: dict[str, Callable[..., MatrixOptimizer]] = {
 DTYPES = {"pion bfloat16": torch.bfloat16, "pion float16": torch.float16}
 CASES = [*BUILDERS, *DTYPES]
 SHARING = [case for case in CASES if case != "adamw_routed"]  # the rules that have work to share
-FAST = ["pion", "teon", "pion_lora"]
+FAST = ["pion", "pion keep", "teon", "pion_lora"]
 
 
 def start(case: str, *, mesh: Any = None, **options: Any) -> tuple[nn.ParameterDict, MatrixOptimizer]:

@@ -2,12 +2,13 @@
 
 SmolLM2-135M-Instruct, 12 steps of 8 `reasoning-gym` examples, full fine-tuning; the loss on unrelated documentation
 shows what is forgotten. Every learning rate runs with two seeds, of the order of the data. With `--longer` it is 48
-steps, one seed, and the contenders of compare_longer.yaml.
+steps, one seed, and the contenders of compare_longer.yaml; with `--again` as many steps, two seeds, and the best of
+these in compare_again.yaml.
 
 Needs examples/prepare_smollm2.py, examples/prepare_reasoning.py and data/python_docs.txt (`make demo` makes all three).
 Finished runs are kept in runs/compare-benchmark (runs/compare-longer) and not repeated; results/compare.json and .png
-(compare_longer) are what is committed, and `--show` prints the table of it. A run takes two to five minutes on 2 CPU
-cores, a longer one eight to fifteen.
+(compare_longer, compare_again) are what is committed, and `--show` prints the table of it. A run takes two to five
+minutes on 2 CPU cores, a longer one eight to fifteen.
 """
 
 import argparse
@@ -46,10 +47,10 @@ class Comparison(NamedTuple):
         return HERE / "results" / f"{self.name}{suffix}"
 
 
+SETTINGS_OF_LONGER = ("--set", "max_steps=48", "exact_match_samples=32")
 USUAL = Comparison("compare", "runs/compare-benchmark", seeds=2)
-LONGER = Comparison(
-    "compare_longer", "runs/compare-longer", seeds=1, settings=("--set", "max_steps=48", "exact_match_samples=32")
-)
+LONGER = Comparison("compare_longer", "runs/compare-longer", seeds=1, settings=SETTINGS_OF_LONGER)
+AGAIN = Comparison("compare_again", "runs/compare-longer", seeds=2, settings=SETTINGS_OF_LONGER)
 
 
 def every_run(record: dict) -> Table:
@@ -69,14 +70,19 @@ def every_run(record: dict) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--longer", action="store_true", help="four times as many steps")
+    parser.set_defaults(comparison=USUAL)
+    which = parser.add_mutually_exclusive_group()
+    for flag, comparison, text in (
+        ("--longer", LONGER, "four times as many steps"),
+        ("--again", AGAIN, "as many, its best learning rates with two seeds, and more directions kept"),
+    ):
+        which.add_argument(flag, dest="comparison", action="store_const", const=comparison, help=text)
     parser.add_argument("--show", action="store_true", help="print the table of the committed runs")
     parser.add_argument("--jobs", default="1", help="runs at once")
     chosen = parser.parse_args()
-    comparison = LONGER if chosen.longer else USUAL
     if not chosen.show:
-        comparison.run(chosen.jobs)
-    record = json.loads(comparison.result(".json").read_text(encoding="utf-8"))
+        chosen.comparison.run(chosen.jobs)
+    record = json.loads(chosen.comparison.result(".json").read_text(encoding="utf-8"))
     console = Console(width=compare.PLAIN_WIDTH)
     console.print(table(record, plain=True))
     for line in remarks(record):
