@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pion_hf.errors import listing
 from pion_hf.optim.blocks import Layout
 from pion_hf.optim.sharding import whole
 
@@ -63,9 +64,7 @@ def lora_factors(model: nn.Module) -> list[Factor]:
                 factors.append(_factor(names[id(own)], own, partner, side, layer, adapter, embedding))
     if frozen:
         warnings.warn(
-            f"{len(frozen)} LoRA factors are frozen while their partners train: {', '.join(frozen[:3])}"
-            f"{' ...' if len(frozen) > 3 else ''}.",
-            stacklevel=3,
+            f"{len(frozen)} LoRA factors are frozen while their partners train: {listing(frozen)}.", stacklevel=3
         )
     return factors
 

@@ -1,11 +1,18 @@
-"""One way of saying that a name is wrong: name it, name the nearest right one, list the rest."""
+"""One way of saying that a name is wrong: name it, name the nearest right one, list the rest; and of long lists."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LONGEST_LIST = 30
+LISTED = 5
+
+
+def listing(names: Sequence[str]) -> str:
+    """`a, b, c, d, e and 3 more`."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import evaluate
@@ -57,6 +58,26 @@ def prompts_and_answers(rows: Sequence[dict[str, Any]]) -> list[tuple[list[dict[
     return pairs
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode, and afterwards in the one it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextlib.contextmanager
+def _padded_left(tokenizer: Any) -> Iterator[None]:
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = side
+
+
 @torch.no_grad()
 def exact_match(
     model: nn.Module, tokenizer: Any, rows: Sequence[dict[str, Any]], *, batch_size: int = 16, max_new_tokens: int = 32
@@ -64,10 +85,7 @@ def exact_match(
     """Share of `rows` whose greedily generated answer equals the reference (`evaluate` metric `exact_match`)."""
     pairs = prompts_and_answers(rows)
     metric = evaluate.load(EXACT_MATCH)
-    was_training = model.training
-    model.eval()
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    try:
+    with evaluating(model), _padded_left(tokenizer):
         order = sorted(range(len(pairs)), key=lambda i: len(str(pairs[i][0])))
         for start in tqdm(range(0, len(order), batch_size), desc="Answering", leave=False):
             batch = [pairs[i] for i in order[start : start + batch_size]]
@@ -82,9 +100,6 @@ def exact_match(
             )
             answers = tokenizer.batch_decode(produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             metric.add_batch(predictions=answers, references=[answer for _, answer in batch])
-    finally:
-        tokenizer.padding_side = side
-        model.train(was_training)
     return metric.compute()["exact_match"]
 
 
@@ -150,19 +165,17 @@ def token_loss(model: nn.Module, rows: Sequence[tuple[Tensor, Tensor]], *, batch
     batch_size: by default so many rows that a batch has at most `BATCH_TOKENS` tokens.
     """
     batch_size = batch_size or max(1, BATCH_TOKENS // max(len(ids) for ids, _ in rows))
-    was_training = model.training
-    model.eval()
     total, count = 0.0, 0
-    for start in tqdm(range(0, len(rows), batch_size), desc="Reading", leave=False):
-        ids, labels = zip(*rows[start : start + batch_size], strict=True)
-        batch = {  # padded on the right, where causal models do not look
-            "input_ids": pad_sequence(ids, batch_first=True),
-            "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-        }
-        predicted = (batch["labels"][:, 1:] != IGNORED).sum().item()
-        batch = {key: value.to(model.device) for key, value in batch.items()}
-        total += model(**batch, use_cache=False).loss.item() * predicted
-        count += predicted
-    model.train(was_training)
+    with evaluating(model):
+        for start in tqdm(range(0, len(rows), batch_size), desc="Reading", leave=False):
+            ids, labels = zip(*rows[start : start + batch_size], strict=True)
+            batch = {  # padded on the right, where causal models do not look
+                "input_ids": pad_sequence(ids, batch_first=True),
+                "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
+                "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            }
+            predicted = (batch["labels"][:, 1:] != IGNORED).sum().item()
+            batch = {key: value.to(model.device) for key, value in batch.items()}
+            total += model(**batch, use_cache=False).loss.item() * predicted
+            count += predicted
     return total / count

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pion_hf.adapters import Factor, has_adapters, lora_factors
-from pion_hf.errors import unknown
+from pion_hf.errors import listing, unknown
 from pion_hf.optim.blocks import Layout, name_of
 from pion_hf.patterns import Patterns, spellings_of
 from pion_hf.stacking import ALL_FACTORS, Stacks, find_stacks
@@ -63,10 +63,11 @@ class Route:
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """All trainable parameters of a model, routed; prints as a table."""
+    """All trainable parameters of a model, routed for the optimizer `optim`; prints as a table."""
 
     routes: tuple[Route, ...]
     frozen: int
+    optim: str
     stack: int = 1
     stacks: Stacks = NO_STACKS
 
@@ -83,6 +84,7 @@ class Routing:
 
     @property
     def matrices(self) -> tuple[Route, ...]:
+        """The routes that do not lead to AdamW."""
         return tuple(r for r in self.routes if r.rule != "adamw")
 
     def rows(self, learning_rates: dict[str, float]) -> list[dict[str, Any]]:
@@ -121,9 +123,7 @@ class Routing:
         if stacked:
             table.caption = f"Stacks of {self.stack} consecutive layers."
             if self.stacks.alone:
-                some = ", ".join(self.stacks.alone[:3])
-                more = f" and {len(self.stacks.alone) - 3} more" if len(self.stacks.alone) > 3 else ""
-                table.caption += f" Left over, each alone: {some}{more}."
+                table.caption += f" Left over, each alone: {listing(self.stacks.alone)}."
         return table
 
     def save(self, path: str | os.PathLike, learning_rates: dict[str, float]) -> None:
@@ -165,6 +165,8 @@ def routing_table(
     """Route every trainable parameter of `model`.
 
     Args:
+        model: as it will be trained: with its adapters, and what is frozen frozen.
+        optim: `pion`, `teon`, `muon` or `adamw_routed`; for models with LoRA adapters `pion_lora` or `teon_lora`.
         targets: regular expressions, searched in the names of parameters and of their modules (all of them, where
             a parameter is tied): only matrices of hidden layers that match are given to the matrix rule, the rest
             goes to AdamW. `"all-linear"` (the default) means all.
@@ -215,7 +217,7 @@ def routing_table(
     wanted.require_all_used(names)
     unwanted.require_all_used(names)
     frozen = sum(parameter_count(p) for p in model.parameters() if not p.requires_grad)
-    routing = Routing(tuple(routes), frozen)
+    routing = Routing(tuple(routes), frozen, optim)
     if not routing.matrices:
         raise _nothing_to_update(optim, routes, by_adamw=set(methods.values()) == {"adamw"}, excluded=bool(unwanted))
     if optim in ("teon", "teon_lora"):
@@ -312,10 +314,10 @@ def _stacked(routing: Routing, model: nn.Module, stack: int, targets: str | Iter
 
 def param_groups(
     model: nn.Module,
-    optim: str = "pion",
+    optim: str | None = None,
     *,
-    lr: float = 1e-4,
-    weight_decay: float = 0.0,
+    lr: float | None = None,
+    weight_decay: float | None = None,
     adamw_lr: float | None = None,
     adamw_betas: tuple[float, float] | None = None,
     adamw_eps: float | None = None,
@@ -329,35 +331,43 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups for the optimizer's constructor, one per rule, layout and decay; names in `param_names`.
 
+    What is not given here is not in the groups: there the optimizer's own `lr`, `weight_decay`, `betas` and `eps` hold.
+
     Args:
-        lr: of the matrices. weight_decay: of every matrix that is not rotated, embeddings and heads included.
-        adamw_lr, adamw_betas, adamw_eps: of the AdamW groups (default: `lr` and the optimizer's own); of
-            `adamw_routed` betas and eps are the matrices' too.
+        model, optim: see `routing_table`; by default for `pion`.
+        lr: of the matrices. weight_decay: of every matrix that is not rotated, embeddings and heads included; biases
+            and norms have none in any case.
+        adamw_lr: of the AdamW groups, if not `lr`. adamw_betas, adamw_eps: theirs; of `adamw_routed` the matrices' too.
         targets, exclude, stack, stack_targets, lora_a, lora_b: see `routing_table`. routing: its result, if at hand.
 
     Raises:
-        ValueError: as `routing_table`; one of its options beside a `routing`, which it could not change.
+        ValueError: as `routing_table`; one of its options, or another `optim`, beside a `routing` that it could not
+            change.
     """
     choices = {"targets": targets, "exclude": exclude, "stack": stack, "stack_targets": stack_targets}
     choices |= {"lora_a": lora_a, "lora_b": lora_b}
     given = [name for name, value in choices.items() if value is not None]
-    if routing is not None and given:
+    if routing is None:
+        routing = routing_table(model, optim or "pion", **choices)
+    elif given:
         raise ValueError(f"{', '.join(given)} can have no effect on a finished routing: give it to routing_table.")
-    routing = routing or routing_table(model, optim, **choices)
-    adamw_options = {"lr": lr if adamw_lr is None else adamw_lr}
-    if adamw_betas is not None:
-        adamw_options["betas"] = tuple(adamw_betas)
-    if adamw_eps is not None:
-        adamw_options["eps"] = adamw_eps
+    elif optim not in (None, routing.optim):
+        raise ValueError(f"optim={optim!r} was given beside a routing for {routing.optim!r}: leave it out.")
+    matrix_options = _given(lr=lr, weight_decay=weight_decay)
+    adamw_options = {
+        **matrix_options,
+        **_given(lr=adamw_lr, betas=adamw_betas and tuple(adamw_betas), eps=adamw_eps),
+    }
     groups: dict[tuple, dict[str, Any]] = {}
     for r in sorted(routing, key=lambda r: r.rule == "adamw"):
         key = _group_key(r)
         if key not in groups:
-            options = adamw_options if r.rule == "adamw" else {"lr": lr}
+            options = adamw_options if r.rule == "adamw" else matrix_options
             if r.rule == "adamw_routed":
-                options = {**adamw_options, "lr": lr}
-            decay = weight_decay if r.decays else 0.0
-            groups[key] = {"params": [], "rule": r.rule, "layout": r.layout, **options, "weight_decay": decay}
+                options = {**adamw_options, **matrix_options}
+            groups[key] = {"params": [], "rule": r.rule, "layout": r.layout, **options}
+            if not r.decays:
+                groups[key]["weight_decay"] = 0.0
             if r.rule in ("teon", "teon_lora"):
                 groups[key].update(stack=routing.stack, stacks=[])
             if r.method:
@@ -370,6 +380,10 @@ def param_groups(
     for names in routing.stacks.stacks:
         group_of[names[0]]["stacks"].append(list(names))
     return list(groups.values())
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _group_key(r: Route) -> tuple:

@@ -110,8 +110,13 @@ def write_json(path: str | os.PathLike, record: Any) -> None:
     """Write JSON, whole or not at all; its folder is made if need be."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file beside the old one, and then put it in its place: an interruption leaves one of them whole."""
     part = path.with_name(f"_{path.name}")  # never uploaded: transformers leaves out what begins with "_"
-    part.write_text(json.dumps(finite(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
@@ -128,7 +133,7 @@ def keep_until(folder: str | os.PathLike, step: int, files: Iterable[str] = (LOG
     for path in (Path(folder, name) for name in files):
         if path.is_file():
             lines = [json.dumps(finite(e)) for e in _read_lines(path) if e.get("step", 0) <= step]
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            _replace(path, "".join(f"{line}\n" for line in lines))
 
 
 def finite(value: Any) -> Any:

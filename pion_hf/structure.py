@@ -65,7 +65,7 @@ class Structure:
                 return "router", none
             layout = self._linear_layout(module, owner, child, p)
             return ("matrix" if _is_rotatable(p, layout) else "other"), layout
-        if p.ndim == 3 and _looks_like_experts(module, p):
+        if _looks_like_experts(module, p):
             layout = _expert_layout(module, leaf, p)
             return ("matrix" if _is_rotatable(p, layout) else "other"), layout
         if isinstance(module, nn.MultiheadAttention) and leaf.endswith("proj_weight"):
@@ -181,7 +181,7 @@ def _expert_count(owner: nn.Module | None) -> int | None:
         if isinstance(child, nn.ModuleList) and len(child) > 1 and all(map(is_plain_mlp, child)):
             return len(child)
         for p in child.parameters(recurse=False):
-            if p.ndim == 3 and _looks_like_experts(child, p):
+            if _looks_like_experts(child, p):
                 return p.shape[0]
     return None
 

@@ -191,10 +191,10 @@ def test_one_matrix_is_kept_at_a_time():
     class Counting(SelfCheck):
         open = most = 0
 
-        def keep(self, weights):
+        def before(self, weights):
             self.open += 1
             self.most = max(self.most, self.open)
-            return super().keep(weights)
+            return super().before(weights)
 
         def see(self, update):
             self.open -= 1

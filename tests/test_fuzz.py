@@ -19,12 +19,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pion_hf
 from pion_hf.optim import MatrixOptimizer, Pion, PionLora, Teon, TeonLora, blocks
+from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.precision import join
 
 FUZZ = settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -49,8 +50,9 @@ class Setup:
 
     def build(self) -> tuple[MatrixOptimizer, dict[str, nn.Parameter]]:
         params = {name: nn.Parameter(p.clone()) for name, p in self.params.items()}
+        inputs = {"inputs": SomeInputs(self.options["keep"])} if self.options.get("keep") else {}
         groups = [{**copy.deepcopy(g), "params": [(name, params[name]) for name in g["params"]]} for g in self.groups]
-        return self.cls(groups, **self.options), params
+        return self.cls(groups, **self.options, **inputs), params
 
     def gradients(self, step: int) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(1000 * self.seed + step)
@@ -61,6 +63,18 @@ class Setup:
     def __repr__(self) -> str:
         shapes = {name: (tuple(p.shape), p.dtype) for name, p in self.params.items()}
         return f"{self.cls.__name__}({self.groups}, **{self.options}) of {shapes}, seed {self.seed}"
+
+
+class SomeInputs(Inputs):
+    """As of a model whose layers have been called; what they took in shows as many directions as are asked for."""
+
+    def __init__(self, directions: int) -> None:
+        super().__init__(nn.Module(), directions)
+
+    def directions(self, name: str, n: int, count: int, device: torch.device) -> Tensor:
+        draw = torch.Generator().manual_seed(n)
+        found = torch.linalg.qr(torch.randn(n, min(n, count), generator=draw, dtype=torch.float64)).Q
+        return nn.functional.pad(found, (0, count - found.shape[1]))
 
 
 def option_values(hint: Any, *, valid: bool) -> st.SearchStrategy:
@@ -86,7 +100,8 @@ def option_values(hint: Any, *, valid: bool) -> st.SearchStrategy:
 def options_of(draw: st.DrawFn, cls: type, *, invalid: bool) -> dict[str, Any]:
     """Some of the options of a class, one of them invalid if that is wanted."""
     hints = typing.get_type_hints(cls.__init__)
-    names = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "params", "stack")]
+    elsewhere = ("self", "params", "stack", "inputs")
+    names = [name for name in inspect.signature(cls.__init__).parameters if name not in elsewhere]
     chosen = draw(st.lists(st.sampled_from(names), max_size=4, unique=True))
     options = {name: draw(option_values(hints[name], valid=True)) for name in chosen if name != "lr"}
     options["lr"] = draw(st.sampled_from([1e-3, 1e-2, 0.1, 1.0]))
@@ -253,7 +268,7 @@ def test_saving_and_loading_between_any_two_steps_changes_nothing(setup):
         optimizer, params = setup.build()
         step(optimizer, params, setup.gradients(0))
     except ValueError:
-        return
+        assume(False)
     second, copies = setup.build()
     step(second, copies, setup.gradients(0))
     for t in range(1, 6):
@@ -275,11 +290,13 @@ def test_saving_and_loading_between_any_two_steps_changes_nothing(setup):
 @settings(FUZZ, max_examples=60)
 @given(setups(dtypes=(torch.float64,)))
 def test_matrices_together_move_as_each_alone(setup):
+    # By angles near 1 rad the series of one may not converge, and all of its batch take the other exact retraction.
+    assume(setup.options["lr"] < 1)
     try:
         together, params = setup.build()
         step(together, params, setup.gradients(0))
     except ValueError:
-        return
+        assume(False)
     for t in range(1, 4):
         step(together, params, absent(setup, t))
     for group in setup.groups:
@@ -291,7 +308,11 @@ def test_matrices_together_move_as_each_alone(setup):
                 one["reach"] = group["reach"][: len(names)]  # they are all the same
             if "stack" in group:
                 one |= {"stack": len(names), **({"stacks": [names] if len(names) > 1 else []} if stacks else {})}
-            alone, copies = replace(setup, groups=[one], params={n: setup.params[n] for n in names}).build()
+            options = dict(setup.options)
+            if "reach" in group and blocks.Layout.parse(group["layout"]).transposed:
+                options.pop("keep", None)  # B keeps nothing, and is refused where it is alone
+            params_of_one = {n: setup.params[n] for n in names}
+            alone, copies = replace(setup, groups=[one], params=params_of_one, options=options).build()
             for t in range(4):
                 grads = setup.gradients(t) if t == 0 else absent(setup, t)
                 step(alone, copies, {n: grads[n] for n in names})

@@ -39,19 +39,19 @@ from tests.test_inputs import KEEP, Net, ids, inputs_of, leading, rows_of
 
 
 def muon(model: nn.Module, **options) -> MatrixOptimizer:
-    return Teon(param_groups(model, "muon", lr=1e-2), lr=1e-2, stack=1, weight_decay=0.1, **options)
+    return Teon(param_groups(model, "muon"), lr=1e-2, stack=1, weight_decay=0.1, **options)
 
 
 def teon(model: nn.Module, **options) -> MatrixOptimizer:
-    return Teon(param_groups(model, "teon", lr=1e-2), lr=1e-2, **options)
+    return Teon(param_groups(model, "teon"), lr=1e-2, **options)
 
 
 def pion(model: nn.Module, **options) -> MatrixOptimizer:
-    return Pion(param_groups(model, "pion", lr=3e-2), lr=3e-2, **options)
+    return Pion(param_groups(model, "pion"), lr=3e-2, **options)
 
 
 def adamw_routed(model: nn.Module, **options) -> MatrixOptimizer:
-    return RoutedAdamW(param_groups(model, "adamw_routed", lr=3e-3, weight_decay=0.1), lr=3e-3, **options)
+    return RoutedAdamW(param_groups(model, "adamw_routed"), lr=3e-3, weight_decay=0.1, **options)
 
 
 OPTIMIZERS = {

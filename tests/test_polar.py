@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pion_hf.linalg.polar import POLAR_METHODS, polar_factor
+from pion_hf.linalg.polar import ITERATIONS, POLAR_METHODS, polar_factor, polar_map
 
 METHODS = [method for method in POLAR_METHODS if method != "gram"]  # test_gram.py
 
@@ -99,3 +99,30 @@ def test_steps_out_of_range(method, steps):
 def test_an_unknown_method_is_named():
     with pytest.raises(ValueError, match="Did you mean 'express'"):
         polar_factor(torch.eye(2), method="expres")
+
+
+def test_a_skew_matrix_has_a_skew_polar_factor():
+    x = torch.randn(2, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for method in METHODS:
+        q = polar_factor(x - x.mT, method=method)
+        torch.testing.assert_close(q, -q.mT, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["svd", "nonsense"])
+def test_only_iterations_have_a_map(method):
+    with pytest.raises(ValueError, match="iteration of polar_map"):
+        polar_map(torch.eye(2), method=method)
+
+
+@pytest.mark.parametrize("method", ITERATIONS)
+def test_the_map_times_the_matrix_is_the_factor(method):
+    x = torch.randn(3, 4, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for wide in (x, x[..., :9]):  # on the Gram matrix or not
+        torch.testing.assert_close(polar_map(wide, method=method) @ wide, polar_factor(wide, method=method))
+
+
+def test_products_in_low_precision_give_the_dtype_back():
+    x = torch.randn(2, 12, 20, generator=torch.Generator().manual_seed(0))
+    low = polar_factor(x, dtype="bfloat16")
+    assert low.dtype == x.dtype
+    torch.testing.assert_close(low, polar_factor(x.bfloat16()).float(), atol=0, rtol=0)

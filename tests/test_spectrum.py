@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from pion_hf.linalg.polar import polar_factor
-from pion_hf.linalg.rotation import skew
 from pion_hf.linalg.spectrum import singular_basis, singular_values, spectral_drift
 
 SHAPES = [(9, 9), (14, 6), (6, 14), (2, 5)]
@@ -39,28 +37,3 @@ def test_spectral_drift_is_relative_to_the_norm():
     before = torch.tensor([[4.0, 2.0], [10.0, 1.0]])
     after = torch.tensor([[4.0, 2.4], [11.0, 1.0]])
     torch.testing.assert_close(spectral_drift(before, after), torch.tensor([0.1, 0.1]))
-
-
-@pytest.mark.parametrize("shape", [(24, 24), (40, 12), (12, 40)])
-def test_polar_express_and_quintic_against_svd(shape):
-    u, _, vh = torch.linalg.svd(draw(3, *shape, dtype=torch.float32), full_matrices=False)
-    x = (u * torch.logspace(0, -1.5, min(shape))) @ vh
-    torch.testing.assert_close(polar_factor(x, method="svd"), u @ vh, atol=2e-5, rtol=0)
-    for method, low, high in (("express", 0.85, 1.15), ("quintic", 0.5, 1.3)):
-        values = torch.linalg.svdvals(polar_factor(x, method=method))
-        assert low < values.min() <= values.max() < high
-
-
-def test_polar_factor_of_a_skew_matrix_is_skew():
-    x = skew(draw(2, 12, 12))
-    for method in ("svd", "express"):
-        q = polar_factor(x, method=method)
-        torch.testing.assert_close(q, -q.mT, atol=1e-9, rtol=0)
-
-
-def test_polar_of_zero_is_zero_and_bad_arguments_raise():
-    assert not polar_factor(torch.zeros(2, 4, 3)).any()
-    with pytest.raises(ValueError, match="express"):
-        polar_factor(torch.eye(3), method="expres")
-    with pytest.raises(ValueError, match=r"1\.\.10"):
-        polar_factor(torch.eye(3), steps=0)

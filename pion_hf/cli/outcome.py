@@ -122,7 +122,7 @@ class ReportMixin:
         """What it can do of its task, by metric; the first one says what was learnt (see `evaluation.PROGRESS`)."""
         values = {}
         if self.eval_dataset is not None:
-            loss = self._evaluation_loss()
+            loss = self.evaluation()["eval_loss"]
             values = {"loss": loss, "perplexity": perplexity(loss)}
         if self.questions:
             values["exact_match"] = self.exact_match(self.questions)
@@ -166,9 +166,6 @@ class ReportMixin:
             return tokens(self.processing_class, data)
         except ValueError as error:
             raise ValueError(f"{name}={getattr(self.report_arguments, name)!r}: {error}") from None
-
-    def _evaluation_loss(self) -> float:
-        return self.evaluation()["eval_loss"]
 
     def evaluation(self) -> dict[str, float]:
         """Metrics of the model as it is; the Trainer has often evaluated it at its last step already."""

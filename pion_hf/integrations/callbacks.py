@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
+from pion_hf.errors import listing
 from pion_hf.integrations import run_folder
 from pion_hf.integrations.matrices import (
     COLD_STEPS,
@@ -266,7 +267,7 @@ class _Run:
             logger.warning(
                 f"{len(deficient)} of the {len(rotated)} rotated matrices whose spectrum was measured are "
                 "rank-deficient and stay so under rotations (a zero singular value never grows): "
-                f"{', '.join(deficient[:5])}{' ...' if len(deficient) > 5 else ''}"
+                f"{listing(deficient)}"
             )
 
     # -- the end ----------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from pion_hf.adapters import has_adapters
-from pion_hf.integrations.optimizers import name_of
+from pion_hf.integrations.optimizers import class_name
 from pion_hf.linalg.precision import full_float32
 from pion_hf.linalg.spectrum import leading_singular, singular_values, spectral_drift
 from pion_hf.optim import MatrixOptimizer, blocks
 from pion_hf.optim.blocks import Layout
+from pion_hf.optim.observing import to_host
 from pion_hf.routing import Route, routing_table
 from pion_hf.stacking import PROJECTIONS, projection_of
 from pion_hf.structure import GATE_UP_NAMES
@@ -82,7 +83,7 @@ def hidden_matrices(model: nn.Module, optimizer: Any, ours: MatrixOptimizer | No
     found = []
     for r in routes:
         group, layout = groups.get(id(r.parameter)), Layout.parse(r.layout)
-        rule = name_of(optimizer) if group is None else group["rule"]
+        rule = class_name(optimizer) if group is None else group["rule"]
         keeps = group is not None and ours.keeps_spectrum(group)
         for index, name in enumerate(r.matrix_names):
             role, layer = _role(r, index, layout.pieces, modules), _layer(r.name)
@@ -117,7 +118,7 @@ class Norms:
     @torch.no_grad()
     def measure(self) -> dict[str, list[float]]:
         """`spectral_norm` and `stable_rank`, `||W||_F^2 / ||W||_2^2`, of every matrix; of experts largest and mean."""
-        norms, squares = [], []
+        measured = []
         with full_float32():
             for matrix in self.matrices:
                 experts = matrix.weights()
@@ -128,21 +129,13 @@ class Norms:
                     for w, start in zip(experts, starts or [None] * len(experts), strict=True)
                 ]
                 self._vectors[matrix.name] = [vector for _, vector in found]
-                norms.append(torch.stack([norm for norm, _ in found]).double())
-                squares.append(experts.flatten(1).norm(dim=1).double().square())
-        values = [(n.cpu(), s.cpu()) for n, s in zip(norms, squares, strict=True)] if _scattered(norms) else None
-        if values is None:  # one transfer
-            sizes = [len(n) for n in norms]
-            joined = torch.stack((torch.cat(norms), torch.cat(squares))).cpu()
-            values = list(zip(joined[0].split(sizes), joined[1].split(sizes), strict=True))
+                norms, sizes = torch.stack([norm for norm, _ in found]), experts.flatten(1).norm(dim=1)
+                measured.append(torch.stack((norms.double(), sizes.double().square())))
+        values = to_host(measured)
         return {
             "spectral_norm": [n.max().item() for n, _ in values],
             "stable_rank": [(s / n.square()).mean().item() if n.all() else math.nan for n, s in values],
         }
-
-
-def _scattered(tensors: list[Tensor]) -> bool:
-    return len({t.device for t in tensors}) > 1
 
 
 def spread(matrices: list[HiddenMatrix]) -> list[HiddenMatrix]:

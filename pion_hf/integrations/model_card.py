@@ -16,7 +16,7 @@ from transformers.modelcard import make_markdown_table
 
 from pion_hf._version import __version__
 from pion_hf.arguments import OPTIMIZER_CLASSES
-from pion_hf.integrations.optimizers import name_of, unwrap
+from pion_hf.integrations.optimizers import class_name, unwrap
 from pion_hf.optim import MatrixOptimizer
 from pion_hf.optim.blocks import Layout
 from pion_hf.routing import LORA_FORMS
@@ -98,8 +98,9 @@ def describe(args: TrainingArguments, wrapped: Any, model: nn.Module) -> dict[st
     optim, optimizer = args.optim.value, unwrap(wrapped)
     said = {"name": optim, "learning_rate": args.learning_rate, "schedule": args.lr_scheduler_type.value}
     if optimizer is None:
-        by_hand = optim in OPTIMIZER_CLASSES and wrapped is not None
-        return said | ({"name": name_of(wrapped), "learning_rate": _rate(wrapped.param_groups[0])} if by_hand else {})
+        if optim in OPTIMIZER_CLASSES and wrapped is not None:  # built by hand
+            said |= {"name": class_name(wrapped), "learning_rate": _rate(wrapped.param_groups[0])}
+        return said
     matrices = [group for group in optimizer.param_groups if group["rule"] != "adamw"]
     leading = min(matrices, key=lambda group: optimizer.matrix_rules.index(group["rule"]))
     said["learning_rate"] = _rate(leading)

@@ -36,6 +36,6 @@ def learning_rates(optimizer: Any) -> dict[str, float]:
     return found
 
 
-def name_of(optimizer: Any) -> str:
+def class_name(optimizer: Any) -> str:
     """What is put for a rule where an optimizer is not of this package: `adamw`, `muon`."""
     return type(getattr(optimizer, "optimizer", optimizer)).__name__.lower()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pion_hf.integrations.optimizers import name_of
+from pion_hf.integrations.optimizers import class_name
 from pion_hf.optim import MatrixOptimizer
 from pion_hf.optim.observing import Update, angles, to_host
 
@@ -43,7 +43,7 @@ class Meter:
         self.seconds = self.seconds_in_steps = self.last_seconds = 0.0
         names = {id(p): name for name, p in model.named_parameters()}
         self._others = [
-            (name_of(optimizer) if ours is None else "adamw", names.get(id(p), f"parameter {i} of group {g}"), p)
+            (class_name(optimizer) if ours is None else "adamw", names.get(id(p), f"parameter {i} of group {g}"), p)
             for g, group in enumerate(getattr(optimizer, "param_groups", ()))
             if ours is None or group["rule"] == "adamw"
             for i, p in enumerate(group["params"])
@@ -61,14 +61,14 @@ class Meter:
     def wants(self, group: dict) -> bool:
         return self.on
 
-    def keep(self, weights: Tensor) -> Tensor:
+    def before(self, weights: Tensor) -> Tensor:
         with self._timed(in_step=True):
             return _sample(weights).clone()
 
     def see(self, update: Update) -> None:
         with self._timed(in_step=True):
             rule = "/".join(filter(None, (update.group["rule"], update.group.get("method"))))
-            squares = (_sample(update.after) - update.kept).square().mean((-2, -1)).flatten()
+            squares = (_sample(update.after) - update.before).square().mean((-2, -1)).flatten()
             self._sizes.update(dict.fromkeys(update.names, math.prod(update.after.shape[-2:])))
             self._steps[-1].append(_Row(rule, update.names, "update", squares.double()))
             for side, (a, alpha) in update.rotations.items():

@@ -125,7 +125,7 @@ class Tangent(NamedTuple):
         `W + alpha change = U diag(s) Y` has `Y Y^T = I + K`; the aim is `U diag(s) (I + K)^(-1/2) Y`, the polar
         retraction of `V^T`. The first order of `K` cancels but for what rounding has made of the tangent: so it comes
         from products in working precision, as does all that large singular directions could leak through into others.
-        None if the series does not converge.
+        None if the series does not converge, for one of a batch: then all of it needs another way.
         """
         step = change * alpha
         middle = torch.add(w, step, alpha=0.5)

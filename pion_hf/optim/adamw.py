@@ -54,7 +54,7 @@ class RoutedAdamW(MatrixOptimizer):
         self._laid_out: set[Tensor] = set()  # parameters whose kept directions are none yet
         super().__init__(params, defaults, inputs=inputs)
 
-    def _adamw_step(self, group: dict) -> None:
+    def _elementwise_step(self, group: dict) -> None:
         """All parameters at once, or one after the other where somebody keeps the weights before the step."""
         routed = group["rule"] in self.matrix_rules
         observers = [observer for observer in self.observers if routed and observer.wants(group)]
@@ -65,7 +65,7 @@ class RoutedAdamW(MatrixOptimizer):
         for name, p in named_parameters(group):
             if p.grad is None:
                 continue
-            kept = [[observer.keep(matrix) for matrix in _matrices(p, layout)] for observer in observers]
+            kept = [[observer.before(matrix) for matrix in _matrices(p, layout)] for observer in observers]
             self._kept_step({**group, "params": [p], "param_names": [name]}, routed=routed)
             after, grads = _matrices(p, layout), _matrices(p.grad, layout)
             for i, (new, grad) in enumerate(zip(after, grads, strict=True)):
@@ -90,8 +90,8 @@ class RoutedAdamW(MatrixOptimizer):
 
     def _kept_step(self, group: dict, *, routed: bool) -> None:
         """torch's step; of matrices less what it does to the outputs of kept directions."""
-        if not (routed and group.get("keep")):
-            super()._adamw_step(group)
+        if not (routed and group["keep"]):
+            super()._elementwise_step(group)
             return
         transposed, outputs = blocks.Layout.parse(group["layout"]).transposed, []
         for name, p in named_parameters(group):
@@ -109,7 +109,7 @@ class RoutedAdamW(MatrixOptimizer):
                 self._laid_out.discard(p)
             kept = self.state[p][KEY][0]
             outputs.append((p, kept, (p.mT if transposed else p).to(kept.dtype) @ kept))
-        super()._adamw_step(group)
+        super()._elementwise_step(group)
         for p, kept, before in outputs:
             w = p.mT if transposed else p
             w.add_(((before - w.to(kept.dtype) @ kept) @ kept.mT).to(p.dtype))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +17,7 @@ from pion_hf.linalg.reading import LateReader
 from pion_hf.linalg.rotation import Generator
 from pion_hf.optim import blocks, elementwise, precision, sharding
 from pion_hf.optim.batches import KEPT, REST, Batch, Block, Plan, is_apart, unshared
-from pion_hf.optim.checks import check_common, check_parameter
+from pion_hf.optim.checks import check_common, check_flags, check_parameter
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Observer, SelfCheck, Update
 from pion_hf.optim.saved import OWN, check_saved
@@ -45,7 +44,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     among `elementwise_rules`: what torch's AdamW steps.
 
     A group's `rule` chooses: one of `matrix_rules`, or `"adamw"`. Groups without a rule, `(name, tensor)`
-    pairs and bare tensors are divided: 2-D tensors are matrices, the rest goes to AdamW.
+    pairs and bare tensors are divided: 2-D tensors are matrices, the rest goes to AdamW, without weight decay where it
+    is 1-D (biases, norms) unless the group has one of its own.
     Every hyperparameter lives in the groups; state is created at a parameter's first step, so that a wrapper
     may replace parameters between construction and training. Parameters may be sharded by FSDP2 (see `sharding`).
 
@@ -54,7 +54,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """
 
     matrix_rules: tuple[str, ...] = ()
-    isospectral_rules: tuple[str, ...] = ()
     elementwise_rules: tuple[str, ...] = ("adamw",)
     per_block_state: frozenset[str] = frozenset()
     """State whose shape may happen to equal the weight's, and is kept by block all the same."""
@@ -70,6 +69,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         if not (inputs is None or isinstance(inputs, Inputs)):
             raise ValueError(f"inputs must be a pion_hf.Inputs of the model, got {inputs!r}")
+        check_flags({"share_work": share_work}, "share_work")
         self.skipped_steps = 0
         self.inputs = inputs
         self.share_work = share_work
@@ -79,20 +79,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._forms: dict[tuple[int, torch.Size, torch.dtype], dict[str, Tensor]] = {}
         self._readers: defaultdict[tuple, LateReader] = defaultdict(LateReader)
         self._updating: tuple = ()  # the key of the batch
-        groups = list(itertools.chain.from_iterable(self._divide(entry) for entry in _as_groups(params)))
-        for group in groups:
-            self._check_rule(group["rule"])
-        if not any(group["rule"] in self.matrix_rules for group in groups):
+        super().__init__(_as_groups(params), defaults)
+        if not any(group["rule"] in self.matrix_rules for group in self.param_groups):
             raise ValueError(
                 f"{type(self).__name__} was given no matrix to update: pass at least one 2-D parameter, or a group "
                 f"with rule={self.matrix_rules[0]!r}; for a model, use pion_hf.param_groups(model)."
             )
-        super().__init__(groups, defaults)
 
     # -- groups ---------------------------------------------------------------------------------
 
     def _divide(self, group: dict) -> Iterator[dict]:
-        """A group without a rule becomes one of matrices and one for AdamW."""
+        """A group without a rule becomes one of matrices and two for AdamW: of what decays, and of biases and norms."""
         if "rule" in group:
             yield group
             return
@@ -101,20 +98,28 @@ class MatrixOptimizer(torch.optim.Optimizer):
             params = list(zip(group["param_names"], params, strict=True))
             group = {key: value for key, value in group.items() if key != "param_names"}
         matrices = [p for p in params if _tensor(p).ndim == 2]
-        others = [p for p in params if _tensor(p).ndim != 2]
+        others = [p for p in params if _tensor(p).ndim > 2]
+        vectors = [p for p in params if _tensor(p).ndim < 2]
         if matrices:
             yield {**group, "params": matrices, "rule": self.matrix_rules[0]}
         if others:
             yield {**group, "params": others, "rule": "adamw"}
+        if vectors:
+            yield {"weight_decay": 0.0, **group, "params": vectors, "rule": "adamw"}
 
     def add_param_group(self, param_group: dict) -> None:
         """Raises ValueError for unknown keys, bad values, and parameters this optimizer cannot take.
 
-        A group without a rule becomes two where it holds matrices and others.
+        A group without a rule becomes several where it holds matrices and others.
         """
         if "rule" not in param_group:
-            for part in self._divide(param_group):
-                self.add_param_group(part)
+            before = len(self.param_groups)
+            try:
+                for part in self._divide(param_group):
+                    self.add_param_group(part)
+            except Exception:
+                del self.param_groups[before:]
+                raise
             return
         rule = param_group["rule"]
         self._check_rule(rule)
@@ -177,7 +182,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         with full_float32():
             for index, group in enumerate(self.param_groups):
                 if group["rule"] in self.elementwise_rules:
-                    self._adamw_step(group)
+                    self._elementwise_step(group)
                 else:
                     self._matrix_step(index)
         self.observers = [observer for observer in self.observers if observer.step_done()]
@@ -225,7 +230,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             state = self.initial_state(0, weight, group)
             if keep := self.keep_of(group):
                 state[KEPT] = weight.new_empty(len(weight), weight.shape[-1], keep)
-            self.update(weight, torch.empty_like(weight), state, group={**group, "compile": False}, step=1)
+            self.update(weight, torch.empty_like(weight), state, group=group, step=1)
             for name, value in state.items():
                 apart = is_apart(name, value, weight.shape[-2:], self.per_block_state)
                 forms[f"{name}.{index}" if apart else name] = value if apart else torch.empty_like(p, dtype=value.dtype)
@@ -237,7 +242,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def keeps_spectrum(self, group: dict) -> bool:
         """Whether the group's matrices keep their singular values."""
-        return group["rule"] in self.isospectral_rules
+        return False
 
     def check_matrix(self, name: str, matrix: Tensor, group: dict) -> None:
         """Called once per matrix, `(E, m, n)`, before its first step; raises ValueError if the rule cannot take it."""
@@ -260,6 +265,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 for key, value in state_dict["state"].get(index, {}).items():
                     if isinstance(value, Tensor):
                         self.state[p][key] = sharding.placed(_loaded(key, value, self.state[p][key], p), p, key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copying and pickling: who watches the model or the steps stays behind."""
+        return {**super().__getstate__(), "share_work": self.share_work, "skipped_steps": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of loading, copying and unpickling: what is not state starts anew."""
@@ -331,7 +340,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         state = batch.load(states)
         step = states[batch.first.param]["step"]
         weights, grad = batch.weights(states), batch.gradients()
-        watching = [(observer, observer.keep(weights)) for observer in self.observers if observer.wants(group)]
+        watching = [(observer, observer.before(weights)) for observer in self.observers if observer.wants(group)]
         self._rotations = {} if watching else None
         self._updating = batch.key
         directions = None if self.keeps_by_itself else state.get(KEPT)
@@ -406,7 +415,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def keep_of(self, group: dict) -> int:
         """How many directions of the inputs of a group's matrices are kept."""
-        return group.get("keep", 0)
+        return group["keep"]
 
     def most_kept(self, m: int, n: int) -> int:
         """As many directions of the inputs of `(m, n)` matrices as can be kept while they train in the others."""
@@ -433,7 +442,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         directions = self.inputs.directions(name, matrix.shape[-1], group["keep"], matrix.device)
         return directions.to(working_dtype(matrix.dtype))
 
-    def _adamw_step(self, group: dict) -> None:
+    def _elementwise_step(self, group: dict) -> None:
         elementwise.step(group, self.state)
 
 

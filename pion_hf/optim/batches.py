@@ -178,7 +178,7 @@ class Batch:
             if name in ("step", REST) or (index and int(index) != self.first.index):
                 continue
             packed, parts = self._packed.get(name, (None, ()))
-            kept = [self._kept(b, state, name) if index else state[b.param][name] for b in self.blocks]
+            kept = [self._stored(b, state, name) if index else state[b.param][name] for b in self.blocks]
             if packed is not None and all(a is b for a, b in zip(kept, parts, strict=True)):
                 found[name] = packed
             elif index:
@@ -209,7 +209,7 @@ class Batch:
                     state[block.param][name] = torch.zeros_like(block.param, dtype=tensor.dtype)
             self._scatter(tensor, lambda b, of=name: state[b.param][of])
 
-    def _kept(self, block: Block, state: dict, name: str) -> Tensor:
+    def _stored(self, block: Block, state: dict, name: str) -> Tensor:
         """What is kept by block, `(E, ...)`."""
         entry = state[block.param][f"{name}.{block.index}"]
         return entry[block.experts] if self.partial else entry
@@ -220,7 +220,7 @@ class Batch:
             key, experts = f"{name}.{block.index}", len(block.param)
             if key not in state[block.param]:
                 state[block.param][key] = part.new_zeros(experts, *part.shape[1:])
-            kept = self._kept(block, state, name)
+            kept = self._stored(block, state, name)
             if kept.data_ptr() != part.data_ptr():  # it may have been changed in place
                 kept.copy_(part)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pion_hf.errors import unknown
+from pion_hf.linalg.polar import MOST_STEPS, check_method
 from pion_hf.optim import sharding
 
 
@@ -29,6 +30,20 @@ def check_range(option: str, value: Any, ok: Callable[[float], bool], wanted: st
         raise ValueError(f"{option} must be {wanted}, got {value!r}")
 
 
+def check_flags(group: dict, *options: str) -> None:
+    """Raises ValueError for an option that is neither True nor False: every other word would count as True."""
+    for option in options:
+        if not isinstance(group[option], bool):
+            raise ValueError(f"{option} must be True or False, got {group[option]!r}")
+
+
+def check_polar(group: dict) -> None:
+    """Raises ValueError for a way to the polar factor that does not exist, or whose package is not installed."""
+    check_method(group["polar"])
+    steps = f"in 1..{MOST_STEPS}"
+    check_range("polar_steps", group["polar_steps"], lambda v: 1 <= v <= MOST_STEPS, steps, whole=True)
+
+
 def check_unused(group: dict, usual: dict, options: tuple[str, ...]) -> None:
     """Raises ValueError for options that the group's rule does not read, where they are not the `usual` ones."""
     for option in options:
@@ -40,7 +55,7 @@ def check_common(group: dict) -> None:
     """Raises ValueError for options that every optimizer has."""
     for option in ("lr", "eps", "weight_decay"):
         check_range(option, group[option], lambda v: v >= 0, "at least 0")
-    check_range("keep", group.get("keep", 0), lambda v: v >= 0, "a whole number of directions, 0 or more", whole=True)
+    check_range("keep", group["keep"], lambda v: v >= 0, "a whole number of directions, 0 or more", whole=True)
     elements = group.get("batch_elements")
     if elements is not None:
         check_range("batch_elements", elements, lambda v: v >= 1, "a whole number of at least 1", whole=True)

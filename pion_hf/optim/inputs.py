@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pion_hf.errors import listing
 from pion_hf.linalg.sketch import leading_directions, sketch_of, test_matrix
 from pion_hf.optim import sharding
-
-# Of matrices without inputs, as many as a warning names.
-NAMED = 5
+from pion_hf.optim.checks import check_range
 
 
 class Inputs:
@@ -32,7 +31,12 @@ class Inputs:
     """
 
     def __init__(self, model: nn.Module, directions: int) -> None:
-        """directions: as many as will be asked for."""
+        """directions: the most that an optimizer's `keep` will ask for, of every layer.
+
+        Raises:
+            ValueError: a number below 1.
+        """
+        check_range("directions", directions, lambda v: v >= 1, "a whole number of at least 1", whole=True)
         self.most = directions
         self._sketches: dict[str, dict[torch.device, Tensor]] = defaultdict(dict)
         self._tests: dict[tuple[int, torch.device], Tensor] = {}
@@ -100,9 +104,8 @@ class Inputs:
     def close(self) -> None:
         """See nothing more, and forget what was seen; warn of matrices that were asked for in vain."""
         if self._unseen:
-            more = f" and {len(self._unseen) - NAMED} more" if len(self._unseen) > NAMED else ""
             warnings.warn(
-                f"keep: no inputs of {', '.join(self._unseen[:NAMED])}{more} were seen in a forward pass that trains; "
+                f"keep: no inputs of {listing(self._unseen)} were seen in a forward pass that trains; "
                 "what has none moves freely.",
                 stacklevel=2,
             )

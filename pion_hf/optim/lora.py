@@ -15,9 +15,6 @@ from torch import Tensor
 
 from pion_hf.linalg.polar import (
     ITERATIONS,
-    MOST_STEPS,
-    POLAR_METHODS,
-    check_method,
     is_skinny,
     polar_factor,
     polar_map,
@@ -28,7 +25,7 @@ from pion_hf.linalg.spectrum import numerical_zero, singular_basis, singular_val
 from pion_hf.optim.base import MatrixOptimizer, average
 from pion_hf.optim.batches import KEPT
 from pion_hf.optim.blocks import Layout
-from pion_hf.optim.checks import check_choices, check_range, check_unused
+from pion_hf.optim.checks import check_choices, check_polar, check_range, check_unused
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.pion import BASIS_REFRESH, direction_of, generator_of
 from pion_hf.optim.precision import HALF
@@ -40,7 +37,6 @@ CHOICES = {
     "direction": ("gradient", "adam", "natural", "polar"),
     "metric": ("lie", "ambient"),
     "momentum": ("transported", "ambient"),
-    "polar": POLAR_METHODS,
     "retraction": RETRACTIONS[:2],  # low-rank generators need an exact one
 }
 # What the rules of whole matrices can choose and those of factors cannot; products of factors are small.
@@ -170,9 +166,7 @@ class PionLora(_Factors):
         _require_reach(group)
         check_unused(group, self.defaults, tuple(UNUSED))
         check_choices(group, CHOICES)
-        check_method(group["polar"])
-        steps = group["polar_steps"]
-        check_range("polar_steps", steps, lambda v: 1 <= v <= MOST_STEPS, f"in 1..{MOST_STEPS}", whole=True)
+        check_polar(group)
         check_range("rank_tolerance", group["rank_tolerance"], lambda v: 0 <= v < 1, "in [0, 1)")
 
     def keeps_spectrum(self, group: dict) -> bool:

@@ -10,24 +10,23 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pion_hf.errors import listing
 from pion_hf.linalg.rotation import Generator
 
 logger = logging.getLogger(__name__)
-
-NAMED = 5  # matrices named in a warning
 
 
 class Update(NamedTuple):
     """One step of a batch of matrices; tensors `(b, m, n)`, or `(b, K, m, n)` for stacks of K.
 
     names: of the matrices, in the order of the flattened leading dimensions; experts that share a tensor share a name.
-    kept: what the observer kept of the old weights. rotations: by side (`in`, `out`) the generator `A` and the step
+    before: what the observer kept of the old weights. rotations: by side (`in`, `out`) the generator `A` and the step
     `alpha` of the rotation `E(alpha A)`, if the rule rotates.
     """
 
     names: list[str]
     group: dict
-    kept: Tensor
+    before: Tensor
     after: Tensor
     grad: Tensor
     rotations: dict[str, tuple[Generator, Tensor | float]]
@@ -39,7 +38,7 @@ class Observer(Protocol):
     def wants(self, group: dict) -> bool:
         """Whether this step of a group's matrices matters."""
 
-    def keep(self, weights: Tensor) -> Tensor:
+    def before(self, weights: Tensor) -> Tensor:
         """A copy of what it needs of the old weights, which the rule may change in place."""
 
     def see(self, update: Update) -> None:
@@ -78,15 +77,15 @@ class SelfCheck:
     def wants(self, group: dict) -> bool:
         return bool(group["lr"] > 0)
 
-    def keep(self, weights: Tensor) -> Tensor:
+    def before(self, weights: Tensor) -> Tensor:
         return weights.clone()
 
     def see(self, update: Update) -> None:
-        flags = [x.flatten(-2).any(-1).flatten() for x in (update.after != update.kept, update.grad != 0)]
-        none = update.kept.new_empty(0)
+        flags = [x.flatten(-2).any(-1).flatten() for x in (update.after != update.before, update.grad != 0)]
+        none = update.before.new_empty(0)
         # Of the tensors, which would otherwise live until the end of the step, nothing stays.
         rotations = dict.fromkeys(update.rotations)
-        seen = update._replace(kept=none, after=none, grad=none, rotations=rotations)
+        seen = update._replace(before=none, after=none, grad=none, rotations=rotations)
         self._seen.append((seen, torch.stack(flags)))
 
     def step_done(self) -> bool:
@@ -118,10 +117,9 @@ class SelfCheck:
             without = f", {idle[doing]} had no gradient" if idle[doing] else ""
             logger.info(doing.format(f"{moved[doing]} of {count} matrices") + without)
         if still:
-            more = f" and {len(still) - NAMED} more" if len(still) > NAMED else ""
             warnings.warn(
                 f"{len(still)} of {len(self._found)} matrices did not move, although they have a gradient and a "
-                f"learning rate: {', '.join(still[:NAMED])}{more}. Is it below what their precision resolves?",
+                f"learning rate: {listing(still)}. Is it below what their precision resolves?",
                 stacklevel=2,
             )
 

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from pion_hf.errors import unknown
 from pion_hf.linalg.ambient import ambient_generator, ambient_tangent, has_long_side, is_well_conditioned
-from pion_hf.linalg.polar import ITERATIONS, MOST_STEPS, POLAR_METHODS, check_method, polar_factor
+from pion_hf.linalg.polar import polar_factor
 from pion_hf.linalg.precision import PRODUCT_DTYPES, product_dtype
 from pion_hf.linalg.rotation import RETRACTIONS, Generator, generator, rms_scale, skew, without
 from pion_hf.linalg.spectrum import Basis, singular_basis
 from pion_hf.optim import compiled
 from pion_hf.optim.base import MatrixOptimizer, average, buffer
 from pion_hf.optim.batches import KEPT
-from pion_hf.optim.checks import check_choices, check_range
+from pion_hf.optim.checks import check_choices, check_flags, check_polar, check_range
 from pion_hf.optim.inputs import Inputs
 
 CHOICES = {
@@ -28,7 +28,6 @@ CHOICES = {
     "metric": ("lie", "ambient"),
     "side": ("alternate", "in", "out", "both"),
     "scale": ("rms", "none", "spectral"),
-    "polar": POLAR_METHODS,
     "retraction": RETRACTIONS,
     "generator_dtype": PRODUCT_DTYPES,
 }
@@ -100,7 +99,6 @@ class Pion(MatrixOptimizer):
     """
 
     matrix_rules = ("pion",)
-    isospectral_rules = ("pion",)
     per_block_state = frozenset({"basis", "values", "lie_in", "lie_out", "lie_in_sq", "lie_out_sq"})
     keeps_by_itself = True
 
@@ -162,12 +160,12 @@ class Pion(MatrixOptimizer):
 
     def check_options(self, group: dict) -> None:
         check_choices(group, CHOICES)
-        check_method(group["polar"])
+        check_flags(group, "second_moment", "compile")
+        check_polar(group)
         check_range("rms", group["rms"], lambda v: v > 0, "above 0")
         for option in ("hold", "rank_tolerance"):
             check_range(option, group[option], lambda v: 0 <= v < 1, "in [0, 1)")
-        for option, most in (("polar_steps", MOST_STEPS), ("degree", 20)):
-            check_range(option, group[option], lambda v, most=most: 1 <= v <= most, f"in 1..{most}", whole=True)
+        check_range("degree", group["degree"], lambda v: 1 <= v <= 20, "in 1..20", whole=True)
         lie, ambient = group["momentum"] == "lie", group["metric"] == "ambient"
         gradient, msign = group["direction"] == "gradient", group["direction"] == "msign"
         clashes = (
@@ -199,6 +197,9 @@ class Pion(MatrixOptimizer):
         for clash, message in clashes:
             if clash:
                 raise ValueError(f"These options do not combine: {message}.")
+
+    def keeps_spectrum(self, group: dict) -> bool:
+        return group["rule"] == "pion"
 
     def most_kept(self, m: int, n: int) -> int:
         """A rotation needs a plane, on either side."""
@@ -339,8 +340,7 @@ def _basis_side(weight: Tensor) -> str:
 
 
 def _polar(x: Tensor, group: dict) -> Tensor:
-    low = product_dtype(x, group["generator_dtype"]) if group["polar"] in ITERATIONS else x.dtype
-    return polar_factor(x.to(low), method=group["polar"], steps=group["polar_steps"]).to(x.dtype)
+    return polar_factor(x, method=group["polar"], steps=group["polar_steps"], dtype=group["generator_dtype"])
 
 
 def direction_of(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pion_hf.errors import listing
 from pion_hf.optim.precision import REST_DTYPES
 
-LISTED = 5
 # What state depends on, of what the routing puts into a group. (`reach` is measured anew; state holds the first one.)
 ROUTED = ("rule", "layout", "method", "stacks")
 # How a step is carried out, which is the optimizer's own affair: not that of saved state.
@@ -51,11 +51,11 @@ def check_saved(
             found += _forms(saved, groups, after, elementwise)
     if found:
         raise ValueError(
-            f"the saved optimizer state does not fit: {_listing(found)}. Continue with the model, the routing and the "
+            f"the saved optimizer state does not fit: {listing(found)}. Continue with the model, the routing and the "
             "options of the saved run, or load its weights only and start with fresh state."
         )
     if replaced:
-        warnings.warn(f"Numbers of the saved optimizer state replace those given: {_listing(replaced)}.", stacklevel=3)
+        warnings.warn(f"Numbers of the saved optimizer state replace those given: {listing(replaced)}.", stacklevel=3)
 
 
 def _names(groups: list[dict], others: list[dict]) -> list[list[str]]:
@@ -73,7 +73,7 @@ def _missing(theirs: list[list[str]], ours: list[list[str]]) -> list[str]:
     for names, others, who in zip(sides, sides[::-1], ("saved state", "optimizer"), strict=True):
         known = set(others)
         alone = [name for name in names if name not in known]
-        found += [f"only the {who} has {_listing(alone)}"] if alone else []
+        found += [f"only the {who} has {listing(alone)}"] if alone else []
     return found
 
 
@@ -119,8 +119,3 @@ def _forms(
         elif state and group["rule"] not in elementwise and half != (p.dtype if p.dtype in REST_DTYPES else None):
             found.append(f"{name} was {half or 'of full precision'} and is {p.dtype}")
     return found
-
-
-def _listing(parts: list[str]) -> str:
-    more = f" and {len(parts) - LISTED} more" if len(parts) > LISTED else ""
-    return ", ".join(parts[:LISTED]) + more

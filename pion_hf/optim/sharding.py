@@ -446,9 +446,9 @@ class SharedPlan(_PlanOfSeveral):
             mine = [x for p in params[self._rank] for x in (p, *_updated(state[p], self._forms(p)))]
             for rank, tensors in enumerate(spread(mine, forms, device=self._device, group=None)):
                 if rank != self._rank:
-                    self._keep(params[rank], iter(tensors), state)
+                    self._take(params[rank], iter(tensors), state)
 
-    def _keep(self, params: list[Tensor], tensors: Iterator[Tensor], state: dict) -> None:
+    def _take(self, params: list[Tensor], tensors: Iterator[Tensor], state: dict) -> None:
         for p in params:
             p.copy_(next(tensors))
             for key in sorted(self._forms(p)):

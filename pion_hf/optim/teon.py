@@ -11,15 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pion_hf.linalg.polar import ITERATIONS, MOST_STEPS, POLAR_METHODS, check_method, polar_factor
-from pion_hf.linalg.precision import PRODUCT_DTYPES, product_dtype
+from pion_hf.linalg.polar import polar_factor
+from pion_hf.linalg.precision import PRODUCT_DTYPES
 from pion_hf.optim import blocks, compiled
 from pion_hf.optim.base import MatrixOptimizer, buffer, named_parameters
-from pion_hf.optim.checks import check_choices, check_range
+from pion_hf.optim.checks import check_choices, check_flags, check_polar, check_range
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.sharding import stand_in
 
-CHOICES = {"polar": POLAR_METHODS, "scale": ("rms", "paper", "original"), "polar_dtype": PRODUCT_DTYPES}
+CHOICES = {"scale": ("rms", "paper", "original"), "polar_dtype": PRODUCT_DTYPES}
 
 
 class Teon(MatrixOptimizer):
@@ -111,12 +111,12 @@ class Teon(MatrixOptimizer):
 
     def check_options(self, group: dict) -> None:
         check_choices(group, CHOICES)
-        check_method(group["polar"])
-        stack, steps = group["stack"], group["polar_steps"]
+        check_flags(group, "nesterov", "compile")
+        check_polar(group)
+        stack = group["stack"]
         check_range("momentum", group["momentum"], lambda v: 0 <= v < 1, "in [0, 1)")
         check_range("rms", group["rms"], lambda v: v > 0, "above 0")
         check_range("stack", stack, lambda v: v >= 1, "a whole number of layers, 1 (Muon) or more", whole=True)
-        check_range("polar_steps", steps, lambda v: 1 <= v <= MOST_STEPS, f"in 1..{MOST_STEPS}", whole=True)
         if group["rule"] == self.stacked_rule:
             check_stacks(group)
         elif "stacks" in group:
@@ -150,8 +150,7 @@ def _decay_and_move(weight: Tensor, factor: Tensor, decay: float, size: float) -
 def _orthogonalised(x: Tensor, group: dict) -> Tensor:
     """`(b, m, n)`: each one's polar factor; `(b, K, m, n)`: that of the K side by side, `(m, nK)`, cut apart again."""
     wide = x.transpose(1, 2).flatten(2) if x.ndim == 4 else x
-    low = product_dtype(x, group["polar_dtype"]) if group["polar"] in ITERATIONS else x.dtype
-    factor = polar_factor(wide.to(low), method=group["polar"], steps=group["polar_steps"]).to(x.dtype)
+    factor = polar_factor(wide, method=group["polar"], steps=group["polar_steps"], dtype=group["polar_dtype"])
     return factor.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2) if x.ndim == 4 else factor
 
 
