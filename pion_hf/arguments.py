@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from transformers.utils import logging
 
 from pion_hf.errors import unknown
 from pion_hf.optim import Pion, PionLora, RoutedAdamW, Teon, TeonLora
+from pion_hf.optim.pion import check_preset
 from pion_hf.schedules import SCHEDULES, check_options
 
 logger = logging.get_logger(__name__)
@@ -162,6 +164,11 @@ class PionOptions:
 
     def __post_init__(self) -> None:
         """Check before a model is loaded what would otherwise fail, or be ignored, when the optimizer is built."""
+        for name in ("learning_rate", "weight_decay"):  # YAML reads 1e-3 as text
+            setattr(self, name, _convert(name, getattr(self, name), float))
+        targets = self.optim_target_modules
+        if isinstance(targets, str) and targets.startswith("[") and targets.endswith("]"):
+            self.optim_target_modules = _convert("optim_target_modules", _literal(targets), list[str])
         names = OptimizerNames._value2member_map_
         if self.optim not in names:
             raise unknown("optimizer", self.optim, names)
@@ -170,7 +177,8 @@ class PionOptions:
             resolve_options(optim, given, parse_optim_args(self.optim_args))
         elif given:
             owners = ", ".join(OPTIMIZER_CLASSES)
-            logger.warning(f"optim={optim!r} ignores options that only {owners} has: {', '.join(given)}.")
+            instead = " (optim='adamw_routed' is AdamW with keep)" if "keep" in given else ""
+            logger.warning(f"optim={optim!r} ignores options that only {owners} have: {', '.join(given)}{instead}.")
         try:
             super().__post_init__()
         except json.JSONDecodeError as error:
@@ -199,8 +207,8 @@ def option_types(optim: str) -> dict[str, Any]:
     return {**own, **GROUP_OPTIONS, **ROUTING_OPTIONS.get(optim, {})}
 
 
-def parse_optim_args(text: str | None) -> dict[str, Any]:
-    """`"rms=0.2, side=both, betas=(0.9, 0.95),"` as a dict.
+def parse_optim_args(text: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """`"rms=0.2, side=both, betas=(0.9, 0.95),"` as a dict; what is one already as it is.
 
     Values are Python literals where they look like one. Names in a list need no quotes (`targets=[q_proj, k_proj]`);
     what is quoted is taken as it stands, so that a regular expression keeps its backslashes.
@@ -208,6 +216,8 @@ def parse_optim_args(text: str | None) -> dict[str, Any]:
     Raises:
         ValueError: an entry without `=`, unbalanced brackets or quotes, a key given twice.
     """
+    if isinstance(text, Mapping):
+        return dict(text)
     options: dict[str, Any] = {}
     for entry in _split_top_level(text or ""):
         key, equals, value = entry.partition("=")
@@ -235,6 +245,8 @@ def resolve_options(optim: str, *sources: dict[str, Any]) -> tuple[dict[str, Any
             if key not in types:
                 raise _not_an_option(key, optim, types)
             merged[key] = _convert(key, value, types[key])
+    if merged.get("preset") is not None:
+        check_preset(merged["preset"], merged)
     groups = {key: merged.pop(key) for key in (*GROUP_OPTIONS, *STACK_OPTIONS, *LORA_OPTIONS) if key in merged}
     return {**merged, **FIXED_OPTIONS.get(optim, {})}, groups
 

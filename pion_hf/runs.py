@@ -92,7 +92,10 @@ def read_run(folder: str | os.PathLike) -> Run:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {str(folder)!r}.")
     if not (folder / RECORD).is_file():
-        raise ValueError(f"{str(folder)!r} is no run: it holds no {RECORD}, which training writes when it begins.")
+        raise ValueError(
+            f"{str(folder)!r} is no run: it holds no {RECORD}, which training with this package's Trainers "
+            "and commands, or with pion_hf.watch(trainer), writes when it begins."
+        )
     record = read_json(folder / RECORD)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{str(folder / RECORD)!r} is not of format {FORMAT}, which this version reads.")

@@ -119,7 +119,7 @@ def check_options(name: str, options: Mapping[str, Any] | None, num_training_ste
     return checked
 
 
-def _whole_steps(field: str, value: Any, training_steps: int | None) -> int:
+def _whole_steps(field: str, value: Any, training_steps: int | None = None) -> int:
     if not _is_number(value) or value != value // 1 or value < 0:
         raise ValueError(f"{field} must be a whole number of optimizer steps, 0 for no warmup, got {value!r}")
     if training_steps is not None and value > training_steps:
@@ -168,7 +168,7 @@ def _of_kind(kind: str, options: dict[str, Any], warmup_steps: int, training_ste
     """The multiplier's arguments for groups of one kind, matrix or adamw."""
     steps, ratio = options[f"{kind}_warmup_steps"], options["min_lr_ratio"]
     if steps is None:
-        steps = _whole_steps("warmup_steps", warmup_steps, training_steps)
+        steps = min(_whole_steps("warmup_steps", warmup_steps), training_steps)
     if kind == "adamw" and options["adamw_min_lr_ratio"] is not None:
         ratio = options["adamw_min_lr_ratio"]
     found = {"warmup_steps": steps, "training_steps": training_steps, "min_lr_ratio": ratio}

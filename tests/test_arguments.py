@@ -113,6 +113,32 @@ def test_wrong_options_name_the_right_one(text, message, arguments):
             build()
 
 
+def test_a_mapping_of_options_is_taken_as_it_is(arguments):
+    assert parse_optim_args({"side": "in"}) == {"side": "in"}
+    with pytest.raises(ValueError, match="Did you mean 'in'"):
+        arguments(optim_args={"side": "inn"})
+
+
+@pytest.mark.parametrize("given", [{"metric": "ambient"}, {"side": "in"}])
+def test_a_preset_beside_an_option_that_it_sets(given):
+    """The value may be the option's default: it was given all the same."""
+    with pytest.raises(ValueError, match=rf"preset='paper' sets {next(iter(given))}=.*leave out one of the two"):
+        resolve_options("pion", {"preset": "paper", **given})
+    assert resolve_options("pion", {"preset": "paper", "metric": "lie"})
+
+
+def test_a_list_in_one_word_is_a_list(arguments):
+    for text in ("['q_proj','v_proj']", "[q_proj, v_proj]"):
+        assert arguments(optim_target_modules=text).optim_target_modules == ["q_proj", "v_proj"]
+    assert arguments(optim_target_modules="[qv]_proj").optim_target_modules == "[qv]_proj"
+
+
+def test_numbers_that_yaml_reads_as_text(arguments):
+    assert arguments(learning_rate="1e-3").learning_rate == 1e-3
+    with pytest.raises(ValueError, match="learning_rate must be of type float, got 'fast'"):
+        arguments(learning_rate="fast")
+
+
 def test_later_sources_win():
     assert resolve_options("pion", {"rms": 0.1, "hold": 0.1}, {"rms": 0.2}) == ({"rms": 0.2, "hold": 0.1}, {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,16 @@ def test_an_example_trains(script, checkpoint, chat_data, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert said in done.stdout + done.stderr
     assert "loss" in done.stdout
+
+
+@pytest.mark.parametrize("script", sorted((EXAMPLES / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_a_benchmark_can_be_imported(script):
+    importlib.util.spec_from_file_location(script.stem, script).loader.load_module()
+
+
+def test_what_the_benchmark_of_retractions_shows():
+    path = EXAMPLES / "benchmarks" / "retraction.py"
+    script = importlib.util.spec_from_file_location("retraction", path).loader.load_module()
+    assert script.defect("root", 0.1, n=32) < 1e-6
+    assert script.defect("taylor", 1.0, n=32) > 1e-2
+    assert script.seconds("root", 0.1) > 0

@@ -71,6 +71,7 @@ MISFITS: dict[str, tuple[Callable, Callable, str]] = {
     "order": (pion, lambda: pion("ba"), "its parameters are in other groups, or in another order"),
     "rule": (muon, pion, "rule of a was 'muon' and is 'pion'"),
     "side": (lambda: pion(side="in"), lambda: pion(side="out"), "side of a was 'in' and is 'out'"),
+    "hold": (pion, lambda: pion(hold=0.1), "hold of a was 0.0 and is 0.1"),
     "metric": (pion, lambda: pion(metric="lie"), "metric of a was 'ambient' and is 'lie'"),
     "layout": (pion, lambda: pion(group=FUSED), "layout of a was '' and is 'rows=2,4'"),
     "stacks": (lambda: teon("ab", "cd"), lambda: teon("ab", "dc"), "stacks of a was ['c', 'd'] and is ['d', 'c']"),
@@ -164,9 +165,7 @@ def test_names_on_one_side_only_are_no_difference():
 
 def test_numbers_are_the_saved_ones_and_a_warning_says_so():
     optimizer = pion(rms=0.4, betas=(0.8, 0.95))
-    with pytest.warns(
-        UserWarning, match=r"replace those given: betas of a was \(0\.9, .*rms of a was 0\.2 and is 0\.4"
-    ):
+    with pytest.warns(UserWarning, match=r"replace those given: betas of a is \(0\.9, .*rms of a is 0\.2, not 0\.4"):
         optimizer.load_state_dict(saved(pion()))
     assert optimizer.param_groups[0]["rms"] == 0.2
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)

@@ -416,3 +416,39 @@ def test_double_precision_is_kept_where_few_rows_are_rotated():
         p.grad = torch.randn_like(p)
         optimizer.step()
     assert (torch.linalg.svdvals(p.detach()) / start - 1).abs().max() < 1e-13
+
+
+# -- tensors without groups -------------------------------------------------------------------------------------------
+
+
+def test_a_models_tensors_without_groups_are_pointed_out():
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 6))
+    for params in (model.parameters(), model.named_parameters()):
+        with pytest.warns(UserWarning, match=r"embeddings and heads.*param_groups") as said:
+            Pion(params)
+        assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Pion([p for p in model.parameters() if p.ndim == 2])  # somebody has chosen
+        Pion(model[1].parameters())
+
+
+def test_biases_and_norms_have_no_decay_of_the_constructors():
+    optimizer = Pion(nn.Linear(4, 6).parameters(), weight_decay=0.1)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert Pion([{"params": nn.Linear(4, 6).parameters(), "weight_decay": 0.2}]).param_groups[1]["weight_decay"] == 0.2
+
+
+def test_a_group_that_is_refused_in_part_is_refused():
+    optimizer = Pion([nn.Parameter(torch.eye(4))])
+    with pytest.raises(ValueError, match="complex"):
+        optimizer.add_param_group({"params": [torch.randn(4, 4), torch.randn(4, dtype=torch.complex64)]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"compile": "no"}, {"share_work": "no"}, {"second_moment": 0.5, "direction": "gradient"}]
+)
+def test_flags_are_true_or_false(options):
+    with pytest.raises(ValueError, match=rf"{next(iter(options))} must be True or False, got"):
+        Pion([nn.Parameter(torch.eye(4))], **options)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from pion_hf import param_groups, routing_table
+from pion_hf.arguments import OPTIMIZER_CLASSES
 from pion_hf.optim.blocks import Layout, merge_rows, split
 from tests.architectures import (
     ARCHITECTURES,
@@ -389,3 +390,26 @@ def test_frozen_parameters_are_counted_and_never_routed():
     assert not any(n.startswith(("model.embed_tokens", "model.layers.0.")) for n in trainable)
     assert routing.frozen == sum(p.numel() for p in model.parameters() if not p.requires_grad) > 0
     assert {n for g in param_groups(model) for n, _ in g["params"]} == trainable
+
+
+# -- what groups bring ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optim", ["pion", "teon", "muon", "adamw_routed"])
+def test_the_optimizers_own_rate_and_decay_hold_where_none_is_given(optim):
+    stack = {"stack": 1} if optim == "muon" else {}
+    cls = OPTIMIZER_CLASSES[optim]
+    optimizer = cls(param_groups(llama(), optim), lr=3e-3, weight_decay=0.1, **stack)
+    assert {group["lr"] for group in optimizer.param_groups} == {3e-3}
+    decays = {(group["rule"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert decays >= {("adamw", 0.0), ("adamw", 0.1)}  # norms; embeddings and heads
+    assert (optim, 0.1) in decays or optim == "pion"
+    own = cls(param_groups(llama(), optim, lr=1e-2, adamw_lr=2e-3), lr=3e-3, **stack)
+    assert {(group["rule"] == "adamw", group["lr"]) for group in own.param_groups} == {(False, 1e-2), (True, 2e-3)}
+
+
+def test_a_routing_for_another_optimizer_is_refused():
+    model = llama()
+    with pytest.raises(ValueError, match="optim='muon' was given beside a routing for 'pion': leave it out"):
+        param_groups(model, "muon", routing=routing_table(model))
+    assert param_groups(model, routing=routing_table(model, "muon"))[0]["rule"] == "muon"

@@ -265,10 +265,11 @@ def test_options_that_are_no_mapping(tmp_path):
         PionTrainingArguments(lr_scheduler_kwargs="{min_lr_ratio: 0.1}", **fixed)
 
 
-def test_a_warmup_of_the_arguments_beyond_the_training():
-    with pytest.raises(ValueError, match="warmup_steps is 11, but the training has only 10 steps"):
-        scheduled("pion_cosine", 10, 11, "pion", "adamw")
-    scheduled("pion_cosine", 10, 11, "pion")  # nobody warms up
+def test_a_warmup_of_the_arguments_beyond_the_training_is_all_of_it():
+    """As with the schedules of transformers: a recipe is tried with one step first."""
+    longer, whole = (scheduled("pion_cosine", 10, warmup, "pion", "adamw") for warmup in (11, 10))
+    assert longer == whole
+    assert whole[1][:10] == pytest.approx([0.1 * (step + 1) * whole[1][9] for step in range(10)])
 
 
 def test_options_for_groups_that_there_are_not_are_pointed_out():

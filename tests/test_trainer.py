@@ -127,6 +127,22 @@ def test_other_optimizers_in_our_trainer(model, token_rows, options):
     assert "optimizer_share" in metrics
 
 
+def test_arguments_without_an_optimizer_of_ours_are_pointed_out(model, token_rows, options, caplog):
+    said = "PionTrainer measures, its args choose the optimizer, and theirs is 'adamw_torch"
+    PionTrainer(model=model, args=TrainingArguments(**options), train_dataset=token_rows)
+    assert said in caplog.text
+    caplog.clear()
+    PionTrainer(model=model, args=TrainingArguments(optim="pion", **options), train_dataset=token_rows)
+    PionTrainer(model=model, args=PionTrainingArguments(optim="adamw_torch", **options), train_dataset=token_rows)
+    assert said not in caplog.text
+
+
+def test_rates_by_which_spectra_do_change_are_pointed_out(model, token_rows, options, caplog):
+    args = PionTrainingArguments(**{**options, "learning_rate": 1e6, "max_steps": 2}, optim_adamw_lr=0.0)
+    PionTrainer(model=model, args=args, train_dataset=token_rows).train()
+    assert "is the learning rate (1e+06) right?" in caplog.text
+
+
 def test_lora_adapters_get_the_form_for_adapters(model, token_rows, options):
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     before = {n: p.detach().clone() for n, p in adapted.named_parameters()}

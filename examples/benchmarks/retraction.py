@@ -28,7 +28,8 @@ def generator(angle: float, n: int) -> Generator:
 
 def defect(retraction: str, angle: float, n: int = 256) -> float:
     increment = generator(angle, n).increment(1.0, retraction=retraction, rows=1)
-    e = increment.rotate(torch.eye(n).unsqueeze(0)).double()
+    eye = torch.eye(n).unsqueeze(0)
+    e = (eye + increment.change(eye)).double()
     return (e.mT @ e - torch.eye(n, dtype=torch.float64)).abs().max().item()
 
 
@@ -37,7 +38,7 @@ def seconds(retraction: str, angle: float) -> float:
     times = []
     for _ in range(REPEATS):
         started = time.perf_counter()
-        a.increment(1.0, retraction=retraction, rows=ROWS).rotate(w)
+        a.increment(1.0, retraction=retraction, rows=ROWS).change(w)
         times.append(time.perf_counter() - started)
     return statistics.median(times)
 

@@ -8,6 +8,8 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
+from pion_hf._version import __version__
+
 COMMANDS = {
     "sft": "fine-tune on chat or text data: TRL's own script and flags, a recipe with --config",
     "cpt": "continue pretraining on packed plain text, or start from scratch: the same flags and more",
@@ -27,6 +29,9 @@ def main(argv: list[str] | None = None) -> None:
         listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
         print(f"usage: pion-hf COMMAND [ARGS...]\n\n{listing}\n\npion-hf COMMAND --help says more.")
         return
+    if argv[0] == "--version":
+        print(f"pion-hf {__version__}")
+        return
     name = argv[0]
     if name not in COMMANDS:
         from pion_hf.errors import unknown
@@ -38,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     try:
         command(argv[1:])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         if _is_of_user(error):
             raise
         raise SystemExit(f"pion-hf {name}: {error}") from error

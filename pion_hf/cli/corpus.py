@@ -327,7 +327,11 @@ def _hold_out(dataset: Corpus, fraction: float, args: PionSFTConfig) -> tuple[Co
         held_out = datasets.Dataset.from_list(list(found))
     for part, name in ((rest, "to train on"), (held_out, "to evaluate")):
         if next(iter(part), None) is None:
-            raise ValueError(f"validation_fraction={fraction} leaves no document {name}: choose another")
+            raise ValueError(
+                f"validation_fraction={fraction} leaves no document {name}: choose another, or give more documents. A "
+                ".txt file is one, whatever its length: cut it into several files, or into rows of a .jsonl; without "
+                "evaluation set eval_strategy: no"
+            )
     return rest, held_out
 
 

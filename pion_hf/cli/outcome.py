@@ -28,6 +28,7 @@ from pion_hf.evaluation import (
     text_stretches,
     token_loss,
 )
+from pion_hf.integrations.checkpoints import resolve_resume
 from pion_hf.integrations.model_card import table_rows
 from pion_hf.runs import BEFORE, EVALUATION, read_json, write_json
 
@@ -81,15 +82,16 @@ class ReportMixin:
         if other_rows:
             self.other["other_dataset"] = self._other("other_dataset", answer_tokens, other_rows)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`, between two measurements; writes `eval.json`."""
+        resume = resolve_resume(resume_from_checkpoint, self.args.output_dir)  # known before anything is measured
         self.measured = {}
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self.add_callback(_MeasuresFirst(self))
         else:
             self.create_optimizer()  # what it refuses is known before anything is measured
             self.measured["before"] = self.measure()
-        output = super().train(*args, **kwargs)
+        output = super().train(resume, *args, **kwargs)
         self.remove_callback(_MeasuresFirst)
         self.measured["after"] = self.measure()
         if self.is_world_process_zero():
@@ -175,7 +177,7 @@ class ReportMixin:
         return self.evaluate()
 
     def _table(self) -> Table:
-        table = Table(title=f"{self.args.optim.value}, {self.state.global_step} steps")
+        table = Table(title=f"{self.run_summary()['optimizer']['name']}, {self.state.global_step} steps")
         table.add_column("")
         table.add_column("before", justify="right")
         table.add_column("after", justify="right")
@@ -220,8 +222,12 @@ def check_report(args: transformers.TrainingArguments, report: ReportArguments) 
         raise FileNotFoundError(f"other_text_file: there is no file {path!r}")
     if report.exact_match_samples < 0:
         raise ValueError(f"exact_match_samples must be at least 0, got {report.exact_match_samples}")
+    if report.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {report.max_new_tokens}")
     if report.exact_match_samples and args.eval_strategy == "no" and not report.other_dataset:
         raise ValueError("exact_match_samples needs evaluation data: set eval_strategy: epoch, and dataset_test_split")
+    if not args.output_dir:
+        raise ValueError("output_dir is empty: name a folder")
     folder = Path(args.output_dir).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):

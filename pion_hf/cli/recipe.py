@@ -130,7 +130,10 @@ class RecipeParser(TrlParser):
         if rest:
             flag = next((r for r in rest if r.startswith("--")), None)
             if flag is None:
-                raise ValueError(f"{rest[0]!r} belongs to no flag; a recipe is named by --config FILE")
+                raise ValueError(
+                    f"{rest[0]!r} belongs to no flag; a recipe is named by --config FILE, several expressions of one "
+                    "flag are joined by '|'"
+                )
             raise _unknown_key("flag", flag.lstrip("-").replace("-", "_").split("=")[0], self._by_key())
 
     def _by_key(self) -> dict[str, argparse.Action]:

@@ -36,6 +36,8 @@ SNAPSHOTS = 10  # between the first and the last
 STEPS_SHARE, SPECTRA_SHARE, SNAPSHOTS_SHARE = 0.003, 0.003, 0.004
 # Seconds that each of them may take in any case: in a run of a few steps nothing is left out.
 FREE_SECONDS = 0.4
+# A drift above this is not rounding of float32 (1e-8 a step at most), nor that of bfloat16 weights (1e-3).
+MOST_DRIFT = 1e-2
 
 
 class RunCallback(TrainerCallback):
@@ -288,6 +290,11 @@ class _Run:
         rotated = [matrix for matrix in self.matrices if matrix.keeps_spectrum]
         if rotated and self.drift is not None:
             summary["spectrum_drift"] = self.drift
+            if self.drift > MOST_DRIFT:
+                logger.warning(
+                    f"the singular values of rotated matrices moved by {self.drift:.1e} of the largest, which rounding "
+                    f"does only at absurd angles: is the learning rate ({self.args.learning_rate:g}) right?"
+                )
             summary["rotated_matrices"] = sum(len(matrix.weights()) for matrix in rotated)
             summary["measured_spectra"] = sum(len(m.weights()) for m in self.spectra.known if m.keeps_spectrum)
         return {key: value for key, value in self.pending.items() if key != "spectrum_drift"}, summary

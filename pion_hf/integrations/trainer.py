@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
-from pion_hf.arguments import PionOptions
+from pion_hf.arguments import OPTIMIZER_CLASSES, PionOptions
 from pion_hf.integrations import model_card
 from pion_hf.integrations.callbacks import watch
 from pion_hf.integrations.checkpoints import CheckpointMixin
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -36,6 +39,13 @@ class PionTrainerMixin(CheckpointMixin):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.run_callback = watch(self)
+        chosen = isinstance(self.args, PionOptions) or self.optimizer or self.optimizer_cls_and_kwargs
+        if not chosen and self.args.optim not in OPTIMIZER_CLASSES:
+            logger.warning(
+                f"{type(self).__name__} measures, its args choose the optimizer, and theirs is "
+                f"{self.args.optim.value!r}: for Pion pass args of a class with PionByDefault (PionTrainingArguments, "
+                "PionSFTConfig, ...) or with optim='pion'."
+            )
 
     def train(self, *args, **kwargs):
         """As `Trainer.train`; the returned metrics also hold what `RunCallback` sums up, `spectrum_drift` among it."""

@@ -100,6 +100,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         matrices = [p for p in params if _tensor(p).ndim == 2]
         others = [p for p in params if _tensor(p).ndim > 2]
         vectors = [p for p in params if _tensor(p).ndim < 2]
+        if matrices and vectors and len(matrices) > 1:
+            warnings.warn(
+                f"{type(self).__name__} was given a model's tensors without groups: those of embeddings and heads are "
+                "updated as matrices too, and fused projections as one. Use pion_hf.param_groups(model), or give a "
+                "group's rule.",
+                stacklevel=6,
+            )
         if matrices:
             yield {**group, "params": matrices, "rule": self.matrix_rules[0]}
         if others:

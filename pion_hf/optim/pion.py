@@ -302,16 +302,21 @@ class Pion(MatrixOptimizer):
 
 def _preset_options(preset: str, given: dict) -> dict:
     """The options of `preset`; a ValueError where another value than the default was given for one of them."""
+    signature = inspect.signature(Pion.__init__).parameters
+    check_preset(preset, {name: value for name, value in given.items() if value != signature[name].default})
+    return PRESETS[preset]
+
+
+def check_preset(preset: str, given: dict) -> None:
+    """Raises ValueError for a preset that does not exist, or that sets one of the options `given` to another value."""
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
-    signature = inspect.signature(Pion.__init__).parameters
     for option, value in PRESETS[preset].items():
-        if given[option] not in (value, signature[option].default):
+        if given.get(option, value) != value:
             raise ValueError(
                 f"preset={preset!r} sets {option}={value!r}, but {option}={given[option]!r} was given: "
                 "leave out one of the two."
             )
-    return PRESETS[preset]
 
 
 def _sides(side: str, step: int) -> tuple[str, ...]:

@@ -17,6 +17,8 @@ from pion_hf.optim.precision import REST_DTYPES
 ROUTED = ("rule", "layout", "method", "stacks")
 # How a step is carried out, which is the optimizer's own affair: not that of saved state.
 OWN = ("compile", "batch_elements")
+# Numbers that make a rule another one: state of the one is none of the other.
+RULES_IN_NUMBERS = ("keep", "hold")
 # A learning rate is a schedule's; the other one torch's, which only groups have that were added after loading.
 NOT_COMPARED = ("lr", "differentiable", *OWN)
 ADAMW_OPTIONS = ("betas", "eps", "weight_decay")
@@ -88,10 +90,12 @@ def _options(name: str, before: dict, group: dict, options: Iterable[str]) -> tu
             saved = tuple(saved)
         if key in NOT_COMPARED or saved == given or (saved is None and given == []):
             continue
-        kind = numbers if _is_number(saved) and _is_number(given) else words
+        number = _is_number(saved) and _is_number(given) and key not in RULES_IN_NUMBERS
+        kind = numbers if number else words
         if isinstance(saved, list) and isinstance(given, list):  # the first of many stacks says enough
             saved, given = next(pair for pair in itertools.zip_longest(saved, given) if pair[0] != pair[1])
-        kind.append(f"{key} of {name} was {saved!r} and is {given!r}")
+        said = f"{key} of {name} is {saved!r}, not {given!r}"
+        kind.append(said if number else f"{key} of {name} was {saved!r} and is {given!r}")
         if key == "rule":
             break
     return words, numbers
