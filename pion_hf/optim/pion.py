@@ -79,7 +79,7 @@ class Pion(MatrixOptimizer):
         rank_tolerance: singular values below this fraction of the largest count as zero in the ambient metric: pairs of
             them would turn by large angles to move almost nothing.
         polar: `express`, `quintic`, `svd` or `gram` (see `Teon`), for `polar` and `msign`; polar_steps: its iterations.
-        retraction: `root` and `cayley` are orthogonal at any angle; `taylor` of `degree` grows singular values by
+        retraction: `root` and `cayley` are orthogonal to rounding; `taylor` of `degree` grows singular values by
             `theta^4 / 8` a step at degree 2. In the ambient metric a side one and a half times as long as the other or
             longer has, for `root`, the polar retraction, as exact: nothing of that size is formed (`linalg.ambient`).
         generator_dtype: of the products that form a generator and carry the momentum; they are skewed exactly
