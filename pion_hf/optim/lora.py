@@ -21,13 +21,14 @@ from pion_hf.linalg.polar import (
 )
 from pion_hf.linalg.reading import Reader
 from pion_hf.linalg.rotation import RETRACTIONS, Generator, without
-from pion_hf.linalg.spectrum import numerical_zero, singular_basis, singular_values
+from pion_hf.linalg.spectrum import Basis, numerical_zero, singular_basis, singular_values
 from pion_hf.optim.base import MatrixOptimizer, average
 from pion_hf.optim.batches import KEPT
 from pion_hf.optim.blocks import Layout
 from pion_hf.optim.checks import check_choices, check_polar, check_range, check_unused
+from pion_hf.optim.directions import direction_of, generator_of
 from pion_hf.optim.inputs import Inputs
-from pion_hf.optim.pion import BASIS_REFRESH, direction_of, generator_of
+from pion_hf.optim.pion import BASIS_REFRESH
 from pion_hf.optim.precision import HALF
 from pion_hf.optim.teon import Teon
 
@@ -39,8 +40,7 @@ CHOICES = {
     "momentum": ("transported", "ambient"),
     "retraction": RETRACTIONS[:2],  # low-rank generators need an exact one
 }
-# What the rules of whole matrices can choose and those of factors cannot; products of factors are small.
-UNUSED = {"generator_dtype": "float32", "compile": False, "second_moment": False, "hold": 0.0}
+# What TEON of whole matrices can choose and that of factors cannot.
 UNUSED_BY_STACKS = ("polar_dtype", "compile", "scale", "rms")
 
 
@@ -155,7 +155,6 @@ class PionLora(_Factors):
             "batch_elements": batch_elements,
             "keep": keep,
             "weight_decay": weight_decay,
-            **UNUSED,
         }
         super().__init__(params, defaults, share_work=share_work, inputs=inputs)
         self._check_kept(keep)
@@ -164,7 +163,6 @@ class PionLora(_Factors):
         if group["rule"] == "adamw":
             return
         _require_reach(group)
-        check_unused(group, self.defaults, tuple(UNUSED))
         check_choices(group, CHOICES)
         check_polar(group)
         check_range("rank_tolerance", group["rank_tolerance"], lambda v: 0 <= v < 1, "in [0, 1)")
@@ -217,15 +215,27 @@ def _rotated(
     note: Callable[[dict, Generator, Tensor], None],
     reader: Reader,
 ) -> Tensor:
-    direction = direction_of(grad, state, group=group, step=step)
+    direction = direction_of(
+        grad,
+        state,
+        kind=group["direction"],
+        betas=group["betas"],
+        eps=group["eps"],
+        step=step,
+        polar=group["polar"],
+        polar_steps=group["polar_steps"],
+    )
     if KEPT in state:  # orthogonal to them both, a rotation has no part in them
         weight, direction = (without(x, state[KEPT]) for x in (weight, direction))
     # Of the size of the weight, so that one Gram matrix holds both without loss. The angle is set below.
     size, length = (torch.linalg.matrix_norm(x, keepdim=True) for x in (weight, direction))
     direction = direction * torch.where(length > _tiny(length), size / length, 0)
-    if group["metric"] == "ambient" and (step - 1) % BASIS_REFRESH == 0:
-        state["basis"], state["values"] = singular_basis(weight)
-    a = generator_of(weight, direction, state, side="in", group=group)
+    basis = None
+    if group["metric"] == "ambient":
+        if (step - 1) % BASIS_REFRESH == 0:
+            state["basis"], state["values"] = singular_basis(weight)
+        basis = Basis(state["basis"], state["values"])
+    a = generator_of(weight, direction, side="in", basis=basis, tolerance=group["rank_tolerance"])
     # In the lie metric the weight is the upper half of the generator's factor: their product is in its Gram matrix.
     seen = a.gram[..., : weight.shape[-2], :] if group["metric"] == "lie" and a.gram is not None else None
     moved = a.act_norm(weight, seen=seen)

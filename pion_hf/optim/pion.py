@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -11,15 +10,15 @@ import torch
 from torch import Tensor
 
 from pion_hf.errors import unknown
-from pion_hf.linalg.ambient import ambient_generator, ambient_tangent, has_long_side, is_well_conditioned
+from pion_hf.linalg.ambient import ambient_tangent, has_long_side, is_well_conditioned
 from pion_hf.linalg.polar import polar_factor
 from pion_hf.linalg.precision import PRODUCT_DTYPES, product_dtype
-from pion_hf.linalg.rotation import RETRACTIONS, Generator, generator, rms_scale, skew, without
+from pion_hf.linalg.rotation import RETRACTIONS, Generator, rms_scale, skew, without
 from pion_hf.linalg.spectrum import Basis, singular_basis
-from pion_hf.optim import compiled
-from pion_hf.optim.base import MatrixOptimizer, average, buffer
+from pion_hf.optim.base import MatrixOptimizer, average
 from pion_hf.optim.batches import KEPT
 from pion_hf.optim.checks import check_choices, check_flags, check_polar, check_range
+from pion_hf.optim.directions import basis_side, direction_of, generator_of, seen_from
 from pion_hf.optim.inputs import Inputs
 
 CHOICES = {
@@ -224,7 +223,7 @@ class Pion(MatrixOptimizer):
         if group["momentum"] == "lie":
             generators = _lie_momentum_generators(weight, grad, state, group=group, sides=sides)
         else:
-            direction = direction_of(grad, state, group=group, step=step)
+            direction = _direction(grad, state, group=group, step=step)
             free = _free_part(weight, fixed)
             if group["metric"] == "ambient":
                 if (step - 1) % BASIS_REFRESH == 0:
@@ -232,18 +231,17 @@ class Pion(MatrixOptimizer):
                 stepped = self._move_long_side(weight, free, fixed, direction, state, side=sides[0], group=group)
                 if stepped is not None:
                     return stepped
-            generators = {
-                side: generator_of(free, direction, state, side=side, group=group, fixed=fixed.get(side))
-                for side in sides
-            }
+            generators = _generators(free, direction, state, group=group, sides=sides, fixed=fixed)
         if group["direction"] == "msign":
-            generators = {side: Generator(skew(_polar(a.core, group)) / 2) for side, a in generators.items()}
+            options = {"method": group["polar"], "steps": group["polar_steps"], "dtype": group["generator_dtype"]}
+            polars = {side: polar_factor(a.core, **options) for side, a in generators.items()}
+            generators = {side: Generator(skew(polar) / 2) for side, polar in polars.items()}
         # What a lone dense generator moves at first order gives the size of the step, and is the rotation's first term.
         moved = {side: a.moved(weight, side=side) for side, a in generators.items() if len(generators) == 1}
         alpha = _step_size(weight, generators, moved, group=group)
         for side, a in generators.items():
             self.note_rotation(side, a, alpha)
-            rows = _seen_from(weight, side).shape[-2]
+            rows = seen_from(weight, side).shape[-2]
             reader = self.reader(side, group)
             increment = a.increment(
                 alpha, retraction=group["retraction"], degree=group["degree"], rows=rows, reader=reader
@@ -251,7 +249,7 @@ class Pion(MatrixOptimizer):
             weight.add_(increment.change(weight, side=side, first=moved.get(side)))
             if group["momentum"] == "transported":
                 state["momentum"].add_(increment.change(state["momentum"], side=side, low=True))
-            if "basis" in state and side == _basis_side(weight):
+            if "basis" in state and side == basis_side(weight):
                 state["basis"].add_(increment.change(state["basis"]))
             if side in fixed and side == "in":
                 # A rounded generator turns a little of what is kept, and the basis belongs to the weight less that.
@@ -334,60 +332,20 @@ def _can_move(m: int, n: int, group: dict) -> bool:
     return any(size > 1 and free > (0 if size > k else 1) for side, size in sizes.items() if side in sides)
 
 
-def _seen_from(x: Tensor, side: str) -> Tensor:
-    """The frame in which a rotation of `side` acts from the right."""
-    return x if side == "in" else x.mT
-
-
-def _basis_side(weight: Tensor) -> str:
-    """The smaller side, whose singular vectors `singular_basis` returns."""
-    return "in" if weight.shape[-2] >= weight.shape[-1] else "out"
-
-
-def _polar(x: Tensor, group: dict) -> Tensor:
-    return polar_factor(x, method=group["polar"], steps=group["polar_steps"], dtype=group["generator_dtype"])
-
-
-def direction_of(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
-    """`D`, the step one would take without the constraint, `(b, m, n)`."""
-    beta1, beta2 = group["betas"]
-    if group["direction"] in ("adam", "natural"):
-        kernel = _adam_direction if group["direction"] == "adam" else _natural_direction
-        buffers = buffer(state, "momentum", grad), buffer(state, "second", grad)
-        scalars = beta1, beta2, 1 - beta1**step, 1 - beta2**step, group["eps"]
-        return compiled.run(kernel, grad, *buffers, *scalars, compiled=group["compile"])
-    momentum = average(state, "momentum", grad, beta1)
-    if group["direction"] == "polar":
-        return _polar(momentum, group)
-    if group["second_moment"]:
-        return momentum / (average(state, "second", momentum.square(), beta2).sqrt() + group["eps"])
-    return momentum
-
-
-def _moments(grad: Tensor, momentum: Tensor, second: Tensor, beta1: float, beta2: float) -> None:
-    momentum.lerp_(grad, 1 - beta1)
-    second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-
-
-def _adam_direction(
-    grad: Tensor, momentum: Tensor, second: Tensor, beta1: float, beta2: float, bias1: float, bias2: float, eps: float
-) -> Tensor:
-    _moments(grad, momentum, second, beta1, beta2)
-    root = _unseen_apart(second / bias2).sqrt_().add_(eps).mul_(bias1)
-    return torch.div(momentum, root, out=root)
-
-
-def _natural_direction(
-    grad: Tensor, momentum: Tensor, second: Tensor, beta1: float, beta2: float, bias1: float, bias2: float, eps: float
-) -> Tensor:
-    _moments(grad, momentum, second, beta1, beta2)
-    unbiased = _unseen_apart(second * (bias1 / bias2)).add_(eps**2 * bias1)
-    return torch.div(momentum, unbiased, out=unbiased)
-
-
-def _unseen_apart(second: Tensor) -> Tensor:
-    """Infinite where no gradient ever was: a rotation carries momentum there too, and over `eps` it would be all."""
-    return torch.threshold_(second, 0.0, math.inf)
+def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+    return direction_of(
+        grad,
+        state,
+        kind=group["direction"],
+        betas=group["betas"],
+        eps=group["eps"],
+        step=step,
+        polar=group["polar"],
+        polar_steps=group["polar_steps"],
+        polar_dtype=group["generator_dtype"],
+        second_moment=group["second_moment"],
+        compile=group["compile"],
+    )
 
 
 def _fixed_directions(weight: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -408,43 +366,38 @@ def _free_part(weight: Tensor, fixed: dict[str, Tensor]) -> Tensor:
 
     It has the basis that is carried: on the smaller side, as the whole weight's (see `_basis_side`).
     """
-    return _without_fixed(weight, fixed, "out" if _basis_side(weight) == "in" else "in")
+    return _without_fixed(weight, fixed, "out" if basis_side(weight) == "in" else "in")
 
 
 def _without_fixed(x: Tensor, fixed: dict[str, Tensor], side: str) -> Tensor:
-    return _seen_from(without(_seen_from(x, side), fixed[side]), side) if fixed else x
+    return seen_from(without(seen_from(x, side), fixed[side]), side) if fixed else x
 
 
-def generator_of(
+def _generators(
     weight: Tensor,
     direction: Tensor,
     state: dict[str, Tensor],
     *,
-    side: str,
     group: dict,
-    fixed: Tensor | None = None,
-) -> Generator:
-    """Of the rotation on `side` that stands for `direction`; fixed: directions it leaves alone, see `generator`."""
-    w, d = _seen_from(weight, side), _seen_from(direction, side)
-    if fixed is not None:
-        d = without(d, fixed)
-    dtype = product_dtype(weight, group["generator_dtype"])
-    rows = 2 * w.shape[-2]  # the weight and its momentum
-    if group["metric"] == "ambient":
-        basis, right = Basis(state["basis"], state["values"]), side == _basis_side(weight)
-        return ambient_generator(
-            w,
-            d,
-            basis,
-            right=right,
+    sides: tuple[str, ...],
+    fixed: dict[str, Tensor],
+) -> dict[str, Generator]:
+    """By side, of the rotations that stand for `direction`."""
+    basis = Basis(state["basis"], state["values"]) if group["metric"] == "ambient" else None
+    return {
+        side: generator_of(
+            weight,
+            direction,
+            side=side,
+            basis=basis,
             hold=group["hold"],
             tolerance=group["rank_tolerance"],
-            rows=rows,
-            dtype=dtype,
-            fixed=fixed,
+            dense=True if group["direction"] == "msign" else None,
+            dtype=group["generator_dtype"],
+            fixed=fixed.get(side),
         )
-    dense = True if group["direction"] == "msign" else None
-    return generator(w.to(dtype), d.to(dtype), rows=rows, dense=dense, dtype=w.dtype, fixed=fixed)
+        for side in sides
+    }
 
 
 def _lie_momentum_generators(
@@ -454,7 +407,7 @@ def _lie_momentum_generators(
     beta1, beta2 = group["betas"]
     generators = {}
     for side in ("in", "out"):
-        w, g = _seen_from(weight, side), _seen_from(grad, side)
+        w, g = seen_from(weight, side), seen_from(grad, side)
         s = skew(w.mT @ g)
         mean = average(state, f"lie_{side}", s, beta1)
         if group["second_moment"]:
@@ -473,11 +426,11 @@ def _step_size(
         norm = torch.stack([a.spectral_norm() for a in generators.values()]).amax(0)
         return torch.where(norm > 0, group["lr"] / norm.clamp_min(1e-12), 0)
     if len(generators) > 1:
-        return _alpha(sum(_seen_from(a.act(_seen_from(weight, side)), side) for side, a in generators.items()), group)
+        return _alpha(sum(seen_from(a.act(seen_from(weight, side)), side) for side, a in generators.items()), group)
     ((side, a),) = generators.items()
     if moved[side] is not None:
         return _alpha(moved[side], group)
-    norm = a.act_norm(_seen_from(weight, side))
+    norm = a.act_norm(seen_from(weight, side))
     return rms_scale(norm, lr=group["lr"], rms=group["rms"], numel=weight.shape[-2] * weight.shape[-1])
 
 
