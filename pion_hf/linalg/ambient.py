@@ -72,7 +72,10 @@ def ambient_tangent(
     tolerance: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> Tangent:
-    """The same rotation of the side that `basis` is not of: the longer one, the first if `tall`, else the second."""
+    """As `ambient_generator`, of the rotation of the longer side, `m` if `tall`, else `n`, without forming it.
+
+    w, direction: `(..., m, n)`; basis: of the shorter side. The rest as there.
+    """
     values, inverse = _kept_values(basis, tolerance)
     held = int(hold * values.shape[-1])
     low = dtype or w.dtype

@@ -39,7 +39,7 @@ NEUMANN_PRODUCTS = 6
 
 
 def skew(x: Tensor) -> Tensor:
-    """`x - x^T` over the last two dimensions; exactly skew-symmetric in any precision."""
+    """`x - x^T` of `x`, `(..., n, n)`; exactly skew-symmetric in any precision."""
     n = x.shape[-1]
     if x.device.type != "cpu":
         return x - x.mT
@@ -74,7 +74,7 @@ def solve(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cayley(x: Tensor, gram: Tensor | None = None) -> Tensor:
-    """`E(x) - I` of the Cayley transform `E(x) = (I - x/2)^-1 (I + x/2)`, orthogonal for any skew `x`.
+    """`E(x) - I`, `(..., n, n)`, of the Cayley transform `E(x) = (I - x/2)^-1 (I + x/2)`, orthogonal for any skew `x`.
 
     With `gram` (`F F^T`) it returns the core `C` such that `E(F^T x F) = I + F^T C F`: the
     Woodbury form, `C = x (I - gram x / 2)^-1`.
@@ -106,7 +106,7 @@ def _neumann(y: Tensor) -> Tensor | None:
 
 
 def taylor(x: Tensor, gram: Tensor | None = None, *, degree: int = 2) -> Tensor:
-    """`E(x) - I` of the truncated exponential `E(x) = sum_k x^k / k!`, `k <= degree`.
+    """`E(x) - I`, `(..., n, n)`, of the truncated exponential `E(x) = sum_k x^k / k!`, `k <= degree`.
 
     For degree 2, `E^T E = I + x^4 / 4`: singular values grow by `theta^4 / 8` a step. `gram` as in `cayley`.
     """
@@ -436,6 +436,7 @@ def factored_flops(k: int, n: int, rows: int) -> float:
 def rms_scale(norm: Tensor, *, lr: float, rms: float, numel: int) -> Tensor:
     """`alpha = lr * rms * sqrt(m n) / (||dW||_F + 1e-12)`: the update's RMS becomes `lr * rms`.
 
+    norm: `||dW||_F` at `alpha = 1`, `(..., 1, 1)`, as the result; numel: `m n`.
     0 where the norm is: a matrix without a gradient (an expert that saw no token) stays as it is to the bit.
     """
     return torch.where(norm > 0, lr * rms * math.sqrt(numel) / (norm + 1e-12), 0)

@@ -26,11 +26,9 @@ class RoutedAdamW(MatrixOptimizer):
 
     Args:
         params: groups from `pion_hf.param_groups(model, "adamw_routed")`, tensors or `(name, tensor)` pairs.
-        lr: of groups that bring none.
-        weight_decay: decoupled, of such groups too.
-        keep: so many leading directions of the inputs of every layer with a hidden matrix keep their outputs.
+        lr, weight_decay (decoupled), adamw_betas, adamw_eps: of every group, of matrices or not, that has none itself.
+        keep: number of leading directions of the inputs of every layer with a hidden matrix whose outputs stay.
         inputs: `pion_hf.Inputs(model, keep)`; see `Pion`.
-        adamw_betas, adamw_eps: of such groups too, matrices or not.
 
     Raises:
         ValueError: an unknown option or a value out of range; `keep` on parameters sharded by FSDP2.

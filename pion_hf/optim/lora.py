@@ -108,8 +108,8 @@ class PionLora(_Factors):
         rank_tolerance: singular values below this fraction of the largest count as zero in the ambient metric.
         polar, polar_steps: how a step is orthogonalised; see `Teon`. `gram` has kernels for ranks of 256 and more only.
         retraction: `cayley` or `root`, both exact.
-        batch_elements: of the factors that are updated at once, which bounds the extra memory of a step; see `Pion`.
-        keep: so many leading directions of every adapted layer's inputs keep their outputs (of `A`: those of adapters
+        batch_elements: the most elements of the factors that are updated at once; see `Pion`.
+        keep: number of leading directions of every adapted layer's inputs whose outputs stay (of `A`: those of adapters
             that begin at zero). inputs: `pion_hf.Inputs(model, keep)`; see `Pion`.
         weight_decay: decoupled, of factors that grow (and AdamW's groups).
         share_work: under DDP, each process updates a share of the matrices and tells the others.

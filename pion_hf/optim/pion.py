@@ -84,11 +84,13 @@ class Pion(MatrixOptimizer):
         generator_dtype: of the products that form a generator and carry the momentum; they are skewed exactly
             afterwards, so the spectrum does not notice. `auto` is bfloat16 where the hardware multiplies it faster.
         compile: the elementwise part of `adam` and `natural` through `torch.compile`.
-        batch_elements: of the equal matrices that are updated at once, which bounds the extra memory of a step; a
-            larger one is updated alone, experts of one parameter some at a time. None: what is fastest on the device.
-        keep: so many leading directions of every layer's inputs, those that most inputs share, keep their outputs: the
-            rotations fix them. It lets a model learn more before it forgets. inputs: `pion_hf.Inputs(model, keep)`,
-            made before the first forward pass, from which they are known; a Trainer makes it.
+        batch_elements: the most elements of equal matrices that are updated at once, which bounds the extra memory of
+            a step; a larger matrix is updated alone, experts of one parameter some at a time. None: what is fastest on
+            the device.
+        keep: number of leading directions of every layer's inputs (eigenvectors of their second moment `sum x x^T`)
+            whose outputs stay as they are: the rotations fix them. It lets a model learn more before it forgets.
+        inputs: `pion_hf.Inputs(model, keep)`, made before the first forward pass, in which it sees them; a Trainer
+            makes it.
         weight_decay: decoupled, of the AdamW groups.
         preset: `"paper"` sets momentum, direction, metric, hold, scale, side, retraction and degree as published.
         share_work: under DDP, each process updates a share of the matrices and tells the others.

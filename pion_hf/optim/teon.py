@@ -48,9 +48,9 @@ class Teon(MatrixOptimizer):
             `sqrt(m / n)`; `original`: `sqrt(max(1, m / n))`, as in `torch.optim.Muon`; its `match_rms_adamw` is `rms`.
         rms: the update's RMS at `lr = 1` (`scale="rms"`); 0.2 is that of a typical AdamW update.
         compile: the elementwise parts through `torch.compile`.
-        batch_elements: of the matrices that are updated at once, which bounds the extra memory of a step; see `Pion`.
-        keep: so many leading directions of every layer's inputs keep their outputs: changes of a matrix are projected
-            away from them. inputs: `pion_hf.Inputs(model, keep)`; see `Pion`.
+        batch_elements: the most elements of the matrices that are updated at once; see `Pion`.
+        keep: number of leading directions of every layer's inputs whose outputs stay as they are: changes of a matrix
+            are projected away from them. inputs: `pion_hf.Inputs(model, keep)`; see `Pion`.
         weight_decay: decoupled, of the matrices and of AdamW's groups.
         adamw_betas, adamw_eps: of AdamW's groups that bring none.
         share_work: under DDP, each process updates a share of the matrices and tells the others.
