@@ -1,6 +1,7 @@
 """Typed options: the dataclass fields, the `optim_args` string, and their checks.
 
-The constructors' signatures are the only place that knows an option's name, type and default.
+The constructors' signatures say which options there are, of which type and with which default; the fields repeat names
+and types for parsers and editors (a test compares them) and add a help text.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers.utils import logging
 
 from pion_hf.errors import unknown
 from pion_hf.optim import Pion, PionLora, RoutedAdamW, Teon, TeonLora
+from pion_hf.optim.lora import FactorMethod
 from pion_hf.optim.pion import check_preset
 from pion_hf.schedules import SCHEDULES, check_options
 
@@ -45,8 +47,7 @@ GROUP_OPTIONS = {
 }
 
 STACK_OPTIONS = {"stack": int, "stack_targets": list[str]}
-FACTOR_METHODS = Literal["rotate", "orthogonal", "adamw"]
-LORA_OPTIONS = {"lora_a": FACTOR_METHODS, "lora_b": FACTOR_METHODS}
+LORA_OPTIONS = {"lora_a": FactorMethod, "lora_b": FactorMethod}
 # By optimizer, those of the routing that not every one has.
 ROUTING_OPTIONS = {"teon": STACK_OPTIONS, "teon_lora": STACK_OPTIONS, "pion_lora": LORA_OPTIONS}
 
@@ -130,10 +131,10 @@ class PionOptions:
         default=None,
         metadata=_help("TEON: which matrices are stacked: q, k, v, or regular expressions over parameter names."),
     )
-    optim_lora_a: FACTOR_METHODS | None = field(
+    optim_lora_a: FactorMethod | None = field(
         default=None, metadata=_help("Pion on LoRA adapters: what the factor A does (of embeddings: B).")
     )
-    optim_lora_b: FACTOR_METHODS | None = field(
+    optim_lora_b: FactorMethod | None = field(
         default=None, metadata=_help("Pion on LoRA adapters: what the factor B does (of embeddings: A).")
     )
     optim_retraction: Literal["root", "cayley", "taylor"] | None = field(

@@ -10,13 +10,14 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from pion_hf.adapters import Factor, has_adapters, lora_factors
 from pion_hf.errors import listing, unknown
 from pion_hf.optim.blocks import Layout, name_of
+from pion_hf.optim.lora import FactorMethod
 from pion_hf.patterns import Patterns, spellings_of
 from pion_hf.stacking import ALL_FACTORS, Stacks, find_stacks
 from pion_hf.structure import Structure, parameter_count
@@ -25,7 +26,6 @@ OPTIMIZERS = ("pion", "teon", "muon", "adamw_routed", "pion_lora", "teon_lora")
 # What an optimizer becomes on a model with LoRA adapters, and the options that come with it.
 LORA_FORMS = {"pion": ("pion_lora", {}), "teon": ("teon_lora", {}), "muon": ("teon_lora", {"stack": 1})}
 FOR_ADAPTERS = ("pion_lora", "teon_lora")
-FACTOR_METHODS = ("rotate", "orthogonal", "adamw")
 DEFAULT_STACK = 2
 PLAIN_WIDTH = 120  # of a table as text
 NO_STACKS = Stacks()
@@ -159,8 +159,8 @@ def routing_table(
     exclude: str | Iterable[str] | None = None,
     stack: int | None = None,
     stack_targets: str | Iterable[str] | None = None,
-    lora_a: str | None = None,
-    lora_b: str | None = None,
+    lora_a: FactorMethod | None = None,
+    lora_b: FactorMethod | None = None,
 ) -> Routing:
     """Route every trainable parameter of `model`.
 
@@ -252,8 +252,8 @@ def _check_choices(optim: str, *, stack: Any, stack_targets: Any, lora_a: Any, l
             continue
         if optim != "pion_lora":
             raise ValueError(f"{name} is an option of optim='pion_lora', not of optim={optim!r}.")
-        if method not in FACTOR_METHODS:
-            raise unknown(f"value of {name}", method, FACTOR_METHODS)
+        if method not in get_args(FactorMethod):
+            raise unknown(f"value of {name}", method, get_args(FactorMethod))
 
 
 def _factors(model: nn.Module, optim: str) -> dict[int, Factor]:
@@ -325,8 +325,8 @@ def param_groups(
     exclude: str | Iterable[str] | None = None,
     stack: int | None = None,
     stack_targets: str | Iterable[str] | None = None,
-    lora_a: str | None = None,
-    lora_b: str | None = None,
+    lora_a: FactorMethod | None = None,
+    lora_b: FactorMethod | None = None,
     routing: Routing | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for the optimizer's constructor, one per rule, layout and decay; names in `param_names`.

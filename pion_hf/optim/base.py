@@ -17,7 +17,7 @@ from pion_hf.linalg.reading import LateReader
 from pion_hf.linalg.rotation import Generator
 from pion_hf.optim import blocks, elementwise, precision, sharding
 from pion_hf.optim.batches import KEPT, REST, Batch, Block, Plan, is_apart, unshared
-from pion_hf.optim.checks import check_common, check_flags, check_parameter
+from pion_hf.optim.checks import check_common, check_flag, check_parameter, check_words
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Observer, SelfCheck, Update
 from pion_hf.optim.saved import OWN, check_saved
@@ -69,7 +69,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         if not (inputs is None or isinstance(inputs, Inputs)):
             raise ValueError(f"inputs must be a pion_hf.Inputs of the model, got {inputs!r}")
-        check_flags({"share_work": share_work}, "share_work")
+        check_flag("share_work", share_work)
         self.skipped_steps = 0
         self.inputs = inputs
         self.share_work = share_work
@@ -139,6 +139,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             check_common(group)
+            check_words(group, type(self))
             for name, p in named_parameters(group):
                 check_parameter(name, p)
                 if rule != "adamw":

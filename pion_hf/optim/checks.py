@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +17,30 @@ from pion_hf.linalg.polar import MOST_STEPS, check_method
 from pion_hf.optim import sharding
 
 
-def check_choices(group: dict, choices: dict[str, tuple[str, ...]]) -> None:
-    """Raises ValueError for an option that is none of its words, with the nearest."""
-    for option, known in choices.items():
-        if group[option] not in known:
-            raise unknown(f"value of {option}", group[option], known)
+def check_words(group: dict, cls: type) -> None:
+    """Raises ValueError for an option that is none of the words that the constructor of `cls` takes, or no bool."""
+    for option, words in _words(cls).items():
+        if option not in group:
+            continue
+        if words == (True, False):
+            check_flag(option, group[option])
+        elif group[option] not in words:
+            raise unknown(f"value of {option}", group[option], words)
+
+
+@functools.cache
+def _words(cls: type) -> dict[str, tuple]:
+    """What the constructors' types say, of `cls` and those it inherits from."""
+    owners = [c for c in reversed(cls.__mro__) if issubclass(c, torch.optim.Optimizer) and "__init__" in vars(c)]
+    hints = {name: hint for c in owners[1:] for name, hint in typing.get_type_hints(c.__init__).items()}
+    words = {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is typing.Literal}
+    return {**words, **{name: (True, False) for name, hint in hints.items() if hint is bool}}
+
+
+def check_flag(option: str, value: Any) -> None:
+    """Raises ValueError for what is neither True nor False: every other word would count as True."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{option} must be True or False, got {value!r}")
 
 
 def check_range(option: str, value: Any, ok: Callable[[float], bool], wanted: str, *, whole: bool = False) -> None:
@@ -28,13 +49,6 @@ def check_range(option: str, value: Any, ok: Callable[[float], bool], wanted: st
     kind = numbers.Integral if whole else numbers.Real
     if isinstance(number, bool) or not isinstance(number, kind) or not (math.isfinite(number) and ok(number)):
         raise ValueError(f"{option} must be {wanted}, got {value!r}")
-
-
-def check_flags(group: dict, *options: str) -> None:
-    """Raises ValueError for an option that is neither True nor False: every other word would count as True."""
-    for option in options:
-        if not isinstance(group[option], bool):
-            raise ValueError(f"{option} must be True or False, got {group[option]!r}")
 
 
 def check_polar(group: dict) -> None:

@@ -18,6 +18,9 @@ from pion_hf.linalg.spectrum import Basis
 from pion_hf.optim import compiled
 from pion_hf.optim.base import average, buffer
 
+# Steps between fresh decompositions of the carried singular bases; in between they only collect rounding errors.
+BASIS_REFRESH = 500
+
 
 def direction_of(
     grad: Tensor,

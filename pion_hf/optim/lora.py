@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from pion_hf.errors import unknown
 from pion_hf.linalg.polar import (
     ITERATIONS,
     is_skinny,
@@ -20,26 +21,20 @@ from pion_hf.linalg.polar import (
     polar_map,
 )
 from pion_hf.linalg.reading import Reader
-from pion_hf.linalg.rotation import RETRACTIONS, Generator, without
+from pion_hf.linalg.rotation import Generator, without
 from pion_hf.linalg.spectrum import Basis, numerical_zero, singular_basis, singular_values
 from pion_hf.optim.base import MatrixOptimizer, average
 from pion_hf.optim.batches import KEPT
 from pion_hf.optim.blocks import Layout
-from pion_hf.optim.checks import check_choices, check_polar, check_range, check_unused
-from pion_hf.optim.directions import direction_of, generator_of
+from pion_hf.optim.checks import check_polar, check_range, check_unused
+from pion_hf.optim.directions import BASIS_REFRESH, direction_of, generator_of
 from pion_hf.optim.inputs import Inputs
-from pion_hf.optim.pion import BASIS_REFRESH
 from pion_hf.optim.precision import HALF
 from pion_hf.optim.teon import Teon
 
-METHODS = ("rotate", "orthogonal")
-CHOICES = {
-    "method": METHODS,
-    "direction": ("gradient", "adam", "natural", "polar"),
-    "metric": ("lie", "ambient"),
-    "momentum": ("transported", "ambient"),
-    "retraction": RETRACTIONS[:2],  # low-rank generators need an exact one
-}
+# What a factor does; `adamw` is the rule of other groups.
+FactorMethod = Literal["rotate", "orthogonal", "adamw"]
+METHODS = get_args(FactorMethod)[:2]
 # What TEON of whole matrices can choose and that of factors cannot.
 UNUSED_BY_STACKS = ("polar_dtype", "compile", "scale", "rms")
 
@@ -163,7 +158,8 @@ class PionLora(_Factors):
         if group["rule"] == "adamw":
             return
         _require_reach(group)
-        check_choices(group, CHOICES)
+        if group["method"] not in METHODS:
+            raise unknown("value of method", group["method"], METHODS)
         check_polar(group)
         check_range("rank_tolerance", group["rank_tolerance"], lambda v: 0 <= v < 1, "in [0, 1)")
 

@@ -12,14 +12,11 @@ import torch
 from torch import Tensor
 
 from pion_hf.linalg.polar import polar_factor
-from pion_hf.linalg.precision import PRODUCT_DTYPES
 from pion_hf.optim import blocks, compiled
 from pion_hf.optim.base import MatrixOptimizer, buffer, named_parameters
-from pion_hf.optim.checks import check_choices, check_flags, check_polar, check_range
+from pion_hf.optim.checks import check_polar, check_range
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.sharding import stand_in
-
-CHOICES = {"scale": ("rms", "paper", "original"), "polar_dtype": PRODUCT_DTYPES}
 
 
 class Teon(MatrixOptimizer):
@@ -110,8 +107,6 @@ class Teon(MatrixOptimizer):
             )
 
     def check_options(self, group: dict) -> None:
-        check_choices(group, CHOICES)
-        check_flags(group, "nesterov", "compile")
         check_polar(group)
         stack = group["stack"]
         check_range("momentum", group["momentum"], lambda v: 0 <= v < 1, "in [0, 1)")
