@@ -16,6 +16,7 @@ import torch
 import trl.scripts.sft
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+import pion_hf
 from pion_hf import run
 from pion_hf.cli import main
 from pion_hf.cli.outcome import ReportMixin
@@ -228,10 +229,11 @@ def test_plan_takes_the_dtype_of_the_checkpoint(tmp_path, capsys):
         ({"max_steps": True}, [], "max_steps must be a whole number, got True"),
         ({"optim_args": "beta=(0.9,0.95)"}, [], "Did you mean 'betas'"),
         ({}, ["--optim_hald", "0.1"], "'optim_hald' is not a known flag. Did you mean 'optim_hold'"),
-        ({}, ["--learning-rat=1e-3x"], "invalid float value: '1e-3x'"),
+        ({}, ["--learning-rate=1e-3x"], "invalid float value: '1e-3x'"),
         ({}, ["--optim_side", "inn"], "'inn' is not a known value. Did you mean 'in'"),
         ({}, ["--optim_polar_steps", "2.5"], "invalid int value: '2.5'"),
         ({}, ["--optim_args", "rms=big"], "rms must be of type float, got 'big'"),
+        ({}, ["--optim_sid", "in"], "'optim_sid' is not a known flag. Did you mean 'optim_side'"),
         ({}, ["recipe.yaml"], "'recipe.yaml' belongs to no flag; a recipe is named by --config FILE"),
         ({"model_name_or_path": None}, [], "name the model"),
     ],
@@ -247,12 +249,44 @@ def test_bad_input_is_one_line_that_names_the_right_one(command, changes, flags,
     ("changes", "message"),
     [
         ({"exact_match_samples": 3, "eval_strategy": "no"}, "exact_match_samples needs evaluation data"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"output_dir": ""}, "output_dir is empty: name a folder"),
         ({"exact_match_samples": -1}, "exact_match_samples must be at least 0, got -1"),
         ({"other_text_file": "nowhere.txt"}, "other_text_file: there is no file 'nowhere.txt'"),
     ],
 )
 def test_reports_that_cannot_be_made(changes, message, recipe):
     assert message in fails("sft", "--config", recipe(**changes))
+
+
+def test_columns_that_cannot_be_read_are_named(recipe, tmp_path):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text('{"foo": "a", "bar": "b"}\n' * 4)
+    said = fails("sft", "--config", recipe(dataset_name=str(tmp_path / "data"), dataset_test_split="test"))
+    assert "has the columns foo, bar: sft needs messages (chats), prompt and completion, or text in 'text'" in said
+
+
+def test_a_version_is_printed(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"pion-hf {pion_hf.__version__}\n"
+
+
+def test_a_missing_package_is_one_line(recipe, monkeypatch):
+    """In a library; what a user's own code imports in vain keeps its traceback."""
+    found = {}
+    library = compile(
+        "def train(*_): raise ImportError('bits is not installed: pip install bits')", trl.__file__, "exec"
+    )
+    exec(library, found)
+    monkeypatch.setattr("pion_hf.cli.sft.train", found["train"])
+    assert fails("sft", "--config", recipe()).strip() == "pion-hf sft: bits is not installed: pip install bits"
+
+
+def test_a_wrong_checkpoint_is_found_before_anything_is_measured(recipe, monkeypatch):
+    monkeypatch.setattr("pion_hf.cli.outcome.ReportMixin.measure", lambda self: pytest.fail("measured"))
+    said = fails("sft", "--config", recipe(), "--resume_from_checkpoint", "nowhere")
+    assert "resume_from_checkpoint: there is no folder 'nowhere'" in said
 
 
 @pytest.mark.parametrize("key", ["dataset_train_split", "dataset_test_split"])

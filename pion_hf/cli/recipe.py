@@ -93,6 +93,9 @@ GIVEN_TO_SCHEDULERS = {"optimizer", "num_warmup_steps", "num_training_steps", "l
 class RecipeParser(TrlParser):
     """TRL's parser, strict: every mistake in a recipe or on the command line is one line with a suggestion."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def parse_recipe(self, argv: list[str]) -> tuple[Any, ...]:
         """The dataclasses of `argv`, whose `--config FILE` gives defaults.
 

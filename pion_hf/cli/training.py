@@ -13,6 +13,7 @@ import datasets
 import torch
 import transformers
 import trl
+from trl.data_utils import get_dataset_column_names
 from trl.scripts import sft as trl_sft
 
 from pion_hf.arguments import OPTIMIZER_CLASSES
@@ -54,6 +55,8 @@ def train(
     trainers: list[ReportMixin] = []
 
     def trainer(**kwargs: Any) -> ReportMixin:
+        if script is trl_sft:
+            _check_columns(kwargs["train_dataset"], script_args.dataset_name, training_args.dataset_text_field)
         if model_args.init_lora_weights is not None:
             set_initialisation(kwargs["peft_config"], model_args.init_lora_weights)
         trainers.append(make_trainer(report=report_args, **kwargs))
@@ -75,6 +78,16 @@ def train(
         raise ValueError(f"cannot load {names}: {str(error).splitlines()[0]}") from error
     trainers[0].create_model_card(dataset_name=script_args.dataset_name)  # after peft's, which comes with saving
     trainers[0].finish()
+
+
+def _check_columns(dataset: Any, name: str | None, text_field: str) -> None:
+    """Raise ValueError for data that TRL's SFT cannot read."""
+    columns = get_dataset_column_names(dataset)
+    if {"messages", "conversations", "prompt", "input_ids", text_field}.isdisjoint(columns):
+        raise ValueError(
+            f"the data ({name}) has the columns {', '.join(columns)}: sft needs messages (chats), prompt and "
+            f"completion, or text in {text_field!r} (dataset_text_field)"
+        )
 
 
 def check(parsed: Sequence[Any]) -> None:
