@@ -158,6 +158,10 @@ class PionOptions:
         default=None,
         metadata=_help("So many leading directions of every layer's inputs keep their outputs, against forgetting."),
     )
+    optim_keep_soft: bool | None = field(
+        default=None,
+        metadata=_help("Muon, TEON, adamw_routed: keep more directions, each by the share that its inputs suggest."),
+    )
     optim_share_work: bool | None = field(
         default=None,
         metadata=_help("DDP: each process updates a share of the matrices and tells the others, instead of all."),

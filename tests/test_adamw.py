@@ -258,7 +258,7 @@ def test_training_logs_both_rules(tmp_path, token_rows):
     assert "angle_in/mean" not in first
     described = trainer.run_summary()["optimizer"]
     assert described["name"] == "adamw_routed"
-    assert described["options"] == {"keep": 0, "adamw_betas": (0.8, 0.9), "adamw_eps": 1e-8}
+    assert described["options"] == {"keep": 0, "keep_soft": False, "adamw_betas": (0.8, 0.9), "adamw_eps": 1e-8}
     assert {row["rule"]: row["matrices"] for row in described["rules"]} == {"adamw_routed": 14, "adamw": 0}
 
 

@@ -279,7 +279,7 @@ def test_a_task_can_bring_measures_of_its_own(recipe, tmp_path, monkeypatch):
 
 def test_a_number_that_is_none_is_null(recipe, tmp_path, monkeypatch, capsys):
     losses = iter([800.0, math.nan])
-    monkeypatch.setattr(ReportMixin, "_evaluation_loss", lambda self: next(losses))
+    monkeypatch.setattr(ReportMixin, "evaluation", lambda self: {"eval_loss": next(losses)})
     main(["sft", "--config", recipe()])
     record = strict(tmp_path / "run" / "eval.json")
     assert record["before"]["task"] == {"loss": 800.0, "perplexity": None}

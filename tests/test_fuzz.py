@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import pion_hf
 from pion_hf.optim import MatrixOptimizer, Pion, PionLora, Teon, TeonLora, blocks
+from pion_hf.optim.base import kept_columns
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.precision import join
 
@@ -50,7 +51,7 @@ class Setup:
 
     def build(self) -> tuple[MatrixOptimizer, dict[str, nn.Parameter]]:
         params = {name: nn.Parameter(p.clone()) for name, p in self.params.items()}
-        inputs = {"inputs": SomeInputs(self.options["keep"])} if self.options.get("keep") else {}
+        inputs = {"inputs": SomeInputs(kept_columns(self.options))} if self.options.get("keep") else {}
         groups = [{**copy.deepcopy(g), "params": [(name, params[name]) for name in g["params"]]} for g in self.groups]
         return self.cls(groups, **self.options, **inputs), params
 
@@ -71,9 +72,11 @@ class SomeInputs(Inputs):
     def __init__(self, directions: int) -> None:
         super().__init__(nn.Module(), directions)
 
-    def directions(self, name: str, n: int, count: int, device: torch.device) -> Tensor:
+    def directions(self, name: str, n: int, count: int, device: torch.device, *, half: int | None = None) -> Tensor:
         draw = torch.Generator().manual_seed(n)
         found = torch.linalg.qr(torch.randn(n, min(n, count), generator=draw, dtype=torch.float64)).Q
+        if half is not None:
+            found *= torch.linspace(1, 0.5, found.shape[1], dtype=torch.float64)
         return nn.functional.pad(found, (0, count - found.shape[1]))
 
 

@@ -24,6 +24,7 @@ from pion_hf.arguments import (
     resolve_options,
 )
 from pion_hf.optim import Inputs
+from pion_hf.optim.base import kept_columns
 from pion_hf.optim.sharding import of_first
 from pion_hf.routing import LORA_FORMS, Routing, param_groups, routing_table
 from pion_hf.schedules import SCHEDULES
@@ -116,7 +117,7 @@ def _handle(context: Any) -> tuple[type, dict[str, Any]]:
         group["reach"] = reach
     announce(routing, groups, args)
     if options.get("keep"):
-        options["inputs"] = Inputs(model, options["keep"])
+        options["inputs"] = Inputs(model, kept_columns(options))
     return OPTIMIZER_CLASSES[optim], {"params": groups, "lr": args.learning_rate, **options}
 
 

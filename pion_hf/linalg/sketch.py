@@ -24,8 +24,12 @@ def sketch_of(x: Tensor, test: Tensor) -> Tensor:
     return x.mT @ (x @ test)
 
 
-def leading_directions(sketch: Tensor, test: Tensor, count: int) -> Tensor:
-    """The `count` leading eigenvectors of `C`, orthonormal columns `(n, count)`; 0 beyond those that `C` shows."""
+def leading_directions(sketch: Tensor, test: Tensor, count: int, *, half: int | None = None) -> Tensor:
+    """The `count` leading eigenvectors of `C`, orthonormal columns `(n, count)`; 0 beyond those that `C` shows.
+
+    half: that of an eigenvalue `s` has the length `sqrt(s / (s + s_half))` instead of 1: `s_half`, the eigenvalue of so
+    many directions, is kept by half.
+    """
     rounding = torch.finfo(sketch.dtype).eps
     y, t = sketch.double(), test.double()
     core = t.mT @ y
@@ -33,5 +37,10 @@ def leading_directions(sketch: Tensor, test: Tensor, count: int) -> Tensor:
     inverse_root = torch.where(values > rounding * values[-1].abs(), values.clamp_min(0).rsqrt(), 0)
     # `C` is about `F F^T`.
     u, s, _ = torch.linalg.svd(y @ (vectors * inverse_root), full_matrices=False)
-    found = (u * (s > rounding**0.5 * s[0]))[:, :count].to(sketch.dtype)
+    lengths = (s > rounding**0.5 * s[0]).to(s.dtype)
+    if half is not None:
+        values = s.square()
+        sums = (values + values[min(half, len(s)) - 1]).clamp_min(torch.finfo(s.dtype).tiny)
+        lengths = lengths * (values / sums).sqrt()
+    found = (u * lengths)[:, :count].to(sketch.dtype)
     return torch.nn.functional.pad(found, (0, count - found.shape[1]))

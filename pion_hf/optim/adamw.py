@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pion_hf.optim import blocks, elementwise, sharding
-from pion_hf.optim.base import MatrixOptimizer, named_parameters, working_dtype
+from pion_hf.optim.base import MatrixOptimizer, kept_columns, named_parameters, working_dtype
 from pion_hf.optim.batches import KEPT
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Update
@@ -28,7 +28,7 @@ class RoutedAdamW(MatrixOptimizer):
         params: groups from `pion_hf.param_groups(model, "adamw_routed")`, tensors or `(name, tensor)` pairs.
         lr, weight_decay (decoupled), adamw_betas, adamw_eps: of every group, of matrices or not, that has none itself.
         keep: number of leading directions of the inputs of every layer with a hidden matrix whose outputs stay.
-        inputs: `pion_hf.Inputs(model, keep)`; see `Pion`.
+        keep_soft: see `Teon`. inputs: `pion_hf.Inputs(model, keep)`; see `Pion`.
 
     Raises:
         ValueError: an unknown option or a value out of range; `keep` on parameters sharded by FSDP2.
@@ -44,11 +44,13 @@ class RoutedAdamW(MatrixOptimizer):
         *,
         weight_decay: float = 0.0,
         keep: int = 0,
+        keep_soft: bool = False,
         inputs: Inputs | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
     ) -> None:
-        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": adamw_betas, "eps": adamw_eps, "keep": keep}
+        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": adamw_betas, "eps": adamw_eps}
+        defaults |= {"keep": keep, "keep_soft": keep_soft}
         self._laid_out: set[Tensor] = set()  # parameters whose kept directions are none yet
         super().__init__(params, defaults, inputs=inputs)
 
@@ -77,8 +79,8 @@ class RoutedAdamW(MatrixOptimizer):
             transposed = blocks.Layout.parse(group["layout"]).transposed
             for p in group["params"] if group["rule"] in self.matrix_rules and group["keep"] else ():
                 if p.grad is not None:
-                    w = p.mT if transposed else p
-                    form = torch.zeros(1, w.shape[-1], group["keep"], dtype=working_dtype(p.dtype), device=p.device)
+                    w, columns = p.mT if transposed else p, kept_columns(group)
+                    form = torch.zeros(1, w.shape[-1], columns, dtype=working_dtype(p.dtype), device=p.device)
                     self.state[p][KEY] = form
                     self._laid_out.add(p)
 

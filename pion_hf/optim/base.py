@@ -36,6 +36,9 @@ STRUCTURAL_KEYS = {
     "initial_lr",
 }
 
+# With `keep_soft`, directions for each that `keep` counts.
+SOFT_DIRECTIONS = 4
+
 
 class MatrixOptimizer(torch.optim.Optimizer):
     """Updates matrices by a rule of its own and everything else by torch's AdamW.
@@ -220,9 +223,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for (shape, dtype), count in shapes.items():
                 if group["rule"] in self.elementwise_rules:
                     total += count * 2 * shape.numel() * dtype.itemsize
-                    if group["rule"] in self.matrix_rules and self.keep_of(group):
+                    if group["rule"] in self.matrix_rules and group["keep"]:
                         n = shape[-2 if blocks.Layout.parse(group["layout"]).transposed else -1]
-                        total += count * group["keep"] * n * working_dtype(dtype).itemsize
+                        total += count * kept_columns(group) * n * working_dtype(dtype).itemsize
                     continue
                 forms = self._state_forms(shape, dtype, group).values()
                 total += count * sum(form.numel() * form.element_size() for form in forms)
@@ -236,8 +239,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for index, view in enumerate(blocks.split(p, blocks.Layout.parse(group["layout"]))):
             weight = blocks.merge_rows(view).to(working_dtype(dtype))
             state = self.initial_state(0, weight, group)
-            if keep := self.keep_of(group):
-                state[KEPT] = weight.new_empty(len(weight), weight.shape[-1], keep)
+            if self.keep_of(group):
+                state[KEPT] = weight.new_empty(len(weight), weight.shape[-1], kept_columns(group))
             self.update(weight, torch.empty_like(weight), state, group=group, step=1)
             for name, value in state.items():
                 apart = is_apart(name, value, weight.shape[-2:], self.per_block_state)
@@ -440,14 +443,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def kept_inputs(self, name: str, matrix: Tensor, group: dict) -> Tensor:
         """The directions of the inputs of `matrix`, `(..., m, n)`, whose outputs stay as they are: `(n, keep)`.
 
-        A collective, where there are several processes.
+        With `keep_soft` more of them, each as long as the root of how much of it is kept. A collective, where there are
+        several processes.
         """
-        if self.inputs is None or self.inputs.most < group["keep"]:
+        columns = kept_columns(group)
+        if self.inputs is None or self.inputs.most < columns:
             raise ValueError(
                 f"keep={group['keep']} needs the inputs of {name}, which nobody watched: give the optimizer "
-                f"inputs=pion_hf.Inputs(model, {group['keep']}) before the first forward pass; a Trainer does."
+                f"inputs=pion_hf.Inputs(model, {columns}) before the first forward pass; a Trainer does."
             )
-        directions = self.inputs.directions(name, matrix.shape[-1], group["keep"], matrix.device)
+        half = group["keep"] if group.get("keep_soft") else None
+        directions = self.inputs.directions(name, matrix.shape[-1], columns, matrix.device, half=half)
         return directions.to(working_dtype(matrix.dtype))
 
     def _elementwise_step(self, group: dict) -> None:
@@ -474,6 +480,11 @@ def _loaded(key: str, saved: Tensor, cast: Tensor, p: Tensor) -> Tensor:
     """
     dtype = cast.dtype if key in elementwise.AVERAGES else saved.dtype
     return cast if (cast.dtype, cast.device) == (dtype, p.device) else saved.to(p.device, dtype, copy=True)
+
+
+def kept_columns(options: dict) -> int:
+    """As many directions as the options `keep` and `keep_soft` ask for."""
+    return options["keep"] * (SOFT_DIRECTIONS if options.get("keep_soft") else 1)
 
 
 def named_parameters(group: dict) -> Iterator[tuple[str, Tensor]]:

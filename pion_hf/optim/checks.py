@@ -70,6 +70,8 @@ def check_common(group: dict) -> None:
     for option in ("lr", "eps", "weight_decay"):
         check_range(option, group[option], lambda v: v >= 0, "at least 0")
     check_range("keep", group["keep"], lambda v: v >= 0, "a whole number of directions, 0 or more", whole=True)
+    if group.get("keep_soft") and not group["keep"]:
+        raise ValueError("keep_soft=True says how directions are kept, and keep=0 keeps none: set keep, 16 for example")
     elements = group.get("batch_elements")
     if elements is not None:
         check_range("batch_elements", elements, lambda v: v >= 1, "a whole number of at least 1", whole=True)

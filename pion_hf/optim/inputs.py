@@ -87,16 +87,16 @@ class Inputs:
             self._tests[n, device] = test_matrix(n, self.most, device)
         return self._tests[n, device]
 
-    def directions(self, name: str, n: int, count: int, device: torch.device) -> Tensor:
+    def directions(self, name: str, n: int, count: int, device: torch.device, *, half: int | None = None) -> Tensor:
         """The `count` leading directions of the inputs of the matrix `name`, orthonormal columns `(n, count)`.
 
-        Of all processes' inputs together; 0 where none were seen.
+        Of all processes' inputs together; 0 where none were seen. half: see `leading_directions`.
         """
         test = self._test(n, device)
         sketch = torch.zeros_like(test)
         for seen in self._sketches.get(name, {}).values():
             sketch = sketch + seen.to(device) if seen.shape == test.shape else sketch
-        found = leading_directions(sharding.summed(sketch), test, count)
+        found = leading_directions(sharding.summed(sketch), test, count, half=half)
         if name not in self._unseen and not found.any():  # a fused one is asked for once for each of its matrices
             self._unseen.append(name)
         return found

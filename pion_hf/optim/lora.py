@@ -36,7 +36,7 @@ from pion_hf.optim.teon import Teon
 FactorMethod = Literal["rotate", "orthogonal", "adamw"]
 METHODS = get_args(FactorMethod)[:2]
 # What TEON of whole matrices can choose and that of factors cannot.
-UNUSED_BY_STACKS = ("polar_dtype", "compile", "scale", "rms")
+UNUSED_BY_STACKS = ("polar_dtype", "compile", "scale", "rms", "keep_soft")
 
 
 class _Factors(MatrixOptimizer):

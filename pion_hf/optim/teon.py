@@ -48,6 +48,8 @@ class Teon(MatrixOptimizer):
         batch_elements: the most elements of the matrices that are updated at once; see `Pion`.
         keep: number of leading directions of every layer's inputs whose outputs stay as they are: changes of a matrix
             are projected away from them. inputs: `pion_hf.Inputs(model, keep)`; see `Pion`.
+        keep_soft: of `4 keep` directions, each by the share `s / (s + s_keep)` of its eigenvalue `s`, instead of `keep`
+            of them wholly and the others not at all; needs `pion_hf.Inputs(model, 4 * keep)`.
         weight_decay: decoupled, of the matrices and of AdamW's groups.
         adamw_betas, adamw_eps: of AdamW's groups that bring none.
         share_work: under DDP, each process updates a share of the matrices and tells the others.
@@ -75,6 +77,7 @@ class Teon(MatrixOptimizer):
         compile: bool = False,
         batch_elements: int | None = None,
         keep: int = 0,
+        keep_soft: bool = False,
         inputs: Inputs | None = None,
         weight_decay: float = 0.0,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
@@ -94,6 +97,7 @@ class Teon(MatrixOptimizer):
             "compile": compile,
             "batch_elements": batch_elements,
             "keep": keep,
+            "keep_soft": keep_soft,
             "weight_decay": weight_decay,
             "betas": adamw_betas,
             "eps": adamw_eps,
