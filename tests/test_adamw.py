@@ -15,7 +15,7 @@ from pion_hf.cli import main
 from pion_hf.cli.grid import make_grid, read_contenders
 from pion_hf.cli.plan import make_plan, parse
 from pion_hf.integrations.updates import Meter
-from pion_hf.optim.base import named_parameters
+from pion_hf.optim.groups import named_parameters
 from pion_hf.optim.observing import SelfCheck
 from tests.conftest import toy_llama
 from tests.test_cli import fails

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import pion_hf
 from pion_hf.optim import MatrixOptimizer, Pion, PionLora, Teon, TeonLora, blocks
-from pion_hf.optim.base import kept_columns
+from pion_hf.optim.groups import kept_columns
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.precision import join
 

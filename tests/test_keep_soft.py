@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pion_hf import Inputs, Pion, PionTrainer, PionTrainingArguments, RoutedAdamW, Teon, TeonLora, param_groups
 from pion_hf.linalg.sketch import leading_directions, sketch_of
 from pion_hf.linalg.sketch import test_matrix as random_test_matrix
-from pion_hf.optim.base import SOFT_DIRECTIONS, MatrixOptimizer
+from pion_hf.optim.base import MatrixOptimizer
+from pion_hf.optim.groups import SOFT_DIRECTIONS
 from tests.conftest import toy_llama
 from tests.test_keep import matrices, train
 

@@ -126,3 +126,14 @@ def test_products_in_low_precision_give_the_dtype_back():
     low = polar_factor(x, dtype="bfloat16")
     assert low.dtype == x.dtype
     torch.testing.assert_close(low, polar_factor(x.bfloat16()).float(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 12), (12, 40)])
+@pytest.mark.parametrize(("method", "low", "high"), [("express", 0.85, 1.15), ("quintic", 0.5, 1.3)])
+def test_how_near_the_iterations_come(shape, method, low, high):
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    x = (u * torch.logspace(0, -1.5, min(shape))) @ vh
+    torch.testing.assert_close(polar_factor(x, method="svd"), u @ vh, atol=2e-5, rtol=0)
+    values = torch.linalg.svdvals(polar_factor(x, method=method))
+    assert low < values.min() <= values.max() < high

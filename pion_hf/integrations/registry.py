@@ -24,7 +24,7 @@ from pion_hf.arguments import (
     resolve_options,
 )
 from pion_hf.optim import Inputs
-from pion_hf.optim.base import kept_columns
+from pion_hf.optim.groups import kept_columns
 from pion_hf.optim.sharding import of_first
 from pion_hf.routing import LORA_FORMS, Routing, param_groups, routing_table
 from pion_hf.schedules import SCHEDULES

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-PRODUCT_DTYPES = ("auto", "float32", "bfloat16")
-
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:

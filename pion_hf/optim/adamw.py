@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from pion_hf.optim import blocks, elementwise, sharding
-from pion_hf.optim.base import MatrixOptimizer, kept_columns, named_parameters, working_dtype
+from pion_hf.optim.base import MatrixOptimizer, working_dtype
 from pion_hf.optim.batches import KEPT
+from pion_hf.optim.groups import kept_columns, named_parameters
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Update
 

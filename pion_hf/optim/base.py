@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,29 +15,12 @@ from pion_hf.errors import unknown
 from pion_hf.linalg.precision import full_float32
 from pion_hf.linalg.reading import LateReader
 from pion_hf.linalg.rotation import Generator
-from pion_hf.optim import blocks, elementwise, precision, sharding
+from pion_hf.optim import blocks, elementwise, groups, precision, sharding
 from pion_hf.optim.batches import KEPT, REST, Batch, Block, Plan, is_apart, unshared
 from pion_hf.optim.checks import check_common, check_flag, check_parameter, check_words
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Observer, SelfCheck, Update
 from pion_hf.optim.saved import OWN, check_saved
-
-# Keys that torch, its schedulers or the routing put into a group, besides the options of a rule.
-STRUCTURAL_KEYS = {
-    "params",
-    "param_names",
-    "rule",
-    "layout",
-    "role",
-    "stacks",
-    "method",
-    "reach",
-    "begun",
-    "initial_lr",
-}
-
-# With `keep_soft`, directions for each that `keep` counts.
-SOFT_DIRECTIONS = 4
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -82,7 +65,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._forms: dict[tuple[int, torch.Size, torch.dtype], dict[str, Tensor]] = {}
         self._readers: defaultdict[tuple, LateReader] = defaultdict(LateReader)
         self._updating: tuple = ()  # the key of the batch
-        super().__init__(_as_groups(params), defaults)
+        super().__init__(groups.as_groups(params), defaults)
         if not any(group["rule"] in self.matrix_rules for group in self.param_groups):
             raise ValueError(
                 f"{type(self).__name__} was given no matrix to update: pass at least one 2-D parameter, or a group "
@@ -90,32 +73,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
             )
 
     # -- groups ---------------------------------------------------------------------------------
-
-    def _divide(self, group: dict) -> Iterator[dict]:
-        """A group without a rule becomes one of matrices and two for AdamW: of what decays, and of biases and norms."""
-        if "rule" in group:
-            yield group
-            return
-        params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        if "param_names" in group:
-            params = list(zip(group["param_names"], params, strict=True))
-            group = {key: value for key, value in group.items() if key != "param_names"}
-        matrices = [p for p in params if _tensor(p).ndim == 2]
-        others = [p for p in params if _tensor(p).ndim > 2]
-        vectors = [p for p in params if _tensor(p).ndim < 2]
-        if matrices and vectors and len(matrices) > 1:
-            warnings.warn(
-                f"{type(self).__name__} was given a model's tensors without groups: those of embeddings and heads are "
-                "updated as matrices too, and fused projections as one. Use pion_hf.param_groups(model), or give a "
-                "group's rule.",
-                stacklevel=6,
-            )
-        if matrices:
-            yield {**group, "params": matrices, "rule": self.matrix_rules[0]}
-        if others:
-            yield {**group, "params": others, "rule": "adamw"}
-        if vectors:
-            yield {"weight_decay": 0.0, **group, "params": vectors, "rule": "adamw"}
 
     def add_param_group(self, param_group: dict) -> None:
         """Raises ValueError for unknown keys, bad values, and parameters this optimizer cannot take.
@@ -125,7 +82,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if "rule" not in param_group:
             before = len(self.param_groups)
             try:
-                for part in self._divide(param_group):
+                for part in groups.divide(param_group, self.matrix_rules[0], owner=type(self).__name__):
                     self.add_param_group(part)
             except Exception:
                 del self.param_groups[before:]
@@ -134,7 +91,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         rule = param_group["rule"]
         self._check_rule(rule)
         for key in param_group:
-            if key not in STRUCTURAL_KEYS and key not in self.defaults:
+            if key not in groups.STRUCTURAL_KEYS and key not in self.defaults:
                 raise unknown(f"option of {type(self).__name__}", key, self.defaults)
         param_group.setdefault("layout", "")
         layout = blocks.Layout.parse(param_group["layout"])
@@ -143,7 +100,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         try:
             check_common(group)
             check_words(group, type(self))
-            for name, p in named_parameters(group):
+            for name, p in groups.named_parameters(group):
                 check_parameter(name, p)
                 if rule != "adamw":
                     try:
@@ -225,7 +182,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     total += count * 2 * shape.numel() * dtype.itemsize
                     if group["rule"] in self.matrix_rules and group["keep"]:
                         n = shape[-2 if blocks.Layout.parse(group["layout"]).transposed else -1]
-                        total += count * kept_columns(group) * n * working_dtype(dtype).itemsize
+                        total += count * groups.kept_columns(group) * n * working_dtype(dtype).itemsize
                     continue
                 forms = self._state_forms(shape, dtype, group).values()
                 total += count * sum(form.numel() * form.element_size() for form in forms)
@@ -240,7 +197,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             weight = blocks.merge_rows(view).to(working_dtype(dtype))
             state = self.initial_state(0, weight, group)
             if self.keep_of(group):
-                state[KEPT] = weight.new_empty(len(weight), weight.shape[-1], kept_columns(group))
+                state[KEPT] = weight.new_empty(len(weight), weight.shape[-1], groups.kept_columns(group))
             self.update(weight, torch.empty_like(weight), state, group=group, step=1)
             for name, value in state.items():
                 apart = is_apart(name, value, weight.shape[-2:], self.per_block_state)
@@ -325,7 +282,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _gradients_are_finite(self) -> bool:
         by_kind, params = defaultdict(list), []
         for group in self.param_groups:
-            for name, p in named_parameters(group):
+            for name, p in groups.named_parameters(group):
                 params.append(p)
                 if p.grad is None:
                     continue
@@ -387,7 +344,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         stacked = {name: i for i, names in enumerate(self.stacks_of(group)) for name in names}
         units: dict[tuple, list[Block]] = defaultdict(list)
         plan_class, fresh = sharding.plan_class(group["params"], share_work=self.share_work), set()
-        for position, (name, p) in enumerate(named_parameters(group)):
+        for position, (name, p) in enumerate(groups.named_parameters(group)):
             if p.grad is None:
                 if p in self.state:
                     self.state[p] = unshared(self.state[p])
@@ -446,7 +403,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         With `keep_soft` more of them, each as long as the root of how much of it is kept. A collective, where there are
         several processes.
         """
-        columns = kept_columns(group)
+        columns = groups.kept_columns(group)
         if self.inputs is None or self.inputs.most < columns:
             raise ValueError(
                 f"keep={group['keep']} needs the inputs of {name}, which nobody watched: give the optimizer "
@@ -460,19 +417,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
         elementwise.step(group, self.state)
 
 
-def _as_groups(params: Iterable) -> list[dict]:
-    params = [params] if isinstance(params, (Tensor, dict)) else list(params)
-    if not params:
-        raise ValueError("the optimizer was given no parameters.")
-    if isinstance(params[0], dict):
-        return [dict(group) for group in params]
-    return [{"params": params}]
-
-
-def _tensor(param: Tensor | tuple[str, Tensor]) -> Tensor:
-    return param[1] if isinstance(param, tuple) else param
-
-
 def _loaded(key: str, saved: Tensor, cast: Tensor, p: Tensor) -> Tensor:
     """An entry of the state of `p` as it was saved, where torch has made `cast` of it.
 
@@ -480,17 +424,6 @@ def _loaded(key: str, saved: Tensor, cast: Tensor, p: Tensor) -> Tensor:
     """
     dtype = cast.dtype if key in elementwise.AVERAGES else saved.dtype
     return cast if (cast.dtype, cast.device) == (dtype, p.device) else saved.to(p.device, dtype, copy=True)
-
-
-def kept_columns(options: dict) -> int:
-    """As many directions as the options `keep` and `keep_soft` ask for."""
-    return options["keep"] * (SOFT_DIRECTIONS if options.get("keep_soft") else 1)
-
-
-def named_parameters(group: dict) -> Iterator[tuple[str, Tensor]]:
-    """A group's parameters with their names, or their positions where it has none."""
-    names = group.get("param_names") or [f"parameter {i} of its group" for i in range(len(group["params"]))]
-    return zip(names, group["params"], strict=True)
 
 
 def buffer(state: dict[str, Tensor], key: str, like: Tensor) -> Tensor:

@@ -14,12 +14,7 @@ import torch
 from torch import Tensor
 
 from pion_hf.errors import unknown
-from pion_hf.linalg.polar import (
-    ITERATIONS,
-    is_skinny,
-    polar_factor,
-    polar_map,
-)
+from pion_hf.linalg.polar import ITERATIONS, is_skinny, polar_factor, polar_map
 from pion_hf.linalg.reading import Reader
 from pion_hf.linalg.rotation import Generator, without
 from pion_hf.linalg.spectrum import Basis, numerical_zero, singular_basis, singular_values

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pion_hf.linalg.polar import polar_factor
 from pion_hf.optim import blocks, compiled
-from pion_hf.optim.base import MatrixOptimizer, buffer, named_parameters
+from pion_hf.optim.base import MatrixOptimizer, buffer
 from pion_hf.optim.checks import check_polar, check_range
+from pion_hf.optim.groups import named_parameters
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.sharding import stand_in
 
