@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pion_hf.linalg import rotation
 from pion_hf.linalg.precision import full_float32, split_product
@@ -89,6 +90,28 @@ def test_a_low_precision_tail_leaves_the_rotation_orthogonal(angle, rows):
     e = rotated_by(increment, identity).double()
     # The float32 identity itself is stored to 6e-8: errors of that size are what any float32 rotation makes.
     assert (e.mT @ e - identity.double()).abs().max() < 3e-7
+
+
+class Products(TorchDispatchMode):
+    """Counts the batched products that run under it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.bmm.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("angle", "powers"), [(1e-3, 2), (0.02, 3), (0.1, 5)])
+@pytest.mark.parametrize("waits", [False, True])
+def test_every_power_is_multiplied_once(angle, powers, waits, monkeypatch):
+    """Not in low precision only to see that this will not do."""
+    monkeypatch.setattr(rotation, "reading_waits", lambda x: waits)
+    low, x = random_skew(64, angle, dtype=torch.bfloat16), torch.randn(2, 64, 64)
+    increment = Generator(low.float(), low=low).increment(1.0, retraction="root", rows=8)
+    with Products() as products:
+        increment.change(x)
+    assert products.count == (increment.terms if waits else powers)
 
 
 @pytest.mark.parametrize("side", ["in", "out"])

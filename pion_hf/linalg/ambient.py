@@ -19,7 +19,7 @@ from pion_hf.linalg.reading import READER, Reader, reading_waits
 from pion_hf.linalg.rotation import MISSING_TERM, ROUNDED_TERM, Generator, generator, skew
 from pion_hf.linalg.spectrum import Basis, numerical_zero
 
-# From this ratio of the sides on, a tangent takes fewer products than a generator.
+# From this ratio of the sides on nothing of the long side's size is formed; from about 1.8 on that takes less time too.
 LONG = 1.5
 # Below this fraction of the largest singular value, what rounds a tangent is more than the singular direction itself.
 SMALLEST = 1e-4
@@ -79,48 +79,50 @@ def ambient_tangent(
     values, inverse = _kept_values(basis, tolerance)
     held = int(hold * values.shape[-1])
     low = dtype or w.dtype
-    inverse_low = inverse.to(low)
-    ut = basis.rows.to(low)
+    ut, d = basis.rows.to(low), direction.to(low)
     stretched = _lead(ut, w.to(low), tall)
-    vt = _scaled(inverse_low, stretched, tall)
-    # Rows of `U^T D` that may move.
-    seen_rows = _scaled((inverse_low > 0).to(low), _lead(ut, direction.to(low), tall), tall)
-    if held:
-        leading = vt.narrow(-1 if tall else -2, 0, held)
-        seen_rows -= _lead(_inner(seen_rows, leading, tall), leading, tall)
-        seen_rows.narrow(-1 if tall else -2, 0, held).zero_()
-    seen = _inner(seen_rows, vt, tall).to(w.dtype)
-    inside = _inside(seen, values, held)
-    # Inside the row space `A` is `inside`, outside it what is left of `-D`.
-    coefficients = inside + inverse.unsqueeze(-1) * seen
-    turn = _lead(coefficients.to(low), vt, tall) - _scaled(inverse_low, seen_rows, tall)
-    # Directions that count as zero do not drive the rotation, but it carries them along.
-    carried = _inner(stretched, turn, tall).masked_fill_((inverse > 0).unsqueeze(-1), 0)
-    return Tangent(basis, vt, turn, inside, carried, tall)
+    vt = _scaled(inverse.to(low), stretched, tall)
+    seen = (ut @ _inner(d, stretched, tall)).to(w.dtype)  # U^T D V diag(s)
+    free = inverse.clone()
+    free[..., :held] = 0
+    inside = _inside(seen * inverse.unsqueeze(-2), values, held)
+    return Tangent(basis, vt, d, seen, inside, inverse, free, tall)
 
 
 class Tangent(NamedTuple):
     """A rotation of the long side of `W`, `(..., k, n)`, by its effect `W A`; `A` itself is `(n, n)` and never formed.
 
+    Inside the row space `V^T A V` is `inside`, and outside it `V^T A` is what is left of `-diag(1/s) U^T D`. So rows of
+    `A` are combinations of those of `V^T` and `D`, and products of that length are few: `V^T A = C V^T - F D`, with
+    `C = inside + diag(f) U^T D V` and `F = diag(f) U^T`.
+
     With `tall` all that is `(k, n)` here is stored, taken and given as `(n, k)`: no memory is reordered.
 
-    basis: of the short side, `U^T` and `s`. vt: `V^T`, of directions that count as zero 0. turn: `V^T A` of the others.
-    inside: `V^T A V`. carried: `diag(s) V^T A V`, minus, of directions that count as zero.
+    basis: of the short side, `U^T` and `s`. vt: `V^T`, of directions that count as zero 0. d: `D`. seen: `U^T D W^T U`.
+    inside: `V^T A V`. inverse: `1/s`, of directions that count as zero 0. free: `f`, as `inverse`, and 0 where held.
     """
 
     basis: Basis
     vt: Tensor
-    turn: Tensor
+    d: Tensor
+    seen: Tensor
     inside: Tensor
-    carried: Tensor
+    inverse: Tensor
+    free: Tensor
     tall: bool
 
     def change(self) -> Tensor:
         """`W A`, in working precision, though its products are rounded: tangent only nearly."""
-        stretch = self.basis.values.unsqueeze(-1)
-        u = self.basis.rows.mT
-        change = _lead((u * stretch.mT).to(self.turn.dtype), self.turn, self.tall)
-        return (change - _lead(u.to(self.turn.dtype) @ self.carried, self.vt, self.tall)).to(u.dtype)
+        low, u, values = self.d.dtype, self.basis.rows.mT, self.basis.values
+        along = values.unsqueeze(-1) * self._along()
+        # Directions that count as zero do not drive the rotation, but it carries them along.
+        along += torch.where(self.inverse.unsqueeze(-1) > 0, 0, self.seen.mT * self.free.unsqueeze(-2))
+        change = _lead((u @ along).to(low), self.vt, self.tall).to(u.dtype)
+        outside = self.d
+        if reading_waits(u) or not self.free.all():  # else all of `D` moves
+            moving = (values * self.free).unsqueeze(-2)
+            outside = _lead((u * moving @ u.mT).to(low), self.d, self.tall)
+        return change.sub_(outside.to(u.dtype))
 
     def retract(self, w: Tensor, change: Tensor, alpha: Tensor | float, *, reader: Reader = READER) -> Tensor | None:
         """What leads from `W` to a matrix near `W + alpha change` that has `W`'s Gram matrix.
@@ -137,27 +139,35 @@ class Tangent(NamedTuple):
         # Of a matrix less what it keeps, some are zero to rounding, and so is `K` there.
         inverse = torch.where(values > SMALLEST * values[..., :1, :], values.reciprocal(), 0)
         gram = rows @ (error + error.mT) @ rows.mT * (inverse * inverse.mT)
-        series, size = _inverse_root(gram, values, low=self.turn.dtype, reader=reader)
+        series, size = _inverse_root(gram, values, low=self.d.dtype, reader=reader)
         if series is None:
             return None
-        low = self.turn.dtype if size <= ROUNDED_TERM else w.dtype
+        low = self.d.dtype if size <= ROUNDED_TERM else w.dtype
         back = rows.mT.to(low) @ (values * series * inverse.mT @ rows).to(low)
         moved = middle.add_(step, alpha=0.5).to(low)
         return step.add_(_lead(back, moved, self.tall))
 
     def carry(self, x: Tensor, alpha: Tensor | float) -> Tensor:
         """`alpha x A`, what carries a momentum along at first order, with rounded products."""
-        low = x.to(self.vt.dtype)
-        along = _inner(low, self.vt, self.tall)
-        across = _inner(low, self.turn, self.tall) + along @ self.inside.to(along.dtype)
-        return (_lead(along, self.turn, self.tall) - _lead(across, self.vt, self.tall)) * alpha
+        low, along, across = x.to(self.d.dtype), self._along(), self._across()
+        seen, seen_of_d = (_inner(low, y, self.tall) for y in (self.vt, self.d))
+        turned = seen @ (along - along.mT - self.inside).to(low.dtype) + seen_of_d @ across.mT
+        return (_lead(turned, self.vt, self.tall) - _lead(seen @ across, self.d, self.tall)) * alpha
 
     def generator(self, *, rows: int = 0, fixed: Tensor | None = None) -> Generator:
         """`A` itself."""
-        half = (self.inside / 2).to(self.vt.dtype)
-        factor = _lead(half, self.vt, self.tall) - self.turn
+        half = (self.inside / 2 - self._along()).to(self.d.dtype)
+        factor = _lead(half, self.vt, self.tall) + _lead(self._across(), self.d, self.tall)
         left, right = (self.vt.mT, factor.mT) if self.tall else (self.vt, factor)
         return generator(left, right, rows=rows, dtype=self.inside.dtype, fixed=fixed)
+
+    def _along(self) -> Tensor:
+        """`C`."""
+        return self.inside + self.free.unsqueeze(-1) * self.seen * self.inverse.unsqueeze(-2)
+
+    def _across(self) -> Tensor:
+        """`F`."""
+        return (self.free.unsqueeze(-1) * self.basis.rows).to(self.d.dtype)
 
 
 def has_long_side(shape: torch.Size, side: str) -> bool:
