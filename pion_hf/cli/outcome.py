@@ -28,6 +28,7 @@ from pion_hf.evaluation import (
     text_stretches,
     token_loss,
 )
+from pion_hf.integrations.blend import Blend
 from pion_hf.integrations.checkpoints import resolve_resume
 from pion_hf.integrations.model_card import table_rows
 from pion_hf.runs import BEFORE, EVALUATION, read_json, write_json
@@ -55,6 +56,16 @@ class ReportArguments:
         },
     )
     other_dataset_split: str = field(default="test", metadata={"help": "Which split of other_dataset."})
+    blend: float = field(
+        default=1.0,
+        metadata={
+            "help": "The share of what training changed that the final model keeps: its weights become start + blend * "
+            "(trained - start). Around 0.8 it forgets much less and has learnt nearly as much."
+        },
+    )
+    blend_shares: list[float] | None = field(
+        default=None, metadata={"help": "Shares to measure too, in eval.json and a table: 0.4 0.6 0.8, say."}
+    )
 
 
 class ReportMixin:
@@ -68,6 +79,8 @@ class ReportMixin:
     def __init__(self, *args: Any, report: ReportArguments, **kwargs: Any) -> None:
         self.report_arguments = report
         self.measured: dict[str, Measures] = {}
+        self.blends: dict[float, Measures] = {}  # by the share of what training changed
+        self._blended = False
         # All that can be wrong with the data is found here, most of it before a model is loaded. The raw rows: TRL's
         # own preparation leaves only tokens.
         self.questions = self.task_questions(kwargs.get("eval_dataset"))
@@ -85,7 +98,8 @@ class ReportMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`, between two measurements; writes `eval.json`."""
         resume = resolve_resume(resume_from_checkpoint, self.args.output_dir)  # known before anything is measured
-        self.measured = {}
+        self.measured, self.blends, self._blended = {}, {}, False
+        blend = self._begin_blend()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self.add_callback(_MeasuresFirst(self))
         else:
@@ -93,7 +107,9 @@ class ReportMixin:
             self.measured["before"] = self.measure()
         output = super().train(resume, *args, **kwargs)
         self.remove_callback(_MeasuresFirst)
-        self.measured["after"] = self.measure()
+        if blend is not None:
+            self._measure_blends(blend)
+        self.measured["after"] = self.blends.get(self.report_arguments.blend) or self.measure()
         if self.is_world_process_zero():
             write_json(Path(self.args.output_dir) / EVALUATION, self.run_summary())
         return output
@@ -108,6 +124,28 @@ class ReportMixin:
         self.accelerator.free_memory()
         gc.collect()
         super().end()
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`, of training: what is measured of blends is none of its steps."""
+        if not self._blended:
+            super().log(logs, *args, **kwargs)
+
+    def _begin_blend(self) -> Blend | None:
+        """What remembers the weights that training begins with, before those of a checkpoint are read."""
+        if not wants_blend(self.report_arguments):
+            return None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("blend and blend_shares need whole parameters: not under FSDP or DeepSpeed, use DDP")
+        return Blend(self.model)
+
+    def _measure_blends(self, blend: Blend) -> None:
+        """The trained model, all shares asked for, and at last the one that stays."""
+        last = self.report_arguments.blend
+        shares = sorted({1.0, *(self.report_arguments.blend_shares or ())} - {last}, reverse=True)
+        for share in (*shares, last):
+            blend.apply(share, self.optimizer)
+            self.blends[share] = self.measure()
+            self._blended = True
 
     def measure(self) -> Measures:
         """What the model can do now."""
@@ -151,6 +189,9 @@ class ReportMixin:
         summary = super().run_summary()
         if "after" not in self.measured:
             return summary
+        if self.blends:
+            summary["blend"] = self.report_arguments.blend
+            summary["blends"] = [{"share": share, **measures} for share, measures in sorted(self.blends.items())]
         before, after = self.measured["before"], self.measured["after"]
         gained = {domain: progress(before[domain], after[domain]) for domain in before}
         learnt = {"learnt": gained.pop("task")} if "task" in gained else {}
@@ -161,6 +202,8 @@ class ReportMixin:
         """Print the table."""
         if self.is_world_process_zero():
             Console().print(self._table())
+            if self.blends:
+                Console().print(blend_table(self.blends))
 
     def _other(self, name: str, tokens: Callable[..., list], data: Any) -> list:
         """`tokens` of what the field `name` brought."""
@@ -172,7 +215,8 @@ class ReportMixin:
     def evaluation(self) -> dict[str, float]:
         """Metrics of the model as it is; the Trainer has often evaluated it at its last step already."""
         last = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {})
-        if last.get("step") == self.state.global_step and not self.args.load_best_model_at_end:
+        known = last.get("step") == self.state.global_step and not self.args.load_best_model_at_end
+        if known and not self._blended:
             return last
         return self.evaluate()
 
@@ -196,6 +240,18 @@ class ReportMixin:
         return table
 
 
+def blend_table(blends: dict[float, Measures]) -> Table:
+    """What the model can do with a share of what training changed."""
+    table = Table(title="Shares of what training changed")
+    table.add_column("share", justify="right")
+    rows = {share: table_rows({}, measures) for share, measures in sorted(blends.items())}
+    for row in next(iter(rows.values())):
+        table.add_column(f"{row['domain']}: {row['measure']}", justify="right")
+    for share, measured in rows.items():
+        table.add_row(f"{share:g}", *(row["after"] for row in measured))
+    return table
+
+
 class _MeasuresFirst(TrainerCallback):
     """Measures when training begins, where a model can be used only once it is sharded, together with its optimizer.
 
@@ -215,6 +271,11 @@ class _MeasuresFirst(TrainerCallback):
             write_json(path, self._trainer.measured["before"])
 
 
+def wants_blend(report: ReportArguments) -> bool:
+    """Whether other weights than the trained ones are wanted."""
+    return report.blend != 1 or bool(report.blend_shares)
+
+
 def check_report(args: transformers.TrainingArguments, report: ReportArguments) -> None:
     """Raise ValueError or FileNotFoundError, before anything is loaded, for a report that could not be made."""
     path = report.other_text_file
@@ -226,6 +287,10 @@ def check_report(args: transformers.TrainingArguments, report: ReportArguments) 
         raise ValueError(f"max_new_tokens must be at least 1, got {report.max_new_tokens}")
     if report.exact_match_samples and args.eval_strategy == "no" and not report.other_dataset:
         raise ValueError("exact_match_samples needs evaluation data: set eval_strategy: epoch, and dataset_test_split")
+    for name, shares in (("blend", [report.blend]), ("blend_shares", report.blend_shares or [])):
+        for share in shares:
+            if not 0 < share <= 1:
+                raise ValueError(f"{name} is a share of what training changes, above 0 and up to 1, got {share}")
     if not args.output_dir:
         raise ValueError("output_dir is empty: name a folder")
     folder = Path(args.output_dir).absolute()

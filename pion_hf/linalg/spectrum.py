@@ -22,6 +22,15 @@ def singular_values(w: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
 
 
+def with_singular_values(w: Tensor, values: Tensor) -> Tensor:
+    """The matrix nearest to `w`, `(..., m, n)`, with singular values `values`, `(..., min(m, n))`, descending.
+
+    It is `U diag(values) V^T` for `w = U diag(s) V^T` (von Neumann's trace inequality); in `w`'s dtype, by float64.
+    """
+    u, _, vh = torch.linalg.svd(w.double(), full_matrices=False)
+    return ((u * values.double().unsqueeze(-2)) @ vh).to(w.dtype)
+
+
 def spectral_drift(before: Tensor, after: Tensor) -> Tensor:
     """Largest change of a singular value relative to the spectral norm: `max_i |s_i - s_i'| / s_1`, shape `(...)`.
 
