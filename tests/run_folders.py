@@ -82,7 +82,10 @@ def evaluation(*, learnt: float, forgotten: float) -> dict[str, Any]:
         "task": {"loss": 4 - learnt, "perplexity": math.exp(4 - learnt), "exact_match": 0.25},
         "other_text": {"loss": 3 + forgotten},
     }
-    return {"before": before, "after": after, "learnt": learnt, "forgotten": {"other_text": forgotten}}
+    half = {"task": {"loss": 4 - 0.8 * learnt}, "other_text": {"loss": 3 + 0.3 * forgotten}}
+    blends = [{"share": 0.5, **half}, {"share": 1.0, **after}]
+    gained = {"learnt": learnt, "forgotten": {"other_text": forgotten}}
+    return {"before": before, "after": after, **gained, "blend": 1.0, "blends": blends}
 
 
 def _rule(learning_rate: float) -> dict[str, Any]:

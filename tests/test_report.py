@@ -351,6 +351,25 @@ def test_curves_show_the_logs_and_leave_matplotlib_as_it_was(pair):
     assert dict(matplotlib.rcParams) == before
 
 
+def test_shares_of_the_change_are_a_line_from_little_to_all_of_it(pair):
+    runs = [read_run(folder) for folder in pair]
+    picture = figures.blends(runs)
+    (axes,) = picture.figure.axes
+    lines = [line for line in axes.get_lines() if len(line.get_xdata()) == 2 and line.get_marker() != "None"]
+    for line, run in zip(lines, runs, strict=True):
+        learnt, forgotten = run.evaluation["learnt"], run.evaluation["forgotten"]["other_text"]
+        assert list(line.get_xdata()) == pytest.approx([0.8 * learnt, learnt])
+        assert list(line.get_ydata()) == pytest.approx([0.3 * forgotten, forgotten])
+    assert [text.get_text() for text in axes.texts] == ["0.5", "1"] * 2
+    assert "1: 0.5 learns 0.880 and forgets 0.015" in picture.alt
+    for run in runs:
+        run.evaluation["blends"][0]["task"]["loss"] = None  # not finite
+    assert "0.5 learns" not in figures.blends(runs).alt
+    for run in runs:
+        del run.evaluation["blends"]
+    assert figures.blends(runs) is None
+
+
 def test_a_long_noisy_loss_has_its_mean_before_it(tmp_path):
     run = read_run(write_run(tmp_path / "run", steps=100, snapshots=0))
     raw, smooth = (np.array(line.get_ydata()) for line in figures.losses([run]).figure.axes[0].get_lines()[:2])

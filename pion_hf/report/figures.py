@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from pion_hf.evaluation import progress
 from pion_hf.report.looks import (
     COLOURS,
     STYLES,
@@ -122,6 +123,38 @@ def outcome(runs: Sequence[Run]) -> Picture | None:
     if not known:
         return None
     return _outcome_bars(known[0][1]) if len(runs) == 1 else _outcome_points(runs, known)
+
+
+@styled
+def blends(runs: Sequence[Run]) -> Picture | None:
+    """What is learnt and what is forgotten with a share of what training changed, a line for a run."""
+    known = {i: _shares(run.evaluation) for i, run in enumerate(runs)}
+    known = {i: points for i, points in known.items() if points}
+    if not known:
+        return None
+    found, domains = looks(runs), list(dict.fromkeys(d for points in known.values() for _, _, d, _ in points))
+    figure = new_figure(0.7 + 2.6 * len(domains))
+    grid = figure.subplots(len(domains), sharex=True, squeeze=False)[:, 0]
+    for axes, domain in zip(grid, domains, strict=True):
+        for i, points in known.items():
+            of = [(share, learnt, forgotten) for share, learnt, d, forgotten in points if d == domain]
+            look = found[i]
+            axes.plot([p[1] for p in of], [p[2] for p in of], look.style, marker=look.marker, color=look.colour)
+            for share, x, y in of:
+                axes.annotate(f"{share:g}", (x, y), (5, -9), textcoords="offset points", fontsize=8.5)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.margins(0.12)
+        axes.set_ylabel(f"forgotten: {plain(domain.replace('_', ' '))}\n(loss, nats)")
+        axes.set_title("better: to the right and down", loc="right", fontsize=8.5, color="#555555")
+    grid[-1].set_xlabel(f"learnt: task ({_unit(runs[next(iter(known))].evaluation)})")
+    if len(runs) > 1:
+        add_legend(figure, run_handles([found[i] for i in known], styles=False))
+    said = "; ".join(
+        f"{'' if len(runs) == 1 else f'{i + 1}: '}{share:g} learns {learnt:.3f} and forgets {forgotten:.3f}"
+        for i, points in known.items()
+        for share, learnt, _, forgotten in points
+    )
+    return Picture(figure, f"Lines of what is learnt and forgotten by the share of the change: {said}.")
 
 
 @styled
@@ -291,6 +324,18 @@ def _number(evaluation: dict | None, key: str) -> float | None:
 
 def _unit(evaluation: dict) -> str:
     return "reward" if "reward" in (evaluation.get("after") or {}).get("task", {}) else "loss, nats"
+
+
+def _shares(evaluation: dict | None) -> list[tuple[float, float, str, float]]:
+    """`(share, learnt, domain, forgotten)` of every share and domain that were measured, finite ones."""
+    found = []
+    for blend in (evaluation or {}).get("blends") or []:
+        moments = [{d: m for d, m in part.items() if d != "share"} for part in (evaluation["before"], blend)]
+        gains = {d: progress(moments[0][d], m) for d, m in moments[1].items() if None not in m.values()}
+        learnt = gains.pop("task", None)
+        if learnt is not None:
+            found += [(blend["share"], learnt, d, -gain) for d, gain in gains.items() if gain is not None]
+    return found
 
 
 def _outcome_bars(evaluation: dict) -> Picture:

@@ -51,6 +51,14 @@ SECTIONS = (
         "measurements before and after training of the task and of another domain",
     ),
     Section(
+        "blends",
+        LEARNING,
+        "Shares of what training changed",
+        "With weights so far from the start of training to its end: how much of the task is left, how much forgotten.",
+        figures.blends,
+        "measured shares (blend_shares) of the task and of another domain",
+    ),
+    Section(
         "learning_rates", LEARNING, "Learning rates", "Of every rule.", figures.learning_rates, "logged learning rates"
     ),
     Section(
