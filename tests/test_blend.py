@@ -183,6 +183,18 @@ def test_a_run_ends_with_the_share_that_was_asked_for(recipe, other_text, checkp
     assert len(lines["run"]) == len(lines["half"])
 
 
+def test_shares_are_measured_and_the_trained_model_stays(recipe, other_text, tmp_path):
+    main(["sft", "--config", recipe(optim="muon", **other_text)])
+    plain, end = result(tmp_path / "run")
+    main(["sft", "--config", recipe(optim="muon", **other_text), "--blend_shares", "0.9", "0.5"])
+    measured, after = result(tmp_path / "run")
+    assert all(torch.equal(after[name], weight) for name, weight in end.items())
+    assert measured["after"] == plain["after"]
+    losses = {blend["share"]: blend["task"]["loss"] for blend in measured["blends"]}
+    assert list(losses) == [0.5, 0.9, 1.0]
+    assert losses[1.0] == plain["after"]["task"]["loss"] < losses[0.9] < losses[0.5]
+
+
 def test_a_resumed_run_blends_with_the_model_it_began_with(recipe, checkpoint, tmp_path):
     keys = {"optim": "muon", "blend": 0.5, "save_strategy": "steps", "save_steps": 1}
     main(["sft", "--config", recipe(**keys)])

@@ -144,8 +144,8 @@ class ReportMixin:
         shares = sorted({1.0, *(self.report_arguments.blend_shares or ())} - {last}, reverse=True)
         for share in (*shares, last):
             blend.apply(share, self.optimizer)
+            self._blended = share != 1  # what was logged of the trained model is not true of others
             self.blends[share] = self.measure()
-            self._blended = True
 
     def measure(self) -> Measures:
         """What the model can do now."""
