@@ -178,6 +178,8 @@ def test_a_run_ends_with_the_share_that_was_asked_for(recipe, other_text, checkp
     losses = [by_share[share]["task"]["loss"] for share in (1.0, 0.5, 0.25)]
     assert losses == sorted(losses)
     assert "Shares of what training changed" in capsys.readouterr().out
+    assert "those before training and 0.5 of what it changed" in (tmp_path / "half" / "README.md").read_text()
+    assert "of what it changed" not in (tmp_path / "run" / "README.md").read_text()
     # What is measured of blends is no entry of training.
     lines = {run: (tmp_path / run / "log.jsonl").read_text().splitlines() for run in ("run", "half")}
     assert len(lines["run"]) == len(lines["half"])

@@ -233,6 +233,8 @@ def _measurements(summary: dict[str, Any], folder: Path) -> Iterator[str]:
     if not rows:
         return
     yield "### Before and after training"
+    if summary.get("blend", 1) != 1:
+        yield f"The weights are those before training and {summary['blend']:g} of what it changed."
     yield make_markdown_table(rows).rstrip()
     if (folder / "eval.json").is_file():
         yield "All figures: [eval.json](eval.json)."
