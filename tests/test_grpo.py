@@ -273,6 +273,12 @@ def test_missing_packages(grpo_recipe, monkeypatch):
         reasoning_gym_reward(completions=["1"], entry=["{}"])
 
 
+@pytest.mark.parametrize("keys", [{"blend": 0.8}, {"blend_shares": [0.5]}])
+def test_vllm_would_answer_with_other_weights_than_blends(keys, grpo_recipe):
+    said = fails("grpo", "--config", grpo_recipe(reward_funcs=["think_format_reward"], use_vllm=True, **keys))
+    assert "do not go with use_vllm" in said
+
+
 def test_a_bad_entry_is_one_line(grpo_recipe, tmp_path):
     for name in ("train", "test"):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": "1+1=", "entry": "2"}] * 8)

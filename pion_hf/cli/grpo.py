@@ -24,7 +24,7 @@ from trl.trainer.utils import get_callable_name
 
 from pion_hf.cli import training
 from pion_hf.cli.adapters import ModelArguments, changes_base, initialisation
-from pion_hf.cli.outcome import ReportArguments, ReportMixin
+from pion_hf.cli.outcome import ReportArguments, ReportMixin, wants_blend
 from pion_hf.cli.recipe import RecipeParser
 from pion_hf.cli.training import readable, train
 from pion_hf.errors import unknown
@@ -146,7 +146,7 @@ def check_columns(dataset: Any, rewards: Iterable[Callable]) -> None:
 
 def check(parsed: Sequence[Any]) -> None:
     """Raise ValueError or FileNotFoundError for what can be told of the arguments before anything is loaded."""
-    script_args, args, model_args, *_ = parsed
+    script_args, args, model_args, _, report_args = parsed
     rewards = len(script_args.reward_funcs or []) + bool(script_args.reward_model_name_or_path)
     if not rewards:
         raise ValueError(f"name a reward: reward_funcs: [{next(iter(REWARDS))}], or reward_model_name_or_path")
@@ -154,6 +154,10 @@ def check(parsed: Sequence[Any]) -> None:
         check_reward(name)
     if args.reward_weights is not None and len(args.reward_weights) != rewards:
         raise ValueError(f"reward_weights: {len(args.reward_weights)} weights for {rewards} rewards: one for each")
+    if args.use_vllm and wants_blend(report_args):
+        raise ValueError(
+            "blend and blend_shares do not go with use_vllm, which would answer with the trained weights: leave one out"
+        )
     if args.use_vllm and not is_vllm_available():
         raise ValueError("use_vllm needs the package vllm: install it, or leave use_vllm out")
     if args.sync_ref_model and (args.beta == 0 or model_args.use_peft):
