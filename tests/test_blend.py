@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pion_hf import Blend, param_groups
 from pion_hf.cli import main
+from pion_hf.cli.outcome import ReportArguments, ReportMixin
 from pion_hf.integrations.matrices import hidden_matrices
 from pion_hf.linalg.spectrum import singular_values, spectral_drift, with_singular_values
 from pion_hf.optim import Pion, Teon
@@ -143,6 +144,25 @@ def test_other_parameters_than_before_are_refused():
     model.model.embed_tokens.requires_grad_(False)
     with pytest.raises(ValueError, match="not those it had"):
         blend.apply(0.5)
+
+
+def test_sharded_parameters_are_refused():
+    model = toy_llama()
+    model.model.norm.weight.device_mesh = "of several processes"
+    with pytest.raises(ValueError, match="whole parameters"):
+        Blend(model)
+
+
+@pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_a_command_refuses_them_before_it_trains(kind):
+    trainer = ReportMixin.__new__(ReportMixin)
+    trainer.report_arguments = ReportArguments(blend=0.5)
+    trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
+    setattr(trainer, kind, True)
+    with pytest.raises(ValueError, match="not under FSDP or DeepSpeed"):
+        trainer._begin_blend()
+    trainer.report_arguments = ReportArguments()
+    assert trainer._begin_blend() is None
 
 
 # -- commands ---------------------------------------------------------------------------------------

@@ -98,6 +98,7 @@ CONTENDERS: dict[str, Build] = {
         for metric in ("lie", "ambient")
         if (direction, metric) != ("msign", "ambient")
     },
+    "pion, polar, lie, 3 polar steps": pion("polar", "lie", polar_steps=3),
     "pion, natural, ambient, compiled": pion("natural", "ambient", compile=True),
     "teon, stack 1 (muon)": ours("muon"),
     "teon, stack 1 (muon), compiled": ours("muon", compile=True),
