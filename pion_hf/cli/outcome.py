@@ -109,7 +109,7 @@ class ReportMixin:
         self.remove_callback(_MeasuresFirst)
         if blend is not None:
             self._measure_blends(blend)
-        self.measured["after"] = self.blends.get(self.report_arguments.blend) or self.measure()
+        self.measured["after"] = self.measure() if blend is None else self.blends[self.report_arguments.blend]
         if self.is_world_process_zero():
             write_json(Path(self.args.output_dir) / EVALUATION, self.run_summary())
         return output
@@ -139,13 +139,14 @@ class ReportMixin:
         return Blend(self.model)
 
     def _measure_blends(self, blend: Blend) -> None:
-        """The trained model, all shares asked for, and at last the one that stays."""
+        """Of the trained model, which is logged as ever, then of all shares asked for; leaves the one that stays."""
         last = self.report_arguments.blend
-        shares = sorted({1.0, *(self.report_arguments.blend_shares or ())} - {last}, reverse=True)
-        for share in (*shares, last):
+        for share in sorted({1.0, last, *(self.report_arguments.blend_shares or ())}, reverse=True):
             blend.apply(share, self.optimizer)
             self._blended = share != 1  # what was logged of the trained model is not true of others
             self.blends[share] = self.measure()
+        self._blended = False
+        blend.apply(last, self.optimizer)
 
     def measure(self) -> Measures:
         """What the model can do now."""
