@@ -70,41 +70,35 @@ def measured(contender: str, seed: int) -> dict | None:
     return {"before": {domain: found["before"][domain]["loss"] for domain in MEASURES}, "shares": shares}
 
 
-def means(record: dict, contender: str) -> dict[str, tuple[float, float]]:
-    """By share, the task's loss and what was forgotten of the other text, means over the seeds."""
-    runs = [run for run in record["runs"] if run["contender"] == contender]
-
-    def mean(share: str, domain: str) -> float:
-        return sum(run["shares"][share][domain] for run in runs) / len(runs)
-
-    before = record["runs"][0]["before"]["other_text"]
-    return {share: (mean(share, "task"), mean(share, "other_text") - before) for share in runs[0]["shares"]}
+def forgotten(run: dict, share: str) -> float:
+    return run["shares"][share]["other_text"] - run["before"]["other_text"]
 
 
 def table(record: dict) -> Table:
+    """Task loss and what was forgotten, by share."""
     made = Table(box=box.MARKDOWN)
-    for heading in ("contender", "share", "task loss", "forgotten", "seeds"):
+    for heading in ("contender", "lr", "seed", *map("{:g}".format, SHARES)):
         made.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
-    for contender in dict.fromkeys(run["contender"] for run in record["runs"]):
-        seeds = sum(run["contender"] == contender for run in record["runs"])
-        for share, (task, forgotten) in means(record, contender).items():
-            made.add_row(contender, share, f"{task:.4f}", f"{forgotten:.4f}", str(seeds))
+    for run in record["runs"]:
+        cells = [f"{losses['task']:.4f} / {forgotten(run, share):.4f}" for share, losses in run["shares"].items()]
+        made.add_row(run["contender"], CONTENDERS[run["contender"]][1], str(run["seed"]), *cells)
     return made
 
 
 @styled
 def picture(record: dict) -> None:
+    """Of the first seed, which all have."""
     figure = new_figure(4.2)
     axes, handles = figure.subplots(), []
-    for i, contender in enumerate(dict.fromkeys(run["contender"] for run in record["runs"])):
-        points = means(record, contender)
-        look = {"color": COLOURS[i], "marker": MARKERS[i]}
-        handles += axes.plot(*zip(*points.values(), strict=True), **look, label=contender)
+    runs = [run for run in record["runs"] if run["seed"] == SEEDS[0]]
+    for run, colour, marker in zip(runs, COLOURS, MARKERS, strict=False):
+        points = {share: (losses["task"], forgotten(run, share)) for share, losses in run["shares"].items()}
+        handles += axes.plot(*zip(*points.values(), strict=True), color=colour, marker=marker, label=run["contender"])
         for share, place in points.items():
             axes.annotate(share, place, textcoords="offset points", xytext=(5, 4), fontsize=7)
     axes.set_xlabel("task loss after training")
     axes.set_ylabel("forgotten: rise of the loss on documentation")
-    axes.set_title("Shares of what training changed")
+    axes.set_title(f"Shares of what training changed, seed {SEEDS[0]}")
     add_legend(figure, handles)
     figure.savefig(RESULTS.with_suffix(".png"), dpi=150)
 
@@ -124,7 +118,7 @@ def main() -> None:
         record = {"runs": [{"contender": n, "seed": s, **run} for (n, s), run in found.items() if run]}
         RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         picture(record)
-    Console(width=120).print(table(record))
+    Console(width=150).print(table(record))
 
 
 if __name__ == "__main__":

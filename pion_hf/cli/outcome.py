@@ -146,7 +146,8 @@ class ReportMixin:
             self._blended = share != 1  # what was logged of the trained model is not true of others
             self.blends[share] = self.measure()
         self._blended = False
-        blend.apply(last, self.optimizer)
+        if share != last:
+            blend.apply(last, self.optimizer)
 
     def measure(self) -> Measures:
         """What the model can do now."""
