@@ -29,6 +29,11 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_runtest_setup() -> None:
+    """A test draws the same numbers whatever ran before it."""
+    torch.manual_seed(0)
+
+
 def toy_llama(**options) -> LlamaForCausalLM:
     """2 layers of width 32 with tied embeddings; the same weights at every call."""
     config = LlamaConfig(

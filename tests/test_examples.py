@@ -45,7 +45,8 @@ def test_an_example_trains(script, checkpoint, chat_data, tmp_path):
 
 
 @pytest.mark.parametrize("script", sorted((EXAMPLES / "benchmarks").glob("*.py")), ids=lambda path: path.name)
-def test_a_benchmark_can_be_imported(script):
+def test_a_benchmark_can_be_imported(script, monkeypatch):
+    monkeypatch.syspath_prepend(script.parent)  # as where it is run: some import others
     importlib.util.spec_from_file_location(script.stem, script).loader.load_module()
 
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pion_hf import Pion, PionLora, Teon
-from pion_hf.linalg import ambient, reading, rotation
+from pion_hf.linalg import ambient, precision, reading, rotation, series
 from pion_hf.linalg.reading import GROWTH, LateReader, Reader
 from pion_hf.linalg.rotation import Generator
 from pion_hf.linalg.spectrum import singular_values, spectral_drift
@@ -37,8 +37,15 @@ LR = 2e-3
 @pytest.fixture
 def device_like(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a value waits, as on a GPU."""
-    for module in (reading, rotation, ambient):
+    for module in (reading, rotation, series, ambient):
         monkeypatch.setattr(module, "reading_waits", lambda x: True)
+
+
+@pytest.fixture
+def gpu_like(device_like: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And products are split where they would be float32's."""
+    for module in (precision, rotation, ambient):
+        monkeypatch.setattr(module, "splitting_pays", lambda device: True)
 
 
 def matrices(seed: int = 0) -> list[nn.Parameter]:
@@ -158,8 +165,10 @@ def test_late_values_change_nothing_but_rounding(name: str, request: pytest.Fixt
 
 
 @pytest.mark.parametrize("name", sorted(set(RULES) - {"paper"}))
-def test_late_values_keep_the_spectrum(name: str, device_like: None) -> None:
+@pytest.mark.parametrize("like", ["device_like", "gpu_like"])
+def test_late_values_keep_the_spectrum(name: str, like: str, request: pytest.FixtureRequest) -> None:
     """Over 300 steps whose rate rises and falls by 1.5 from one to the next."""
+    request.getfixturevalue(like)
     options = RULES[name]
     rates = [LR * (1.5 if number % 4 < 2 else 1.0) for number in range(300)]
     for start, after in zip(matrices(), trained(rates, options), strict=True):

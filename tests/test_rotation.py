@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pion_hf.linalg import rotation
-from pion_hf.linalg.precision import full_float32, split_product
+from pion_hf.linalg import precision, rotation, series
+from pion_hf.linalg.precision import full_float32, halves_product, split_product
 from pion_hf.linalg.rotation import (
     RETRACTIONS,
-    SERIES_ANGLES,
     Generator,
     Increment,
+    Root,
     cayley,
     dense_flops,
     factored_flops,
@@ -24,11 +24,12 @@ from pion_hf.linalg.rotation import (
     solve,
     taylor,
 )
+from pion_hf.linalg.series import SERIES_ANGLES, Series
 
 EYE = torch.eye
 
 
-def rotated_by(increment: Increment, x: torch.Tensor, **options) -> torch.Tensor:
+def rotated_by(increment: Increment | Series, x: torch.Tensor, **options) -> torch.Tensor:
     return x + increment.change(x, **options)
 
 
@@ -75,7 +76,7 @@ def test_cayley_and_root_are_orthogonal_at_any_angle(angle):
 @pytest.mark.parametrize(("angle", "terms"), SERIES_ANGLES)
 def test_series_is_orthogonal_to_float32_rounding_up_to_its_angle(angle, terms):
     """The few-rows form, at the largest angle it is used for: a thousand steps may add up to 1e-6."""
-    increment = Increment(random_skew(16, angle), terms=terms)
+    increment = Series(Generator(random_skew(16, angle)), terms)
     e = rotated_by(increment, EYE(16, dtype=torch.float64).expand(2, 16, 16))
     assert (e.mT @ e - EYE(16, dtype=torch.float64)).abs().max() < 1e-9
 
@@ -86,7 +87,7 @@ def test_a_low_precision_tail_leaves_the_rotation_orthogonal(angle, rows):
     low = random_skew(64, angle, dtype=torch.bfloat16)
     identity = EYE(64).expand(2, 64, 64)
     increment = Generator(low.float(), low=low).increment(1.0, retraction="root", rows=rows)
-    assert increment.tail is not None
+    assert (increment.tail if isinstance(increment, Series) else increment.low) is not None
     e = rotated_by(increment, identity).double()
     # The float32 identity itself is stored to 6e-8: errors of that size are what any float32 rotation makes.
     assert (e.mT @ e - identity.double()).abs().max() < 3e-7
@@ -102,11 +103,11 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("angle", "powers"), [(1e-3, 2), (0.02, 3), (0.1, 5)])
+@pytest.mark.parametrize(("angle", "powers"), [(1e-3, 2), (0.02, 3), (0.05, 4)])
 @pytest.mark.parametrize("waits", [False, True])
 def test_every_power_is_multiplied_once(angle, powers, waits, monkeypatch):
     """Not in low precision only to see that this will not do."""
-    monkeypatch.setattr(rotation, "reading_waits", lambda x: waits)
+    monkeypatch.setattr(series, "reading_waits", lambda x: waits)
     low, x = random_skew(64, angle, dtype=torch.bfloat16), torch.randn(2, 64, 64)
     increment = Generator(low.float(), low=low).increment(1.0, retraction="root", rows=8)
     with Products() as products:
@@ -117,31 +118,105 @@ def test_every_power_is_multiplied_once(angle, powers, waits, monkeypatch):
 @pytest.mark.parametrize("side", ["in", "out"])
 def test_split_product_is_sixteen_bits_exact(side):
     """What a GPU multiplies in place of float32; bfloat16 alone would be off by 2^-9."""
-    torch.manual_seed(0)
-    x, low = torch.randn(2, 40, 40), random_skew(40, 0.01, dtype=torch.bfloat16)
-    exact = x.double() @ low.double() if side == "in" else low.double() @ x.double()
-    split = split_product(x, low, left=side == "out")
-    assert split.dtype == torch.float32
-    assert (split.double() - exact).norm() < 2**-17 * exact.norm()
+    x, low = torch.randn(2, 40, 30), torch.randn(2, 30, 50).bfloat16()
+    exact = x.double() @ low.double()
+    product = split_product(x, low) if side == "in" else split_product(x.mT, low.mT, left=True).mT
+    assert product.dtype == torch.float32
+    assert 2**-20 < (product - exact).norm() / exact.norm() < 2**-17
 
 
-@pytest.mark.parametrize(("angle", "split"), [(1e-3, True), (5e-3, True), (0.05, False), (0.3, False)])
-@pytest.mark.parametrize("side", ["in", "out"])
-def test_split_products_rotate_as_exactly_as_float32_ones(angle, split, side, monkeypatch):
-    """And are left where they would show: at larger angles what `moved` has split is multiplied again."""
-    torch.manual_seed(0)
+@pytest.fixture
+def splits(monkeypatch):
+    """Float32 products are cut, as on a GPU; how many of them by a generator."""
     calls = []
-    monkeypatch.setattr(rotation, "splitting_pays", lambda device: True)
+    for module in (rotation, precision):
+        monkeypatch.setattr(module, "splitting_pays", lambda device: True)
     monkeypatch.setattr(rotation, "split_product", lambda *a, **k: calls.append(0) or split_product(*a, **k))
+    monkeypatch.setattr(series, "reading_waits", lambda x: True)
+    return calls
+
+
+def test_halves_of_both_factors(splits):
+    a, b = torch.randn(2, 40, 30), torch.randn(2, 30, 50)
+    exact = a.double() @ b.double()
+    assert 2**-20 < (halves_product(a, b) - exact).norm() / exact.norm() < 2**-16
+
+
+@pytest.mark.parametrize(("angle", "powers"), [(1e-3, 1), (5e-3, 2), (0.05, 3), (0.3, 5)])
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_split_products_rotate_as_exactly_as_float32_ones(angle, powers, side, splits):
+    """To what is random from entry to entry, 2^-17 of what the rotation moves; of the powers that show."""
     low, x = random_skew(64, angle, dtype=torch.bfloat16), torch.randn(2, 64, 64)
     generator = Generator(low.float(), low=low)
     moved = generator.moved(x, side=side)
-    assert len(calls) == 1
     rotated = rotated_by(generator.increment(1.0, retraction="root", rows=8), x, side=side, first=moved)
-    assert split or len(calls) == 1
-    gram = (x @ x.mT if side == "in" else x.mT @ x).double()
-    after = (rotated @ rotated.mT if side == "in" else rotated.mT @ rotated).double()
-    assert (after - gram).norm() < 3e-7 * gram.norm()
+    assert len(splits) == powers
+    assert gram_error(x, rotated, side) < 3e-7 + 2**-17 * angle
+
+
+def gram_error(x: torch.Tensor, rotated: torch.Tensor, side: str) -> float:
+    """Of what rotations of a side leave as it is."""
+    gram, after = ((y @ y.mT if side == "in" else y.mT @ y) for y in (x.double(), rotated.double()))
+    return ((after - gram).norm() / gram.norm()).item()
+
+
+@pytest.mark.parametrize("angle", [1e-3, 0.02, 0.2, 0.9])
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_many_rows_are_rotated_by_a_matrix_where_products_are_split(angle, side, splits):
+    """Formed once; the first order, which the size of a step was taken from, is none of it."""
+    low, x = random_skew(48, angle, dtype=torch.bfloat16), torch.randn(2, 48, 48)
+    generator = Generator(low.float(), low=low)
+    increment = generator.increment(0.5, retraction="root", rows=48)
+    assert isinstance(increment, Root)
+    assert not splits
+    expected = root(low.double() * 0.5, angle=0.75 * angle)
+    expected = x.double() @ expected if side == "in" else expected.mT @ x.double()
+    change = increment.change(x, side=side, first=generator.moved(x, side=side))
+    assert len(splits) == 1
+    assert (change - expected).norm() < 2**-16 * expected.norm()
+    assert gram_error(x, x + change, side) < 3e-7 + 2**-17 * angle
+    assert (increment.change(x, side=side, low=True) - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("angle", [1e-3, 0.02, 0.2])
+@pytest.mark.parametrize("side", ["in", "out"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_pair_of_lower_precision_rotates_without_being_multiplied(angle, side, cut, request):
+    """`[L; R]` stands for `A = R^T L - L^T R`, whose powers act through it as the dense ones do."""
+    if cut:
+        request.getfixturevalue("splits")
+    left, right = (torch.randn(2, 6, 48).bfloat16() for _ in range(2))
+    pair = generator(left, right, dense=False, dtype=torch.float32)
+    assert pair.factor.dtype == torch.bfloat16
+    exact = -skew(left.double().mT @ right.double())
+    alpha = angle / torch.linalg.matrix_norm(exact, 2, keepdim=True)
+    x = torch.randn(2, 20, 48) if side == "in" else torch.randn(2, 48, 20)
+    moved = x.double() @ exact if side == "in" else exact.mT @ x.double()
+    torch.testing.assert_close(pair.times(x, side=side).double(), moved, atol=1e-5 * moved.abs().max().item(), rtol=0)
+    increment = pair.increment(alpha.float(), retraction="root")
+    expected = root(exact * alpha, angle=angle)
+    expected = x + (x.double() @ expected if side == "in" else expected.mT @ x.double())
+    rotated = rotated_by(increment, x, side=side, first=pair.moved(x, side=side))
+    torch.testing.assert_close(rotated.double(), expected, atol=2e-6, rtol=0)
+    assert gram_error(x, rotated, side) < 3e-7 + 2**-17 * angle * cut
+    carried = increment.change(x, side=side, low=True).double()
+    assert (carried - (expected - x)).norm() < 0.03 * (expected - x).norm()
+
+
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+def test_a_pair_of_lower_precision_has_all_retractions(retraction):
+    """At any angle: where the series does not reach, the small core is decomposed."""
+    left, right = (torch.randn(2, 6, 48).bfloat16() for _ in range(2))
+    low, high = (
+        generator(f(left), f(right), dense=False, dtype=torch.float32) for f in (torch.clone, torch.Tensor.float)
+    )
+    alpha = 1.2 / high.spectral_norm()
+    assert (low.has_powers, high.has_powers) == (True, False)
+    x = torch.randn(2, 20, 48)
+    found, expected = (rotated_by(a.increment(alpha, retraction=retraction), x) for a in (low, high))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(low.act_norm(x), high.act_norm(x), rtol=1e-5, atol=0)
+    torch.testing.assert_close(low.spectral_norm(), high.spectral_norm(), rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("angle", [1e-3, 0.03, 0.06, 0.12, 0.2, 0.3])
@@ -228,6 +303,13 @@ def test_flop_counts_choose_the_low_rank_form_for_adapters():
     assert factored_flops(16, 4096, 32) < dense_flops(16, 4096, 32) / 1000
     assert generator(torch.randn(16, 512), torch.randn(16, 512), rows=32).factor is not None
     assert generator(torch.randn(64, 64), torch.randn(64, 64), rows=128).factor is None
+
+
+@pytest.mark.parametrize(("n", "factored"), [(192, False), (256, True)])
+def test_flop_counts_choose_the_pair_where_the_other_side_is_long(n, factored):
+    """In lower precision from 3.2 on: of Llama's and Qwen's layers, not of SmolLM2-135M's."""
+    left, right = torch.randn(2, 64, n).bfloat16()
+    assert (generator(left, right, rows=128, dtype=torch.float32).factor is not None) == factored
 
 
 def ask_by_word(precision: str) -> None:

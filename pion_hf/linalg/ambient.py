@@ -10,13 +10,16 @@ matrices `W E` with orthogonal `E` are those `X` with `X X^T = W W^T`, and a ste
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pion_hf.linalg.precision import halves_product, split_product, splitting_pays
 from pion_hf.linalg.reading import READER, Reader, reading_waits
-from pion_hf.linalg.rotation import MISSING_TERM, ROUNDED_TERM, Generator, generator, skew
+from pion_hf.linalg.rotation import Generator, generator, skew
+from pion_hf.linalg.series import MISSING_TERM, ROUNDED_TERM
 from pion_hf.linalg.spectrum import Basis, numerical_zero
 
 # From this ratio of the sides on nothing of the long side's size is formed; from about 1.8 on that takes less time too.
@@ -117,11 +120,11 @@ class Tangent(NamedTuple):
         along = values.unsqueeze(-1) * self._along()
         # Directions that count as zero do not drive the rotation, but it carries them along.
         along += torch.where(self.inverse.unsqueeze(-1) > 0, 0, self.seen.mT * self.free.unsqueeze(-2))
-        change = _lead((u @ along).to(low), self.vt, self.tall).to(u.dtype)
+        change = _lead(u.to(low) @ along.to(low), self.vt, self.tall).to(u.dtype)
         outside = self.d
         if reading_waits(u) or not self.free.all():  # else all of `D` moves
             moving = (values * self.free).unsqueeze(-2)
-            outside = _lead((u * moving @ u.mT).to(low), self.d, self.tall)
+            outside = _lead(halves_product(u * moving, u.mT).to(low), self.d, self.tall)
         return change.sub_(outside.to(u.dtype))
 
     def retract(self, w: Tensor, change: Tensor, alpha: Tensor | float, *, reader: Reader = READER) -> Tensor | None:
@@ -133,19 +136,22 @@ class Tangent(NamedTuple):
         None if the series does not converge, for one of a batch: then all of it needs another way.
         """
         step = change * alpha
+        split = w.dtype == torch.float32 and splitting_pays(w.device)
+        if split:  # with a step of bfloat16, which is as good, one product in halves is exact enough
+            step = step.to(torch.bfloat16).to(w.dtype)
         middle = torch.add(w, step, alpha=0.5)
-        error = _inner(step, middle, self.tall)
+        error = (_split_inner if split else _inner)(step, middle, self.tall)
         values, rows = self.basis.values.unsqueeze(-1), self.basis.rows
         # Of a matrix less what it keeps, some are zero to rounding, and so is `K` there.
         inverse = torch.where(values > SMALLEST * values[..., :1, :], values.reciprocal(), 0)
-        gram = rows @ (error + error.mT) @ rows.mT * (inverse * inverse.mT)
+        gram = halves_product(halves_product(rows, error + error.mT), rows.mT) * (inverse * inverse.mT)
         series, size = _inverse_root(gram, values, low=self.d.dtype, reader=reader)
         if series is None:
             return None
         low = self.d.dtype if size <= ROUNDED_TERM else w.dtype
-        back = rows.mT.to(low) @ (values * series * inverse.mT @ rows).to(low)
+        back = halves_product(rows.mT.to(low), halves_product(values * series * inverse.mT, rows).to(low))
         moved = middle.add_(step, alpha=0.5).to(low)
-        return step.add_(_lead(back, moved, self.tall))
+        return step.add_(_lead(back, moved, self.tall, product=halves_product))
 
     def carry(self, x: Tensor, alpha: Tensor | float) -> Tensor:
         """`alpha x A`, what carries a momentum along at first order, with rounded products."""
@@ -207,7 +213,8 @@ def _inverse_root(gram: Tensor, values: Tensor, *, low: torch.dtype, reader: Rea
             return total, first
         rounded = (power.to(low) @ factor).to(gram.dtype)
         seen = effect(rounded).item() if reading else seen * bound
-        power = rounded if low == gram.dtype or abs(coefficient) * seen <= ROUNDED_TERM else power @ gram
+        exact = low != gram.dtype and abs(coefficient) * seen > ROUNDED_TERM
+        power = halves_product(power, gram) if exact else rounded
         if reading:
             bound = min(bound, torch.linalg.matrix_norm(power).amax().item() ** (1 / j))
         total = total.add_(power, alpha=coefficient)
@@ -232,14 +239,20 @@ def _inside(seen: Tensor, values: Tensor, held: int) -> Tensor:
     return inside
 
 
-def _lead(small: Tensor, x: Tensor, tall: bool) -> Tensor:
+def _lead(small: Tensor, x: Tensor, tall: bool, *, product: Callable[..., Tensor] = torch.matmul) -> Tensor:
     """`small x`, of an `x` that is stored transposed if `tall`."""
-    return x @ small.mT if tall else small @ x
+    return product(x, small.mT) if tall else product(small, x)
 
 
 def _inner(x: Tensor, y: Tensor, tall: bool) -> Tensor:
     """`x y^T`, `(..., k, k)`."""
     return x.mT @ y if tall else x @ y.mT
+
+
+def _split_inner(x: Tensor, y: Tensor, tall: bool) -> Tensor:
+    """`_inner(x, y)` of an `x` that bfloat16 holds, by `split_product`."""
+    low = x.to(torch.bfloat16)
+    return split_product(y, low.mT, left=True) if tall else split_product(y.mT, low, left=True)
 
 
 def _scaled(factors: Tensor, x: Tensor, tall: bool) -> Tensor:

@@ -8,31 +8,21 @@ views: `-skew(D W^T)`, acting on `W`, is minus the generator of `(W^T, D^T)`, ac
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pion_hf.linalg.precision import split_product, splitting_pays
+from pion_hf.linalg.precision import halves_product, split_product, splitting_pays
 from pion_hf.linalg.reading import READER, Reader, reading_waits
+from pion_hf.linalg.series import ROOT_SERIES, SERIES_ANGLES, Series, root_terms
 
 RETRACTIONS = ("root", "cayley", "taylor")
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
-# Angles (radians) up to which so many terms of the root series are orthogonal to float32 rounding: with odd terms up to
-# x^(2j - 1), E^T E - I is 2 |c| theta^(2j + 2), c the next coefficient; with two terms it is theta^4 / 4.
-SERIES_ANGLES = ((0.006, 2), (0.05, 3), (0.1, 5), (0.2, 7), (0.35, 9), (0.5, 11))
-# Coefficients of x^2, x^3, ... in E(x) - I (those of even powers above 2 are 0): x^2/2 + x (1 + x^2/4)^(1/2).
-ROOT_SERIES = {2: 1 / 2, 3: 1 / 8, 5: -1 / 128, 7: 1 / 1024, 9: -5 / 32768, 11: 7 / 262144}
-# Up to this angle what `split_product` rounds, 2^-17 of the first power, is below float32's own rounding of the result.
-SPLIT_ANGLE = 2**-7
-# A term of the series may be rounded to 8 bits where its norm, relative to what is rotated, is at most this. Real
-# gradients can put the whole error, 2^-9 of it, on one singular value: 4e-8 of the largest a step, up or down.
-ROUNDED_TERM = 2**-18
-# A power is at most the last one times the angle, and often so many times smaller: then low precision is tried first.
-LIKELY = 4
-# Terms of a norm below this are left out: even if always of one direction, their drift stays below 1e-6 in 1,000 steps.
-MISSING_TERM = 2**-32
+# A rotation of so many times more columns than rows is a series of products rather than a matrix.
+LONG_SERIES = 2
 # Transposing a large matrix leaves a core's cache at every element: on CPU it is done in blocks of this size.
 SKEW_BLOCK = 384
 # Low-rank cores up to this size are inverted as a batch on CPU, by so many products at most.
@@ -129,32 +119,43 @@ def root(x: Tensor, *, angle: float | Tensor, largest: float | None = None) -> T
     matrix, `(..., 1, 1)`, in a batch: how often one is halved, which shows in the result, is no other's affair.
     largest: of these, if it is known already.
     """
+    return x + root_rest(x, angle=angle, largest=largest)
+
+
+def root_rest(
+    x: Tensor, *, angle: float | Tensor, largest: float | None = None, product: Callable[..., Tensor] = torch.matmul
+) -> Tensor:
+    """`E(x) - I - x`: what `root` adds to the first order. product: of matrices of the size of `x`."""
     angle = torch.as_tensor(angle, dtype=x.dtype, device=x.device)
     largest = angle.max().item() if largest is None else largest
     limit = SERIES_ANGLES[-1][0]
     most = math.ceil(math.log2(largest / limit)) if limit < largest < math.inf else 0
+    part = x
     if most:
         halvings = (angle / limit).log2().ceil().nan_to_num(0).clamp(0, most)
-        x = x / 2**halvings
-    square = x @ x
+        part = x / 2**halvings
+    square = product(part, part)
     terms = max(3, root_terms(largest, x.dtype))
-    increment = square / 2 + x + x @ _odd_series(square, terms)
+    rest = square / 2 + product(part, _odd_series(square, terms, product))
+    if not most:
+        return rest
+    increment = part + rest
     for done in range(most):
-        doubled = 2 * increment + increment @ increment
+        doubled = 2 * increment + product(increment, increment)
         increment = torch.where(halvings > done, doubled, increment)
-    return increment
+    return increment - x
 
 
-def _odd_series(square: Tensor, terms: int) -> Tensor:
+def _odd_series(square: Tensor, terms: int, product: Callable[..., Tensor]) -> Tensor:
     """`(I + z/4)^(1/2) - I` of `z = square`, as many coefficients as `terms` of `ROOT_SERIES` have, Horner in `z^2`."""
     coefficients = [0.0, *(ROOT_SERIES[k] for k in range(3, terms + 1, 2))]
     coefficients += [0.0] * (len(coefficients) % 2)
     pairs = list(zip(coefficients[::2], coefficients[1::2], strict=True))
     total = _linear(square, *pairs[-1])
     if len(pairs) > 1:
-        fourth = square @ square
+        fourth = product(square, square)
         for pair in reversed(pairs[:-1]):
-            total = _linear(square, *pair) + fourth @ total
+            total = _linear(square, *pair) + product(fourth, total)
     return total
 
 
@@ -166,32 +167,14 @@ def _linear(z: Tensor, constant: float, slope: float) -> Tensor:
     return out
 
 
-def root_terms(angle: float, dtype: torch.dtype = torch.float32) -> int:
-    """Terms of the root series that leave it orthogonal to float32 rounding at `angle`; all of them in float64."""
-    enough = (terms for limit, terms in SERIES_ANGLES if angle <= limit and dtype != torch.float64)
-    return next(enough, SERIES_ANGLES[-1][1])
-
-
-def passing_terms(angle: float) -> int:
-    """Terms of the root series that change a momentum by a hundredth or more."""
-    return max((k for k, c in ROOT_SERIES.items() if abs(c) * angle**k > 2**-7), default=1)
-
-
 class Increment(NamedTuple):
     """`E - I` of one rotation, `(..., n, n)`: `right` itself, or `right^T core right` with `right` `(..., r, n)`.
 
-    With `terms` the matrix is never formed: `right` is a generator, and so many terms of the root series of
-    `alpha right` act on the rows one after another. The first power is exact, as are all that `angle` (of the rotation,
-    at most) lets a float32 result notice; the others are multiplied in `tail`, `alpha right` in lower precision. `low`
-    is as in `Generator`.
+    low: `right` in lower precision.
     """
 
     right: Tensor
     core: Tensor | None = None
-    terms: int = 0
-    alpha: Tensor | float = 1.0
-    angle: float = 0.0
-    tail: Tensor | None = None
     low: Tensor | None = None
 
     def change(
@@ -205,73 +188,43 @@ class Increment(NamedTuple):
     ) -> Tensor:
         """`x (E - I)` for `x` of shape `(..., p, n)`, or for `side="out"` `(E - I)^T x`, `(..., n, p)`.
 
-        low: in the precision of `tail`, if there is one, for what is rounded anyway (a momentum). first: the change of
-        `x` at first order and `alpha = 1`, if known (`Generator.moved`; series only); seen: `x right^T`, if known
-        (low-rank rotations from the right only).
+        low: in lower precision, if there is one, for what is rounded anyway (a momentum). first: for a `Series`. seen:
+        `x right^T`, if known (low-rank rotations from the right only).
         """
-        if self.terms:
-            return self._low_series(x, side) if low and self.tail is not None else self._series(x, side, first)
         power = x
         if self.core is not None:
             power = _product(x, self.right.mT, side) if seen is None else seen
             power = _product(power, self.core, side)
-        right = self.right if not low or self.tail is None else self.tail
-        return _product(power, right, side)
-
-    def _low_series(self, x: Tensor, side: str) -> Tensor:
-        """With products in the precision of `tail`; `x` itself is not rounded."""
-        power = _skew_product(x.to(self.tail.dtype), self.tail, side)
-        total = power.to(x.dtype)
-        for term in range(2, passing_terms(self.angle) + 1):
-            power = _skew_product(power, self.tail, side)
-            if term in ROOT_SERIES:
-                total.add_(power, alpha=ROOT_SERIES[term])
-        return total
-
-    def _series(self, x: Tensor, side: str, first: Tensor | None) -> Tensor:
-        # What `moved` has split may be used for as long as that does not show.
-        exact = self.low if self.angle <= SPLIT_ANGLE else None
-        if first is None or (exact is None and _is_split(x, self.low)):
-            first = _skew_product(x, self.right, side, low=exact)
-        # Each power takes its share of alpha at once: the generator itself may be of any size.
-        total = power = first * self.alpha
-        # On a GPU no norm is read: powers are taken to be as large as their angle allows.
-        reading = self.tail is not None and not reading_waits(x)
-        size = torch.linalg.matrix_norm(x).clamp_min(torch.finfo(x.dtype).tiny) if reading else None
-        norm = _relative_norm(power, size) if reading else self.angle
-        small_enough = LIKELY * ROUNDED_TERM if reading else ROUNDED_TERM
-        for term in range(2, self.terms + 1):
-            rounded, lower, norm = power.dtype != x.dtype, None, norm * self.angle
-            if self.tail is not None and (rounded or _weight(term) * norm <= small_enough):
-                lower = _skew_product(power.to(self.tail.dtype), self.tail, side)
-                norm = _relative_norm(lower, size) if reading else norm
-            if lower is not None and (rounded or _weight(term) * norm <= ROUNDED_TERM):
-                power = lower
-            else:
-                power = _skew_product(power, self.right, side, low=exact).mul_(self.alpha)
-                norm = _relative_norm(power, size) if reading else norm
-            if term in ROOT_SERIES:
-                total.add_(power, alpha=ROOT_SERIES[term])
-                if reading and self._is_done(term, norm):
-                    break
-        return total
-
-    def _is_done(self, term: int, norm: float) -> bool:
-        """Whether `E^T E` is `I` to rounding without further terms, where the last power has this norm.
-
-        The next odd term, `c x^j`, makes up for `2 c x^(j + 1)` there.
-        """
-        odd = term + 2 - (term % 2 == 0)
-        return odd not in ROOT_SERIES or 2 * _weight(odd) * norm * self.angle ** (odd + 1 - term) <= MISSING_TERM
+        return _product(power, self.low if low and self.low is not None else self.right, side)
 
 
-def _weight(term: int) -> float:
-    return abs(ROOT_SERIES.get(term, ROOT_SERIES[3]))
+class Root(NamedTuple):
+    """`E(alpha A) - I` of a dense generator `A` as its first order and all the rest, formed once.
 
+    Where products are split that is less work than a `Series` if the rows are more than the columns, and no norm
+    is wanted. rest: `E - I - alpha A`, `(..., n, n)`. low: `E - I` in lower precision.
+    """
 
-def _relative_norm(x: Tensor, size: Tensor) -> float:
-    """The largest of a batch."""
-    return (torch.linalg.matrix_norm(x) / size).amax().item()
+    generator: Generator
+    alpha: Tensor | float
+    rest: Tensor
+    low: Tensor
+
+    def change(
+        self,
+        x: Tensor,
+        *,
+        side: str = "in",
+        low: bool = False,
+        first: Tensor | None = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        """As `Increment.change`. first: `generator.times(x)`, the change at first order and `alpha = 1`, if known."""
+        if low:
+            return _product(x, self.low, side)
+        first = self.generator.times(x, side=side) if first is None else first
+        factors = (x, self.rest) if side == "in" else (self.rest.mT, x)
+        return (first * self.alpha).add_(halves_product(*factors))
 
 
 def _product(x: Tensor, factor: Tensor, side: str) -> Tensor:
@@ -280,27 +233,11 @@ def _product(x: Tensor, factor: Tensor, side: str) -> Tensor:
     return (low @ factor if side == "in" else factor.mT @ low).to(x.dtype)
 
 
-def _skew_product(x: Tensor, a: Tensor, side: str, *, low: Tensor | None = None) -> Tensor:
-    """`x A`, or `A^T x = -A x` for `side="out"`: products without transposes, which are slow in low precision.
-
-    low: `A` in bfloat16, if that is the same and `split_product` will do.
-    """
-    if _is_split(x, low):
-        product = split_product(x, low, left=side == "out")
-        return product if side == "in" else product.neg_()
-    return x @ a if side == "in" else (a @ x).neg_()
-
-
-def _is_split(x: Tensor, low: Tensor | None) -> bool:
-    """Whether `x` times a matrix that is `low`, in bfloat16, goes through `split_product`."""
-    return low is not None and x.dtype == torch.float32 and x.ndim == 3 and splitting_pays(x.device)
-
-
 class Generator(NamedTuple):
     """A skew matrix `A`, `(..., n, n)`: `core` itself, or `factor^T core factor`.
 
-    core: `(..., n, n)` or `(..., r, r)`, skew. factor: `(..., r, n)`. gram: `factor factor^T`. low: a dense core in
-    the lower precision it was formed in.
+    core: `(..., n, n)`, or that of a pair (`_pair_core`), `(..., 2k, 2k)`. factor: `[L; R]`, `(..., 2k, n)`. gram:
+    `factor factor^T`. low: in the lower precision it was formed in, a dense core or the factor.
     """
 
     core: Tensor
@@ -308,22 +245,48 @@ class Generator(NamedTuple):
     gram: Tensor | None = None
     low: Tensor | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.core.dtype
+
     def moved(self, x: Tensor, *, side: str = "in") -> Tensor | None:
-        """`x A`, or `A^T x` for `side="out"`, at first order what a rotation changes; None in the factored form."""
-        return None if self.factor is not None else _skew_product(x, self.core, side, low=self.low)
+        """`times(x)`, at first order what a rotation changes, for rotations that a `Series` stands for; else None."""
+        return self.times(x, side=side) if self.has_powers else None
+
+    @property
+    def has_powers(self) -> bool:
+        """Whether powers of `A` itself are multiplied, not those of a small core."""
+        return self.factor is None or self.low is not None
+
+    def times(self, x: Tensor, *, side: str = "in") -> Tensor:
+        """`x A`, or `A^T x` for `side="out"`; needs `has_powers`.
+
+        Where splitting `x` is faster to a relative 2^-17 (see `split_product`), else exact.
+        """
+        if self.factor is None:
+            exact = self.core if self.low is None else self.low
+            product = _times(x, exact, self.core, left=side == "out")
+            return product if side == "in" else product.neg_()  # no transposes, which are slow in low precision
+        if side == "in":
+            seen = _times(x, self.low.mT)
+            return _times(_turned(seen, -1), self.low)
+        seen = _times(x, self.low, left=True)
+        return _times(_turned(seen, -2), self.low.mT, left=True)
 
     def act(self, x: Tensor) -> Tensor:
-        """`x A` for rows `x` of shape `(..., p, n)`."""
+        """`x A` for rows `x` of shape `(..., p, n)`, in the precision of the factor."""
         if self.factor is None:
             return x @ self.core
-        return x @ self.factor.mT @ self.core @ self.factor
+        seen = x.to(self.factor.dtype) @ self.factor.mT
+        return (_turned(seen, -1) @ self.factor).to(x.dtype)
 
     def act_norm(self, x: Tensor, *, seen: Tensor | None = None) -> Tensor:
         """`||x A||_F`, shape `(..., 1, 1)`; in the factored form from `x factor^T`, which may be given as `seen`."""
         if self.factor is None:
             return torch.linalg.matrix_norm(x @ self.core, keepdim=True)
-        coefficients = (x @ self.factor.mT if seen is None else seen) @ self.core
-        return ((coefficients @ self.gram) * coefficients).sum((-2, -1), keepdim=True).clamp_min(0).sqrt()
+        factor, gram = self.precise_factor()
+        coefficients = (x @ factor.mT if seen is None else seen) @ self.core
+        return ((coefficients @ gram) * coefficients).sum((-2, -1), keepdim=True).clamp_min(0).sqrt()
 
     def spectral_norm(self, *, iterations: int = 8) -> Tensor:
         """Estimate of `||A||_2`, the largest rotation angle at unit step, shape `(..., 1, 1)`.
@@ -352,35 +315,74 @@ class Generator(NamedTuple):
         degree: int = 2,
         rows: int | None = None,
         reader: Reader = READER,
-    ) -> Increment:
+    ) -> Increment | Series | Root:
         """`E(alpha A) - I`, with `alpha` of shape `(..., 1, 1)` or a number.
 
         rows: how many rows it will act on in full precision, if that is known to be few.
         """
-        if retraction == "root" and self.factor is None:
-            return self._root_increment(alpha, rows, reader)
-        x = self.core * alpha
-        if retraction == "taylor":
-            core = taylor(x, self.gram, degree=degree)
-        elif retraction in ("cayley", "root"):
-            # The root's series wants powers of A itself; a low-rank core is small enough to decompose.
-            core = cayley(x, self.gram)
-        else:
+        if retraction not in RETRACTIONS:
             raise ValueError(f"retraction must be one of {RETRACTIONS}, got {retraction!r}")
-        return Increment(core) if self.factor is None else Increment(self.factor, core)
+        if retraction == "root" and self.has_powers:
+            found = self._root_increment(alpha, rows, reader)
+            if found is not None:
+                return found
+        factor, gram = self.precise_factor()
+        x = self.core * alpha
+        # A low-rank core without powers of `A` itself, or with large ones, is decomposed instead.
+        core = taylor(x, gram, degree=degree) if retraction == "taylor" else cayley(x, gram)
+        return Increment(core) if factor is None else Increment(factor, core)
 
-    def _root_increment(self, alpha: Tensor | float, rows: int | None, reader: Reader) -> Increment:
+    def precise_factor(self) -> tuple[Tensor | None, Tensor | None]:
+        """The factor in the precision of the core, and its Gram matrix."""
+        if self.factor is None or self.gram is not None:
+            return self.factor, self.gram
+        factor = self.factor.to(self.dtype)
+        return factor, factor @ factor.mT
+
+    def _root_increment(
+        self, alpha: Tensor | float, rows: int | None, reader: Reader
+    ) -> Increment | Series | Root | None:
+        """None for a factored generator of an angle that its series does not reach."""
         # Power iteration is a lower bound.
         angles = 1.5 * self.spectral_norm(iterations=4) * alpha
         # Meta tensors (a plan without weights) have shapes and no angle.
         angle = 0.0 if angles.is_meta else reader.read("angle", angles.max())
-        tail = None if self.low is None else self.low * _like(alpha, self.low)
-        few_rows = tail is not None or (rows is not None and rows < self.core.shape[-1])
+        dense, lowered = self.factor is None, self.low is not None
+        n = (self.core if dense else self.factor).shape[-1]
+        if dense and lowered and splitting_pays(self.core.device) and LONG_SERIES * (rows or 0) >= n:
+            x = self.core * alpha
+            rest = root_rest(x, angle=angles, largest=angle, product=halves_product)
+            return Root(self, alpha, rest, (x + rest).to(self.low.dtype))
+        few_rows = lowered or (rows is not None and rows < n)
         if few_rows and angle <= SERIES_ANGLES[-1][0]:
-            terms = root_terms(angle, self.core.dtype)
-            return Increment(self.core, terms=terms, alpha=alpha, angle=angle, tail=tail, low=self.low)
+            tail = self._lowered(alpha) if lowered else None
+            return Series(self, root_terms(angle, self.dtype), alpha, angle, tail)
+        if not dense:
+            return None
         increment = root(self.core * alpha, angle=angles, largest=angle)
-        return Increment(increment, tail=None if tail is None else increment.to(tail.dtype))
+        return Increment(increment, low=increment.to(self.low.dtype) if lowered else None)
+
+    def _lowered(self, alpha: Tensor | float) -> Generator:
+        """`alpha A` in lower precision."""
+        if self.factor is None:
+            return Generator(self.low * _like(alpha, self.low))
+        left, right = self.low.chunk(2, dim=-2)
+        pair = torch.cat((left * _like(alpha, left), right), dim=-2)
+        return Generator(_pair_core(left.shape[-2], pair.dtype, pair.device), pair, low=pair)
+
+
+def _turned(x: Tensor, dim: int) -> Tensor:
+    """`x K`, or with `dim=-2` `K^T x`, of the core of a pair."""
+    first, second = x.chunk(2, dim=dim)
+    return torch.cat((second, -first), dim=dim)
+
+
+def _times(x: Tensor, a: Tensor, precise: Tensor | None = None, *, left: bool = False) -> Tensor:
+    """`x a`, or `a x` with `left`, in the precision of `x`. precise: `a` in it, if that is at hand."""
+    if a.dtype != x.dtype and x.dtype == torch.float32 and x.ndim == 3 and splitting_pays(x.device):
+        return split_product(x, a, left=left)
+    a = a if a.dtype == x.dtype else a.to(x.dtype) if precise is None else precise
+    return a @ x if left else x @ a
 
 
 def _like(alpha: Tensor | float, x: Tensor) -> Tensor | float:
@@ -413,18 +415,27 @@ def generator(
     if fixed is not None:
         left, right = (without(x.to(fixed.dtype), fixed).to(x.dtype) for x in (left, right))
     k, n = left.shape[-2:]
-    if dense is None:
-        dense = dense_flops(k, n, rows) <= factored_flops(k, n, rows)
     dtype = dtype or left.dtype
+    if dense is None and dtype != left.dtype:
+        dense = dense_series_flops(k, n, rows) <= factored_series_flops(k, n, rows)
+    elif dense is None:
+        dense = dense_flops(k, n, rows) <= factored_flops(k, n, rows)
     if dense:
         core = skew(right.mT @ left)
         return Generator(core.to(dtype), low=core if core.dtype != dtype else None)
-    factor = torch.cat((left, right), dim=-2).to(dtype)
-    core = torch.zeros(2 * k, 2 * k, dtype=dtype, device=left.device)
-    core[:k, k:] = -torch.eye(k, dtype=dtype, device=left.device)
-    core[k:, :k] = torch.eye(k, dtype=dtype, device=left.device)
-    core = core.expand(*left.shape[:-2], 2 * k, 2 * k)
+    factor = torch.cat((left, right), dim=-2)
+    core = _pair_core(k, dtype, left.device).expand(*left.shape[:-2], 2 * k, 2 * k)
+    if factor.dtype != dtype:
+        return Generator(core, factor, low=factor)
     return Generator(core, factor, factor @ factor.mT)
+
+
+def _pair_core(k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`K = [[0, -I], [I, 0]]`, `(2k, 2k)`: `[L; R]^T K [L; R] = R^T L - L^T R`."""
+    core = torch.zeros(2 * k, 2 * k, dtype=dtype, device=device)
+    core[:k, k:] = -torch.eye(k, dtype=dtype, device=device)
+    core[k:, :k] = torch.eye(k, dtype=dtype, device=device)
+    return core
 
 
 def dense_flops(k: int, n: int, rows: int) -> float:
@@ -436,6 +447,16 @@ def factored_flops(k: int, n: int, rows: int) -> float:
     """The same in the factored form, whose core is `(2k, 2k)`."""
     r = 2 * k
     return 2 * r**2 * n + (2 / 3 + 4) * r**3 + rows * (4 * r * n + 2 * r**2)
+
+
+def dense_series_flops(k: int, n: int, rows: int) -> float:
+    """Flops to form `A` from `(k, n)` factors of lower precision and multiply `rows` rows by it, twice each."""
+    return 2 * k * n**2 + 2 * (2 * rows * n**2)
+
+
+def factored_series_flops(k: int, n: int, rows: int) -> float:
+    """The same without forming `A`."""
+    return 2 * (8 * rows * k * n)
 
 
 def rms_scale(norm: Tensor, *, lr: float, rms: float, numel: int) -> Tensor:

@@ -56,7 +56,7 @@ def angles(a: Generator, alpha: Tensor | float) -> tuple[Tensor, Tensor]:
     if a.factor is None:
         squares, n = a.core.square().sum((-2, -1), keepdim=True), a.core.shape[-1]
     else:  # ||A||_F^2 = -tr(A^2), in the small core
-        product = a.core @ a.gram
+        product = a.core @ a.precise_factor()[1]
         squares, n = -(product * product.mT).sum((-2, -1), keepdim=True), a.factor.shape[-1]
     mean = (squares.clamp_min(0) / n).sqrt()
     return tuple((size * alpha).flatten() for size in (mean, a.spectral_norm(iterations=4)))
