@@ -9,17 +9,28 @@ import pytest
 import torch
 from torch import nn
 
-from pion_hf import Pion, PionLora, RoutedAdamW, Teon
+from pion_hf import Inputs, Pion, PionLora, RoutedAdamW, Teon
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "benchmarks" / "fake_gpu.py"
 SHAPES = ((64, 64), (96, 64), (64, 96), (64, 320), (320, 64))
 LIE = {"metric": "lie"}
+READ = {"angle": 0.1, "gram": 0.05, "effect": 1e-3, "smallest": 0.05, "free": True, "moved weight": 0.01}
 
 
 def lora(params: list[nn.Parameter]) -> PionLora:
     names = [f"layers.{i}.lora" for i in range(len(params))]
     group = {"rule": "pion_lora", "method": "rotate", "reach": [1.0] * len(params)}
     return PionLora([{**group, "params": list(zip(names, params, strict=True))}])
+
+
+class Kept(Inputs):
+    """Directions of inputs that nobody watched."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Module(), 16)
+
+    def directions(self, name, n, columns, device, *, half=None):
+        return torch.randn(n, columns, device=device)
 
 
 OPTIMIZERS = {
@@ -34,8 +45,11 @@ OPTIMIZERS = {
     "paper": lambda params: Pion(params, preset="paper"),
     "cayley": lambda params: Pion(params, retraction="cayley", direction="gradient", **LIE),
     "float32": lambda params: Pion(params, generator_dtype="float32"),
+    "keep": lambda params: Pion(params, keep=4, inputs=Kept()),
     "muon": lambda params: Teon(params, stack=1),
+    "muon, keep": lambda params: Teon(params, stack=1, keep=4, inputs=Kept()),
     "adamw": RoutedAdamW,
+    "adamw, keep": lambda params: RoutedAdamW(params, keep=4, keep_soft=True, inputs=Kept()),
     "lora": lora,
 }
 
@@ -52,8 +66,7 @@ def fake_gpu():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_stays_on_the_device(name, dtype, fake_gpu, monkeypatch):
     monkeypatch.setattr(PionLora, "check_matrix", lambda *args: None)  # that there are no zeros no fake tensor knows
-    read = {"angle": 0.1, "gram": 0.05, "effect": 1e-3, "smallest": 0.05}.__getitem__
-    with fake_gpu(read) as counts:
+    with fake_gpu(READ.__getitem__) as counts:
         params = [nn.Parameter(torch.randn(shape, device="cuda", dtype=dtype)) for shape in SHAPES]
         optimizer = OPTIMIZERS[name](params)
         for step in range(4):
@@ -70,9 +83,8 @@ def test_a_step_stays_on_the_device(name, dtype, fake_gpu, monkeypatch):
 
 def test_products_are_in_bfloat16(fake_gpu):
     """What is left to float32 are a few vectors: its products take ten times as long there."""
-    read = {"angle": 0.1, "gram": 0.05, "effect": 1e-3, "smallest": 0.05}.__getitem__
     for rule in ("default", "gradient, lie", "polar, lie"):
-        with fake_gpu(read) as counts:
+        with fake_gpu(READ.__getitem__) as counts:
             params = [nn.Parameter(torch.randn(shape, device="cuda")) for shape in SHAPES]
             optimizer = OPTIMIZERS[rule](params)
             for _ in range(3):

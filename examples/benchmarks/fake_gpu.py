@@ -1,8 +1,11 @@
-"""A GPU that there need not be: steps on fake CUDA tensors, which know shape, dtype and device and hold no numbers.
+"""A GPU that there need not be, in two ways.
 
-Every operation takes the way that it takes on an NVIDIA GPU from Hopper on; mixing devices is an error as there. What
-runs is counted: flops of products by precision, bytes that kernels read and write, kernels, values that the host waits
-for, and copies between devices.
+`fake_gpu`: steps on fake CUDA tensors, which know shape, dtype and device and hold no numbers. Every operation takes
+the way that it takes on an NVIDIA GPU from Hopper on; mixing devices is an error as there. What runs is counted: flops
+of products by precision, bytes that kernels read and write, kernels, values that the host waits for, and copies between
+devices.
+
+`like_a_gpu`: the processor takes the ways of a GPU, with real numbers: products are cut in halves, values read late.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from pion_hf.linalg import precision, reading
+from pion_hf.linalg import ambient, precision, reading, rotation, series
 
 CAPABILITY = (9, 0)
 ALL = 2**62
@@ -118,7 +121,7 @@ def fake_gpu(
 
     read: the values that rules read late, by key (see `pion_hf.linalg.reading`). host: see `Counts`.
     """
-    late = (lambda self, key, value, *, order=1: read(key)) if read else reading.LateReader.read
+    late = (lambda self, key, value, **options: read(key)) if read else reading.LateReader.read
     caches = precision.splitting_pays, precision._multiplies_bfloat16
     for cached in caches:
         cached.cache_clear()
@@ -136,3 +139,13 @@ def fake_gpu(
     finally:
         for cached in caches:
             cached.cache_clear()
+
+
+@contextlib.contextmanager
+def like_a_gpu() -> Iterator[None]:
+    with contextlib.ExitStack() as patches:
+        for module in (reading, series, rotation, ambient):
+            patches.enter_context(mock.patch.object(module, "reading_waits", return_value=True))
+        for module in (precision, rotation, ambient):
+            patches.enter_context(mock.patch.object(module, "splitting_pays", return_value=True))
+        yield

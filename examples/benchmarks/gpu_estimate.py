@@ -12,15 +12,13 @@ The results are kept in results/gpu_estimate.json (`--show` prints them and runs
 """
 
 import argparse
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import optimizer_step
 import torch
-from fake_gpu import Kernel, fake_gpu
+from fake_gpu import Kernel, fake_gpu, like_a_gpu
 from lora_step import Blocks, factors
 from optimizer_step import MODELS, shapes_of
 from rich import box
@@ -29,7 +27,7 @@ from rich.table import Table
 from torch import nn
 from tqdm.auto import tqdm
 
-from pion_hf.linalg import ambient, precision, reading, rotation, series
+from pion_hf.linalg import reading
 
 RESULTS = Path(__file__).parent / "results" / "gpu_estimate.json"
 REACHED = 0.7
@@ -48,39 +46,27 @@ CONTENDERS = (
 STEPS = 4
 
 
-@contextlib.contextmanager
-def like_a_gpu() -> Iterator[dict[str, float]]:
-    """The processor decides as a GPU would; gives the largest of the values that rules read, by key."""
-    found: dict[str, float] = {}
-    read = reading.LateReader.read
-
-    def recorded(self, key, value, *, order=1):
-        late = read(self, key, value, order=order)
-        found[key] = max(late, found.get(key, late))
-        return late
-
-    with contextlib.ExitStack() as patches:
-        for module in (reading, series, rotation, ambient):
-            patches.enter_context(mock.patch.object(module, "reading_waits", return_value=True))
-        for module in (precision, rotation, ambient):
-            patches.enter_context(mock.patch.object(module, "splitting_pays", return_value=True))
-        patches.enter_context(mock.patch.object(reading.LateReader, "read", recorded))
-        yield found
-
-
 def values_read(contender: str) -> dict[str, float]:
+    """The largest of every key that a contender's rule reads on the host."""
     model = optimizer_step.build_model("SmolLM2-135M", 1, torch.float32)
     params = factors(model)
     cycle = optimizer_step.gradients(params)
     optimizer = optimizer_step.CONTENDERS[contender](model)
-    with like_a_gpu() as found:
+    found, read = {}, reading.LateReader.read
+
+    def recorded(self, key, value, **options):
+        late = read(self, key, value, **options)
+        found[key] = max(late, found.get(key, late))
+        return late
+
+    with like_a_gpu(), mock.patch.object(reading.LateReader, "read", recorded):
         for step in range(STEPS + 2):
             if step == STEPS:  # the first ones of a side wait, and read what is not late
                 found.clear()
             for p, g in zip(params, cycle[step % len(cycle)], strict=True):
                 p.grad = g.clone()
             optimizer.step()
-        return dict(found)
+    return found
 
 
 def kernels_of(contender: str, model: str, layers: int, values: dict[str, float]) -> list[list[Kernel]]:

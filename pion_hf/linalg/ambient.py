@@ -114,7 +114,7 @@ class Tangent(NamedTuple):
     free: Tensor
     tall: bool
 
-    def change(self) -> Tensor:
+    def change(self, *, reader: Reader = READER) -> Tensor:
         """`W A`, in working precision, though its products are rounded: tangent only nearly."""
         low, u, values = self.d.dtype, self.basis.rows.mT, self.basis.values
         along = values.unsqueeze(-1) * self._along()
@@ -122,7 +122,7 @@ class Tangent(NamedTuple):
         along += torch.where(self.inverse.unsqueeze(-1) > 0, 0, self.seen.mT * self.free.unsqueeze(-2))
         change = _lead(u.to(low) @ along.to(low), self.vt, self.tall).to(u.dtype)
         outside = self.d
-        if reading_waits(u) or not self.free.all():  # else all of `D` moves
+        if not reader.read("free", self.free.all(), order=0):  # else all of `D` moves
             moving = (values * self.free).unsqueeze(-2)
             outside = _lead(halves_product(u * moving, u.mT).to(low), self.d, self.tall)
         return change.sub_(outside.to(u.dtype))

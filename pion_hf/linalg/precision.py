@@ -34,8 +34,12 @@ def split_product(x: Tensor, low: Tensor, *, left: bool = False) -> Tensor:
     Only `x` is rounded, to two bfloat16 numbers, 16 of its 24 bits: the result has a relative error of 2^-17, which
     differs at random from entry to entry. It takes as long as two products in bfloat16.
     """
-    inner = -2 if left else -1
-    parts, twice = _halves(x, inner, "hr"), torch.cat((low, low), dim=-3 - inner)
+    inner, outer = (-2, -1) if left else (-1, -2)
+    if x.shape[inner] > 2 * x.shape[outer]:  # two results take less memory than `low` twice
+        parts = _halves(x, outer, "hr")
+        high, rest = (_summed_in_float32(low, parts) if left else _summed_in_float32(parts, low)).chunk(2, outer)
+        return high.add_(rest)
+    parts, twice = _halves(x, inner, "hr"), torch.cat((low, low), dim=outer)
     return _summed_in_float32(twice, parts) if left else _summed_in_float32(parts, twice)
 
 

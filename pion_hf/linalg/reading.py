@@ -23,8 +23,8 @@ def reading_waits(x: Tensor) -> bool:
 class Reader:
     """Reads values at once. Pure functions that need one take a reader, which is this where no other is given."""
 
-    def read(self, key: str, value: Tensor, *, order: int = 1) -> float:
-        """`value`, of one element, as a number. key, order: for `LateReader`."""
+    def read(self, key: str, value: Tensor, *, order: int = 1, growth: float = GROWTH) -> float:
+        """`value`, of one element, as a number. The rest is for `LateReader`."""
         return value.item()
 
 
@@ -36,7 +36,7 @@ class LateReader(Reader):
 
     It is for values that bound something from above and change little from one step to the next but for the step size
     `lr`: a value of order `k` is proportional to `lr^k`. What is given is the last one at today's `lr`, times
-    `GROWTH^k`. The first of a key is waited for, and what comes after zero.
+    `growth^k`. The first of a key is waited for, and what comes after zero.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class LateReader(Reader):
         self.waited = 0  # how often
         self._last: dict[str, _Sent] = {}
 
-    def read(self, key: str, value: Tensor, *, order: int = 1) -> float:
+    def read(self, key: str, value: Tensor, *, order: int = 1, growth: float = GROWTH) -> float:
         if not reading_waits(value):
             return value.item()
         last = self._last.get(key)
@@ -53,7 +53,7 @@ class LateReader(Reader):
         if last is None or (order and not (before and last.lr)):  # nothing bounds what comes after zero
             self.waited += 1
             return self._last[key].arrive()
-        return before * (GROWTH * self.lr / last.lr) ** order if order else before
+        return before * (growth * self.lr / last.lr) ** order if order else before
 
 
 class _Sent(NamedTuple):

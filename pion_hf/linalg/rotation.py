@@ -109,7 +109,9 @@ def taylor(x: Tensor, gram: Tensor | None = None, *, degree: int = 2) -> Tensor:
     return out
 
 
-def root(x: Tensor, *, angle: float | Tensor, largest: float | None = None) -> Tensor:
+def root(
+    x: Tensor, *, angle: float | Tensor, largest: float | None = None, product: Callable[..., Tensor] = torch.matmul
+) -> Tensor:
     """`E(x) - I` of `E(x) = I + x^2/2 + x (I + x^2/4)^(1/2)`, orthogonal for skew `x` up to angles of 2 rad.
 
     The even part is exact, so a short series of the odd part leaves it orthogonal to rounding: two to five products
@@ -117,33 +119,22 @@ def root(x: Tensor, *, angle: float | Tensor, largest: float | None = None) -> T
 
     angle: an upper estimate of the largest rotation angle, `||x||_2`, which chooses how many terms are needed; of every
     matrix, `(..., 1, 1)`, in a batch: how often one is halved, which shows in the result, is no other's affair.
-    largest: of these, if it is known already.
+    largest: of these, if it is known already. product: of matrices of the size of `x`.
     """
-    return x + root_rest(x, angle=angle, largest=largest)
-
-
-def root_rest(
-    x: Tensor, *, angle: float | Tensor, largest: float | None = None, product: Callable[..., Tensor] = torch.matmul
-) -> Tensor:
-    """`E(x) - I - x`: what `root` adds to the first order. product: of matrices of the size of `x`."""
     angle = torch.as_tensor(angle, dtype=x.dtype, device=x.device)
     largest = angle.max().item() if largest is None else largest
     limit = SERIES_ANGLES[-1][0]
     most = math.ceil(math.log2(largest / limit)) if limit < largest < math.inf else 0
-    part = x
     if most:
         halvings = (angle / limit).log2().ceil().nan_to_num(0).clamp(0, most)
-        part = x / 2**halvings
-    square = product(part, part)
+        x = x / 2**halvings
+    square = product(x, x)
     terms = max(3, root_terms(largest, x.dtype))
-    rest = square / 2 + product(part, _odd_series(square, terms, product))
-    if not most:
-        return rest
-    increment = part + rest
+    increment = square / 2 + x + product(x, _odd_series(square, terms, product))
     for done in range(most):
         doubled = 2 * increment + product(increment, increment)
         increment = torch.where(halvings > done, doubled, increment)
-    return increment - x
+    return increment
 
 
 def _odd_series(square: Tensor, terms: int, product: Callable[..., Tensor]) -> Tensor:
@@ -170,7 +161,8 @@ def _linear(z: Tensor, constant: float, slope: float) -> Tensor:
 class Increment(NamedTuple):
     """`E - I` of one rotation, `(..., n, n)`: `right` itself, or `right^T core right` with `right` `(..., r, n)`.
 
-    low: `right` in lower precision.
+    low: `right` in lower precision, for a rotation formed from products in it: where splitting pays, `halves_product`
+    will do for it.
     """
 
     right: Tensor
@@ -185,46 +177,22 @@ class Increment(NamedTuple):
         low: bool = False,
         first: Tensor | None = None,
         seen: Tensor | None = None,
+        name: str = "weight",
     ) -> Tensor:
         """`x (E - I)` for `x` of shape `(..., p, n)`, or for `side="out"` `(E - I)^T x`, `(..., n, p)`.
 
-        low: in lower precision, if there is one, for what is rounded anyway (a momentum). first: for a `Series`. seen:
-        `x right^T`, if known (low-rank rotations from the right only).
+        low: in lower precision, if there is one, for what is rounded anyway (a momentum). first, name: for a `Series`.
+        seen: `x right^T`, if known (low-rank rotations from the right only).
         """
+        if self.low is not None:
+            if low:
+                return _product(x, self.low, side)
+            return halves_product(x, self.right) if side == "in" else halves_product(self.right.mT, x)
         power = x
         if self.core is not None:
             power = _product(x, self.right.mT, side) if seen is None else seen
             power = _product(power, self.core, side)
-        return _product(power, self.low if low and self.low is not None else self.right, side)
-
-
-class Root(NamedTuple):
-    """`E(alpha A) - I` of a dense generator `A` as its first order and all the rest, formed once.
-
-    Where products are split that is less work than a `Series` if the rows are more than the columns, and no norm
-    is wanted. rest: `E - I - alpha A`, `(..., n, n)`. low: `E - I` in lower precision.
-    """
-
-    generator: Generator
-    alpha: Tensor | float
-    rest: Tensor
-    low: Tensor
-
-    def change(
-        self,
-        x: Tensor,
-        *,
-        side: str = "in",
-        low: bool = False,
-        first: Tensor | None = None,
-        seen: Tensor | None = None,
-    ) -> Tensor:
-        """As `Increment.change`. first: `generator.times(x)`, the change at first order and `alpha = 1`, if known."""
-        if low:
-            return _product(x, self.low, side)
-        first = self.generator.times(x, side=side) if first is None else first
-        factors = (x, self.rest) if side == "in" else (self.rest.mT, x)
-        return (first * self.alpha).add_(halves_product(*factors))
+        return _product(power, self.right, side)
 
 
 def _product(x: Tensor, factor: Tensor, side: str) -> Tensor:
@@ -250,8 +218,19 @@ class Generator(NamedTuple):
         return self.core.dtype
 
     def moved(self, x: Tensor, *, side: str = "in") -> Tensor | None:
-        """`times(x)`, at first order what a rotation changes, for rotations that a `Series` stands for; else None."""
+        """`times(x)`, at first order what a rotation changes, if that is less work than `act_norm`; else None.
+
+        In lower precision where it gives the size of a step and nothing else.
+        """
+        if self._is_formed(x.shape[-2 if side == "in" else -1]):
+            return _product(x, self.low, side)
         return self.times(x, side=side) if self.has_powers else None
+
+    def _is_formed(self, rows: int | None) -> bool:
+        """Whether the root is a matrix, although a series is possible: where splitting pays, and rows are many."""
+        if self.factor is not None or self.low is None or not splitting_pays(self.core.device):
+            return False
+        return LONG_SERIES * (rows or 0) >= self.core.shape[-1]
 
     @property
     def has_powers(self) -> bool:
@@ -315,7 +294,7 @@ class Generator(NamedTuple):
         degree: int = 2,
         rows: int | None = None,
         reader: Reader = READER,
-    ) -> Increment | Series | Root:
+    ) -> Increment | Series:
         """`E(alpha A) - I`, with `alpha` of shape `(..., 1, 1)` or a number.
 
         rows: how many rows it will act on in full precision, if that is known to be few.
@@ -339,27 +318,21 @@ class Generator(NamedTuple):
         factor = self.factor.to(self.dtype)
         return factor, factor @ factor.mT
 
-    def _root_increment(
-        self, alpha: Tensor | float, rows: int | None, reader: Reader
-    ) -> Increment | Series | Root | None:
+    def _root_increment(self, alpha: Tensor | float, rows: int | None, reader: Reader) -> Increment | Series | None:
         """None for a factored generator of an angle that its series does not reach."""
         # Power iteration is a lower bound.
         angles = 1.5 * self.spectral_norm(iterations=4) * alpha
         # Meta tensors (a plan without weights) have shapes and no angle.
         angle = 0.0 if angles.is_meta else reader.read("angle", angles.max())
-        dense, lowered = self.factor is None, self.low is not None
-        n = (self.core if dense else self.factor).shape[-1]
-        if dense and lowered and splitting_pays(self.core.device) and LONG_SERIES * (rows or 0) >= n:
-            x = self.core * alpha
-            rest = root_rest(x, angle=angles, largest=angle, product=halves_product)
-            return Root(self, alpha, rest, (x + rest).to(self.low.dtype))
-        few_rows = lowered or (rows is not None and rows < n)
-        if few_rows and angle <= SERIES_ANGLES[-1][0]:
+        dense, lowered, formed = self.factor is None, self.low is not None, self._is_formed(rows)
+        few_rows = lowered or (rows is not None and rows < self.core.shape[-1])
+        if few_rows and not formed and angle <= SERIES_ANGLES[-1][0]:
             tail = self._lowered(alpha) if lowered else None
-            return Series(self, root_terms(angle, self.dtype), alpha, angle, tail)
+            return Series(self, root_terms(angle, self.dtype), alpha, angle, tail, reader)
         if not dense:
             return None
-        increment = root(self.core * alpha, angle=angles, largest=angle)
+        product = halves_product if lowered else torch.matmul
+        increment = root(self.core * alpha, angle=angles, largest=angle, product=product)
         return Increment(increment, low=increment.to(self.low.dtype) if lowered else None)
 
     def _lowered(self, alpha: Tensor | float) -> Generator:

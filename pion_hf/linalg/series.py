@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from pion_hf.linalg.reading import reading_waits
+from pion_hf.linalg.reading import READER, Reader, reading_waits
 
 if TYPE_CHECKING:
     from pion_hf.linalg.rotation import Generator
@@ -26,6 +26,8 @@ ROOT_SERIES = {2: 1 / 2, 3: 1 / 8, 5: -1 / 128, 7: 1 / 1024, 9: -5 / 32768, 11: 
 ROUNDED_TERM = 2**-18
 # A power is at most the last one times the angle, and often so many times smaller: then low precision is tried first.
 LIKELY = 4
+# The size of a step relative to its rate, a mean over all angles, changes less from one to the next than the largest.
+NORM_GROWTH = 1.25
 # Terms of a norm below this are left out: even if always of one direction, their drift stays below 1e-6 in 1,000 steps.
 MISSING_TERM = 2**-32
 
@@ -44,8 +46,8 @@ def passing_terms(angle: float) -> int:
 class Series(NamedTuple):
     """`E(alpha A) - I` of a generator `A`, `(..., n, n)`, as the first `terms` of its root series.
 
-    The first power is exact, as are all that `angle` (of the rotation, at most) lets a float32 result notice; the
-    others are multiplied with `tail`, `alpha A` in lower precision, if there is one.
+    The first power is `generator`'s own, as are all that a float32 result notices; the others are multiplied with
+    `tail`, `alpha A` in lower precision, if there is one. angle: of the rotation, at most.
     """
 
     generator: Generator
@@ -53,6 +55,7 @@ class Series(NamedTuple):
     alpha: Tensor | float = 1.0
     angle: float = 0.0
     tail: Generator | None = None
+    reader: Reader = READER
 
     def change(
         self,
@@ -62,11 +65,15 @@ class Series(NamedTuple):
         low: bool = False,
         first: Tensor | None = None,
         seen: Tensor | None = None,
+        name: str = "weight",
     ) -> Tensor:
-        """As `Increment.change`. first: `generator.times(x)`, the change at first order and `alpha = 1`, if known."""
+        """As `Increment.change`. first: `generator.times(x)`, the change at first order and `alpha = 1`, if known.
+
+        name: tells norms that are read late from those of other `x`.
+        """
         if low and self.tail is not None:
             return self._low_powers(x, side)
-        return self._powers(x, side, self.generator.times(x, side=side) if first is None else first)
+        return self._powers(x, side, self.generator.times(x, side=side) if first is None else first, name)
 
     def _low_powers(self, x: Tensor, side: str) -> Tensor:
         """With products in the precision of `tail`; `x` itself is not rounded."""
@@ -78,28 +85,31 @@ class Series(NamedTuple):
                 total.add_(power, alpha=ROOT_SERIES[term])
         return total
 
-    def _powers(self, x: Tensor, side: str, first: Tensor) -> Tensor:
+    def _powers(self, x: Tensor, side: str, first: Tensor, name: str) -> Tensor:
         # Each power takes its share of alpha at once: the generator itself may be of any size.
         total = power = first * self.alpha
-        # On a GPU no norm is read: powers are taken to be as large as their angle allows.
-        reading = self.tail is not None and not reading_waits(x)
-        size = torch.linalg.matrix_norm(x).clamp_min(torch.finfo(x.dtype).tiny) if reading else None
-        norm = _relative_norm(power, size) if reading else self.angle
+        if self.tail is None:
+            size, norm, reading = None, self.angle, False
+        else:
+            size = torch.linalg.matrix_norm(x).clamp_min(torch.finfo(x.dtype).tiny)
+            norm = self.reader.read(f"moved {name}", _relative_norm(power, size), growth=NORM_GROWTH)
+            # Where reading waits, the other powers are taken to be as large as the angle allows.
+            reading = not reading_waits(x)
         small_enough = LIKELY * ROUNDED_TERM if reading else ROUNDED_TERM
         for term in range(2, self.terms + 1):
             rounded, lower, norm = power.dtype != x.dtype, None, norm * self.angle
             weight = self._weight(term)
             if self.tail is not None and (rounded or weight * norm <= small_enough):
                 lower = self.tail.times(power.to(self.tail.dtype), side=side)
-                norm = _relative_norm(lower, size) if reading else norm
+                norm = _relative_norm(lower, size).item() if reading else norm
             if lower is not None and (rounded or weight * norm <= ROUNDED_TERM):
                 power = lower
             else:
                 power = self.generator.times(power, side=side).mul_(self.alpha)
-                norm = _relative_norm(power, size) if reading else norm
+                norm = _relative_norm(power, size).item() if reading else norm
             if term in ROOT_SERIES:
                 total.add_(power, alpha=ROOT_SERIES[term])
-                if reading and self._is_done(term, norm):
+                if self.tail is not None and self._is_done(term, norm):
                     break
         return total
 
@@ -116,6 +126,6 @@ class Series(NamedTuple):
         return abs(ROOT_SERIES[term]) if term in ROOT_SERIES else abs(ROOT_SERIES[term + 1]) * self.angle
 
 
-def _relative_norm(x: Tensor, size: Tensor) -> float:
+def _relative_norm(x: Tensor, size: Tensor) -> Tensor:
     """The largest of a batch."""
-    return (torch.linalg.matrix_norm(x) / size).amax().item()
+    return (torch.linalg.matrix_norm(x) / size).amax()

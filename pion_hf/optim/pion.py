@@ -237,10 +237,10 @@ class Pion(MatrixOptimizer):
             if group["momentum"] == "transported":
                 state["momentum"].add_(increment.change(state["momentum"], side=side, low=True))
             if "basis" in state and side == basis_side(weight):
-                state["basis"].add_(increment.change(state["basis"]))
+                state["basis"].add_(increment.change(state["basis"], name="basis"))
             if side in fixed and side == "in":
                 # A rounded generator turns a little of what is kept, and the basis belongs to the weight less that.
-                state[KEPT].add_(increment.change(state[KEPT].mT).mT)
+                state[KEPT].add_(increment.change(state[KEPT].mT, name="kept").mT)
         return weight
 
     def _move_long_side(
@@ -272,7 +272,7 @@ class Pion(MatrixOptimizer):
             tolerance=group["rank_tolerance"],
             dtype=product_dtype(weight, group["generator_dtype"]),
         )
-        change = tangent.change()
+        change = tangent.change(reader=reader)
         alpha = _alpha(change, group)
         step = tangent.retract(free, change, alpha, reader=reader)
         if step is None:
