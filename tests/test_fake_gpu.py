@@ -62,34 +62,35 @@ def fake_gpu():
     return module.fake_gpu
 
 
+def steps(name, counts, dtype=torch.float32):
+    """Four steps, each with what ran in it counted; gives their number and the optimizer."""
+    params = [nn.Parameter(torch.randn(shape, device="cuda", dtype=dtype)) for shape in SHAPES]
+    optimizer = OPTIMIZERS[name](params)
+    for number in range(4):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        counts.reset()
+        optimizer.step()
+        yield number, optimizer
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_stays_on_the_device(name, dtype, fake_gpu, monkeypatch):
     monkeypatch.setattr(PionLora, "check_matrix", lambda *args: None)  # that there are no zeros no fake tensor knows
     with fake_gpu(READ.__getitem__) as counts:
-        params = [nn.Parameter(torch.randn(shape, device="cuda", dtype=dtype)) for shape in SHAPES]
-        optimizer = OPTIMIZERS[name](params)
-        for step in range(4):
-            for p in params:
-                p.grad = torch.randn_like(p)
-            counts.reset()
-            optimizer.step()
-            if step:  # the first one makes and checks the state
+        for number, optimizer in steps(name, counts, dtype):
+            if number:  # the first one makes and checks the state
                 assert counts.waits == 1  # whether the gradients are finite
                 assert counts.copies == []
-        states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-        assert {value.device.type for value in states if value.ndim} <= {"cuda"}
+            states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+            assert {value.device.type for value in states if value.ndim} <= {"cuda"}
 
 
-def test_products_are_in_bfloat16(fake_gpu):
+@pytest.mark.parametrize("name", ["default", "gradient, lie", "polar, lie"])
+def test_products_are_in_bfloat16(name, fake_gpu):
     """What is left to float32 are a few vectors: its products take ten times as long there."""
-    for rule in ("default", "gradient, lie", "polar, lie"):
-        with fake_gpu(READ.__getitem__) as counts:
-            params = [nn.Parameter(torch.randn(shape, device="cuda")) for shape in SHAPES]
-            optimizer = OPTIMIZERS[rule](params)
-            for _ in range(3):
-                for p in params:
-                    p.grad = torch.randn_like(p)
-                counts.reset()
-                optimizer.step()
-            assert 0 < counts.flops("float32") < 0.1 * counts.flops("bfloat16")
+    with fake_gpu(READ.__getitem__) as counts:
+        for number, _ in steps(name, counts):
+            if number:
+                assert 0 < counts.flops("float32") < 0.1 * counts.flops("bfloat16")

@@ -100,7 +100,7 @@ def estimate(contender: str, model: str, layers: int, values: dict[str, float]) 
 
 
 def table(model: str, rows: dict[str, dict]) -> Table:
-    made = Table(title=f"{model}, {MODELS[model][-1]} layers, estimated for an H200", box=box.MARKDOWN)
+    made = Table(title=f"{model}, layers: {MODELS[model][-1]}; estimated for an H200", box=box.MARKDOWN)
     columns = ("optimizer", "TFLOP bfloat16", "TFLOP float32", "GB", "kernels", "ms", "/ Muon")
     for column in columns:
         made.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=True)
