@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pion_hf.adapters import Factor, has_adapters, lora_factors
 from pion_hf.errors import listing, unknown
+from pion_hf.files import write_text
 from pion_hf.optim.blocks import Layout, name_of
 from pion_hf.optim.lora import FactorMethod
 from pion_hf.patterns import Patterns, spellings_of
@@ -146,9 +147,7 @@ class Routing:
                 for r in self.routes
             ],
         }
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
+        write_text(path, json.dumps(record, indent=1))
 
 
 def routing_table(

@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
+
+from pion_hf.files import append_text, read_bytes, write_text
 
 RECORD, LOG, MATRICES, SPECTRA = "run.json", "log.jsonl", "matrices.jsonl", "spectra.safetensors"
 ROUTING, EVALUATION = "routing.json", "eval.json"
@@ -74,7 +76,7 @@ class Run:
     def spectra(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Singular values before and after, `(E, k)`, of every matrix whose both are known."""
         try:
-            tensors = load_file(self.folder / SPECTRA)
+            tensors = load(read_bytes(self.folder / SPECTRA))
         except (OSError, SafetensorError):
             return {}
         names = (key.removeprefix("after/") for key in tensors if key.startswith("after/"))
@@ -111,24 +113,12 @@ def read_run(folder: str | os.PathLike) -> Run:
 
 def write_json(path: str | os.PathLike, record: Any) -> None:
     """Write JSON, whole or not at all; its folder is made if need be."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file beside the old one, and then put it in its place: an interruption leaves one of them whole."""
-    part = path.with_name(f"_{path.name}")  # never uploaded: transformers leaves out what begins with "_"
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
 
 
 def append_line(path: str | os.PathLike, entry: dict[str, Any]) -> None:
     """Append an entry to a file of JSON lines."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(entry), allow_nan=False) + "\n")
+    append_text(path, json.dumps(finite(entry), allow_nan=False) + "\n")
 
 
 def keep_until(folder: str | os.PathLike, step: int, files: Iterable[str] = (LOG, MATRICES)) -> None:
@@ -136,7 +126,7 @@ def keep_until(folder: str | os.PathLike, step: int, files: Iterable[str] = (LOG
     for path in (Path(folder, name) for name in files):
         if path.is_file():
             lines = [json.dumps(finite(e)) for e in _read_lines(path) if e.get("step", 0) <= step]
-            _replace(path, "".join(f"{line}\n" for line in lines))
+            write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def finite(value: Any) -> Any:
@@ -164,7 +154,7 @@ def read_json(path: Path) -> Any:
         ValueError: it is damaged, or cannot be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_bytes(path).decode("utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -173,7 +163,7 @@ def read_json(path: Path) -> Any:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(path).decode("utf-8").splitlines()
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:

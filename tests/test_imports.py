@@ -13,10 +13,11 @@ import pion_hf
 
 ROOT = Path(pion_hf.__file__).parent
 
-# A room may import itself and the rooms of a lower floor; `errors` and `_version` stand below all.
+# A room may import itself and the rooms of a lower floor; `errors`, `files` and `_version` stand below all.
 FLOORS = {
     "_version": 0,
     "errors": 0,
+    "files": 0,
     "linalg": 1,
     "optim": 2,
     "schedules": 2,

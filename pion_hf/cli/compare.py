@@ -40,6 +40,7 @@ from pion_hf.cli.jobs import alone_in, check_folder, is_finished, read_trial, ru
 from pion_hf.cli.recipe import read_recipe
 from pion_hf.errors import unknown
 from pion_hf.evaluation import PROGRESS
+from pion_hf.files import new_file
 from pion_hf.integrations.run_folder import versions
 from pion_hf.runs import RECORD, write_json
 
@@ -170,9 +171,8 @@ def show(record: dict[str, Any], output_dir: Path, console: Console) -> None:
     picture = frontier(record)
     if picture is not None:
         written.append(output_dir / FRONTIER)
-        part = output_dir / f"_{FRONTIER}"
-        picture.figure.savefig(part, dpi=DPI)
-        os.replace(part, written[-1])
+        with new_file(written[-1]) as file:
+            picture.figure.savefig(file, format="png", dpi=DPI)
     written += _write_page(record, output_dir, picture)
     plain = not console.is_terminal
     (Console(width=PLAIN_WIDTH) if plain else console).print(table(record, plain=plain))

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 from pion_hf.errors import unknown
+from pion_hf.files import new_file
 from pion_hf.routing import Routing
 
 # Their rates answer to the evaluation loss.
@@ -99,8 +100,8 @@ def save_plot(args: TrainingArguments, curves: list[Curve], path: str) -> None:
         ValueError: the file cannot be written.
     """
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        picture(args, curves).savefig(path, dpi=150)
+        with new_file(path) as file:
+            picture(args, curves).savefig(file, format=Path(path).suffix.removeprefix("."), dpi=150)
     except OSError as error:
         raise ValueError(f"--plot: cannot write {path!r}: {error.strerror or error}") from error
 

@@ -21,6 +21,7 @@ import yaml
 
 from pion_hf.arguments import OPTIMIZER_CLASSES, PionOptions, option_name, option_types, resolve_options
 from pion_hf.cli.recipe import read_recipe
+from pion_hf.files import write_text
 
 COMMANDS = ("sft", "cpt", "grpo")
 # What every run must share, or no result says anything about the optimizer: what it may cost, and what measures it.
@@ -239,7 +240,7 @@ def check_grid(grid: Iterable[Trial], path: Path, output_dir: Path) -> None:
 def write_recipe(path: Path, trial: Trial, output_dir: Path) -> None:
     """The recipe of one run, which `pion-hf <command> --config` takes."""
     text = yaml.safe_dump({**trial.recipe, "output_dir": str(output_dir)}, sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def _check_recipe(module: ModuleType, path: Path) -> None:

@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pion_hf.cli import child
 from pion_hf.cli.grid import Trial, write_recipe
+from pion_hf.files import is_part
 from pion_hf.runs import EVALUATION, FAILED, FINISHED, RUNNING, SPECTRA, read_json, write_json
 
 TRIAL, RECIPE, OUTPUT, LOCK = "trial.json", "recipe.yaml", "train.log", ".lock"
@@ -71,7 +72,7 @@ def check_folder(trial: Trial, folder: Path) -> None:
                 f"{str(folder)!r} holds a run with another {', '.join(sorted(differing))}: remove it, or choose "
                 "another --output_dir"
             )
-    elif folder.exists() and (not folder.is_dir() or any(p.name != f"_{TRIAL}" for p in folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or not all(is_part(p) for p in folder.iterdir())):
         raise ValueError(f"{str(folder)!r} is in the way and no run of a comparison: choose another --output_dir")
 
 
@@ -136,7 +137,7 @@ def start(trial: Trial, folder: Path, slot: int, slots: int) -> Job:
         if left.name != TRIAL:
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     write_recipe(folder / RECIPE, trial, folder)
-    log = (folder / OUTPUT).open("wb")
+    log = (folder / OUTPUT).open("xb")
     process = subprocess.Popen(
         [sys.executable, child.__file__, trial.command, "--config", str(folder / RECIPE)],
         stdin=subprocess.PIPE,  # its end tells the child that this process is gone

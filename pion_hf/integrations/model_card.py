@@ -16,6 +16,7 @@ from transformers.modelcard import make_markdown_table
 
 from pion_hf._version import __version__
 from pion_hf.arguments import OPTIMIZER_CLASSES
+from pion_hf.files import write_text
 from pion_hf.integrations.optimizers import class_name, unwrap
 from pion_hf.optim import MatrixOptimizer
 from pion_hf.optim.blocks import Layout
@@ -188,7 +189,7 @@ def extend(path: Path, summary: dict[str, Any], *, dataset_name: str | None = No
     if methods and "## Citations" not in text:
         parts.insert(-len(methods), "## Citations")
     card.text = "\n\n".join(filter(None, parts)) + "\n"
-    card.save(path)
+    write_text(path, str(card))
 
 
 def _optimizer(summary: dict[str, Any], folder: Path) -> Iterator[str]:

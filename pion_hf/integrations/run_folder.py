@@ -16,11 +16,12 @@ import numpy as np
 import torch
 import transformers
 from accelerate.data_loader import IterableDatasetShard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from pion_hf._version import __version__
+from pion_hf.files import new_file, read_bytes
 from pion_hf.runs import (
     BEFORE,
     EVALUATION,
@@ -110,15 +111,14 @@ class RunFolder:
         """Those of a run that goes on."""
         if not (self.path / SPECTRA).is_file():
             return {}
-        found = load_file(self.path / SPECTRA)
+        found = load(read_bytes(self.path / SPECTRA))
         return {key.removeprefix("before/"): value for key, value in found.items() if key.startswith("before/")}
 
     @_warns
     def write_spectra(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
         named = {f"{when}/{name}": v for when, of in (("before", before), ("after", after)) for name, v in of.items()}
-        part = self.path / f"_{SPECTRA}"
-        save_file({name: v.float().contiguous() for name, v in named.items()}, part)
-        part.replace(self.path / SPECTRA)
+        with new_file(self.path / SPECTRA) as file:
+            file.write(save({name: v.float().contiguous() for name, v in named.items()}))
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from pion_hf._version import __version__
+from pion_hf.files import make_folder, new_file, write_text
 from pion_hf.report import facts, figures, matrices
 from pion_hf.report.figures import Picture
 from pion_hf.report.looks import names
@@ -168,22 +169,17 @@ def write_report(
     _check_place(path, pictures)
     runs, doubles = _read(folders)
     drawn, missing = _draw(runs)
-    part = path.with_name(f"_{path.name}")
     page = _render(runs, drawn, missing, title=title, doubles=doubles, extra=extra)
     try:
-        pictures.mkdir(parents=True, exist_ok=True)
+        make_folder(pictures)
         for section in SECTIONS:
             file = pictures / f"{section.key}.png"
             if section.key in drawn:
-                file.write_bytes(base64.b64decode(drawn[section.key].png))
+                with new_file(file) as png:
+                    png.write(base64.b64decode(drawn[section.key].png))
             else:
                 file.unlink(missing_ok=True)  # of an earlier report
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_text(page, encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_text(path, page)
     except OSError as error:
         raise ValueError(f"cannot write the report to {str(path)!r}: {error.strerror or error}.") from None
     return path

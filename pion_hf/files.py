@@ -1,0 +1,124 @@
+"""Every file this package writes, and what it reads of a run: safe in a folder where others may have put something.
+
+A file is written under a random name beside its place, flushed to the disk and put there by a rename: an interruption
+leaves the old one or the new one, whole, and a link of that name is replaced, not followed. Logs grow by appending, and
+refuse to be links. Parent folders may be links: people keep their runs on other disks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+# "_": transformers uploads nothing that begins with it.
+_PART = re.compile(r"_[0-9a-f]{16}\.part")
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of `path` when all is written; its folder is made if need be.
+
+    It keeps the permissions of the file that it replaces.
+
+    Raises:
+        OSError: a folder or a device is in its place, or it cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"_{secrets.token_hex(8)}.part")
+    mode = _mode(path)
+    try:
+        with open(part, "xb", opener=_opener) as file:
+            if mode is not None:
+                os.chmod(part, mode)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8 text by `new_file`."""
+    with new_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def append_text(path: str | os.PathLike, text: str) -> None:
+    """Append UTF-8 text to a file that grows; its folder is made if need be.
+
+    Raises:
+        OSError: it is a link or no regular file, or cannot be written to.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", opener=_opener) as file:
+        _check_regular(file.fileno(), path)
+        file.write(text.encode("utf-8"))
+
+
+def make_folder(path: str | os.PathLike) -> None:
+    """Make a folder for files of ours, if it is not there yet.
+
+    Raises:
+        OSError: it is a link, or something else than a folder.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "is a link, remove it", str(path))
+    path.mkdir(exist_ok=True)
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """What a regular file holds; nothing else is waited for.
+
+    Raises:
+        OSError: it cannot be read, or is a folder, a pipe or a device.
+    """
+    with open(path, "rb", opener=lambda p, flags: os.open(p, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        _check_regular(file.fileno(), path)
+        return file.read()
+
+
+def is_part(path: Path) -> bool:
+    """Whether an interruption left this of a file that was being written."""
+    return _PART.fullmatch(path.name) is not None
+
+
+def _opener(path: str, flags: int) -> int:
+    """O_NONBLOCK: a pipe that nobody reads is an error, not a wait."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
+def _check_regular(file: int, path: str | os.PathLike) -> None:
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+
+
+def _mode(path: Path) -> int | None:
+    """The permissions of the file at `path`; None of none, or a link.
+
+    Raises:
+        OSError: something else is there, which a file must not replace.
+    """
+    try:
+        found = os.lstat(path)
+        if stat.S_ISLNK(found.st_mode):
+            found = os.stat(path)
+            if stat.S_ISREG(found.st_mode):
+                return None
+    except FileNotFoundError:  # nothing, or a link to nothing
+        return None
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EEXIST, "is no regular file", str(path))
+    return stat.S_IMODE(found.st_mode) & 0o777
