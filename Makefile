@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow test-distributed lint clean
+.PHONY: demo test test-slow test-distributed test-gallery test-field lint clean
 
 # torch first and alone: a pinned CPU build where one is at hand, before anything else asks for a looser version.
 $(VENV)/installed: setup.cfg constraints.txt pyproject.toml
@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 	$(BIN)/pion-hf report runs/smollm2-135m-pion
 
 test: $(VENV)/installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not distributed"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not distributed and not gallery"
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m slow
@@ -30,6 +30,18 @@ test-slow: $(VENV)/installed
 test-distributed: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/test_sharding.py tests/test_distributed.py \
 		tests/test_faults.py tests/test_fuzz.py tests/test_resume.py tests/test_masters.py
+
+# Other people's training scripts, unmodified: TRL's, and those of a folder of transformers' examples/pytorch (SCRIPTS).
+# PAGE=docs/field.md puts the table there, of this target and of the next.
+test-gallery: $(VENV)/installed
+	@test -n "$(SCRIPTS)" || { echo "make test-gallery SCRIPTS=transformers/examples/pytorch"; exit 2; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement tests/gallery/requirements.txt
+	OMP_NUM_THREADS=1 PION_HF_SCRIPTS="$(SCRIPTS)" PION_HF_PAGE="$(PAGE)" $(BIN)/python -m pytest -q -s \
+		-p tests.gallery.operators tests/test_gallery.py
+
+# Damaged and hostile inputs of every kind, and a table of what became of them.
+test-field: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.field $(if $(PAGE),--page $(PAGE))
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

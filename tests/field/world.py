@@ -1,0 +1,147 @@
+"""What the undamaged inputs are, made once: a model, chats, texts, a finished run, a record of one, a comparison."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pion_hf.cli import main
+from pion_hf.cli.jobs import TRIAL
+from tests.gallery.stand_ins import CHATS, make_model, make_tokenizer, sentence, write_jsonl
+from tests.run_folders import write_run
+from tests.test_faults import everything, trainer_of
+
+STEPS = 4  # of the run that is resumed; checkpoints 2 and 4
+RATES = (1e-3, 2e-3)  # of the comparison
+
+
+@dataclass(frozen=True)
+class World:
+    """Paths below one folder."""
+
+    folder: Path
+
+    @classmethod
+    def make(cls, folder: Path) -> World:
+        """Everything, in a process of its own: who forks for every input should not have computed anything."""
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                cls(folder)._make()
+                status = 0
+            finally:
+                os._exit(status)
+        if os.waitpid(pid, 0)[1]:
+            raise RuntimeError("the undamaged inputs could not be made")
+        return cls(folder)
+
+    def _make(self) -> None:
+        chance = random.Random(0)
+        make_model("llama", self.model, make_tokenizer())
+        self.chats.mkdir()
+        for split, count in (("train", 16), ("test", 4)):
+            write_jsonl(self.chats / f"{split}.jsonl", [CHATS["chats"](chance) for _ in range(count)])
+        self.text.write_text("".join(sentence(chance, 12) + ".\n" for _ in range(100)), encoding="utf-8")
+        write_run(self.run, layers=1, steps=4, snapshots=2)
+        trainer = trainer_of(self.finished, steps=STEPS)
+        trainer.train()
+        torch.save(everything(trainer), self.finished / "end.pt")
+        main(["sft", "--config", str(self.recipe(self.folder, output_dir=str(self.folder / "trained")))])
+        self._make_comparison()
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def chats(self) -> Path:
+        return self.folder / "chats"
+
+    @property
+    def text(self) -> Path:
+        return self.folder / "text.txt"
+
+    @property
+    def run(self) -> Path:
+        """The record of a run, made up."""
+        return self.folder / "run"
+
+    @property
+    def finished(self) -> Path:
+        """A run with its checkpoints."""
+        return self.folder / "finished"
+
+    @property
+    def comparison(self) -> Path:
+        """A folder with `sft/toy.yaml`, and a comparison in `runs`, made up."""
+        return self.folder / "comparison"
+
+    def keys(self, **changes: Any) -> dict[str, Any]:
+        """Of a recipe that trains two steps."""
+        keys = {
+            "model_name_or_path": str(self.model),
+            "dataset_name": str(self.chats),
+            "optim": "pion",
+            "learning_rate": 1e-2,
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "max_length": 64,
+            "logging_steps": 1,
+            "bf16": False,
+            "use_cpu": True,
+            "seed": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "output_dir": "out",
+            **changes,
+        }
+        return {key: value for key, value in keys.items() if value is not ...}
+
+    def recipe(self, folder: Path, **changes: Any) -> Path:
+        """A recipe in `folder`; `...` takes a key out."""
+        path = folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(self.keys(**changes), allow_unicode=True), encoding="utf-8")
+        return path
+
+    @cached_property
+    def trained(self) -> dict[str, Tensor]:
+        """The weights that the recipe makes."""
+        return load_file(self.folder / "trained" / "model.safetensors")
+
+    @cached_property
+    def end(self) -> list[Tensor]:
+        """Weights and state of the finished run."""
+        return torch.load(self.finished / "end.pt", weights_only=True)
+
+    def copy(self, source: Path, target: Path) -> Path:
+        return Path(shutil.copytree(source, target, symlinks=True))
+
+    def _make_comparison(self) -> None:
+        """Two runs, as `compare` leaves them."""
+        from pion_hf.cli.grid import contenders_from_flags, make_grid
+
+        (self.comparison / "sft").mkdir(parents=True)
+        recipe = self.recipe(self.comparison / "sft", eval_strategy="epoch", output_dir=..., learning_rate=...)
+        path = recipe.rename(recipe.with_name("toy.yaml"))
+        keys = yaml.safe_load(path.read_text())
+        rates = ",".join(f"{rate:g}" for rate in RATES)
+        grid, _ = make_grid(keys, "sft", contenders_from_flags(keys, "pion", rates), {}, 1)
+        for trial in grid:
+            folder = write_run(
+                self.comparison / "runs" / trial.folder, learning_rate=trial.learning_rate, layers=1, steps=4
+            )
+            said = {"format": 1, "status": "finished", "arguments": trial.arguments, "seconds": 3.0, "started": "now"}
+            (folder / TRIAL).write_text(json.dumps(said), encoding="utf-8")
