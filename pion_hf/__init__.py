@@ -1,13 +1,22 @@
-"""Pion and TEON for Hugging Face users. Importing this package registers its optimizers with transformers."""
+"""Pion and TEON for Hugging Face users. Importing this package registers its optimizers with transformers.
+
+It imports neither torch nor transformers: names load when they are asked for, and the optimizers are registered as soon
+as somebody imports transformers.
+"""
+
+from typing import TYPE_CHECKING
 
 from pion_hf._version import __version__
-from pion_hf.initialization import spectral_init_
-from pion_hf.integrations.blend import Blend
-from pion_hf.integrations.callbacks import watch
 from pion_hf.integrations.registry import register
-from pion_hf.integrations.trainer import PionTrainer, PionTrainerMixin, PionTrainingArguments
-from pion_hf.optim import Inputs, Pion, PionLora, RoutedAdamW, Teon, TeonLora
-from pion_hf.routing import param_groups, routing_table
+from pion_hf.lazy import attach
+
+if TYPE_CHECKING:
+    from pion_hf.initialization import spectral_init_
+    from pion_hf.integrations.blend import Blend
+    from pion_hf.integrations.callbacks import watch
+    from pion_hf.integrations.trainer import PionTrainer, PionTrainerMixin, PionTrainingArguments
+    from pion_hf.optim import Inputs, Pion, PionLora, RoutedAdamW, Teon, TeonLora
+    from pion_hf.routing import param_groups, routing_table
 
 __all__ = [
     "Blend",
@@ -27,5 +36,17 @@ __all__ = [
     "spectral_init_",
     "watch",
 ]
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "spectral_init_": "pion_hf.initialization",
+        "Blend": "pion_hf.integrations.blend",
+        "watch": "pion_hf.integrations.callbacks",
+        **dict.fromkeys(("PionTrainer", "PionTrainerMixin", "PionTrainingArguments"), "pion_hf.integrations.trainer"),
+        **dict.fromkeys(("Inputs", "Pion", "PionLora", "RoutedAdamW", "Teon", "TeonLora"), "pion_hf.optim"),
+        **dict.fromkeys(("param_groups", "routing_table"), "pion_hf.routing"),
+    },
+)
 
 register()

@@ -18,22 +18,15 @@ from typing import Any, Literal
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
+import pion_hf.optim
 from pion_hf.errors import unknown
-from pion_hf.optim import Pion, PionLora, RoutedAdamW, Teon, TeonLora
 from pion_hf.optim.lora import FactorMethod
 from pion_hf.optim.pion import check_preset
 from pion_hf.schedules import SCHEDULES, check_options
 
 logger = logging.get_logger(__name__)
 
-OPTIMIZER_CLASSES = {
-    "pion": Pion,
-    "teon": Teon,
-    "muon": Teon,
-    "adamw_routed": RoutedAdamW,
-    "pion_lora": PionLora,
-    "teon_lora": TeonLora,
-}
+OPTIMIZER_CLASSES = {name: getattr(pion_hf.optim, kind) for name, kind in pion_hf.optim.REGISTERED.items()}
 # Muon is TEON with stacks of one.
 FIXED_OPTIONS = {"muon": {"stack": 1}}
 

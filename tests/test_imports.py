@@ -17,6 +17,7 @@ ROOT = Path(pion_hf.__file__).parent
 FLOORS = {
     "_version": 0,
     "errors": 0,
+    "lazy": 0,
     "files": 0,
     "linalg": 1,
     "optim": 2,
@@ -41,7 +42,7 @@ FLOORS = {
 HUGGING_FACE = ("transformers", "trl", "peft", "datasets", "accelerate", "evaluate")
 
 WITHOUT_HUGGING_FACE = f"""
-import importlib, pathlib, sys, types
+import importlib, pathlib, sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -50,9 +51,6 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 root = pathlib.Path(sys.argv[1])
-package = types.ModuleType("pion_hf")  # the real __init__ registers with transformers
-package.__path__ = [str(root)]
-sys.modules["pion_hf"] = package
 for file in sorted([*root.glob("linalg/*.py"), *root.glob("optim/*.py")]):
     name = ".".join(["pion_hf", *file.relative_to(root).with_suffix("").parts]).removesuffix(".__init__")
     importlib.import_module(name)

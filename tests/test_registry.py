@@ -6,15 +6,20 @@ import copy
 import json
 import pickle
 import re
+import sys
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from transformers import Trainer, TrainingArguments, trainer
+from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from pion_hf import Pion, PionTrainingArguments, register
-from pion_hf.integrations.registry import OPTIMIZER_NAMES, refuse_wrappers
+from pion_hf.integrations import registry
+from pion_hf.integrations.handler import refuse_wrappers
+from pion_hf.integrations.registry import OPTIMIZER_NAMES
 
 
 @pytest.fixture
@@ -50,33 +55,58 @@ def test_the_name_is_a_full_member(name):
 
 
 def test_registering_again_changes_nothing():
-    members, lookup = list(OptimizerNames), Trainer.get_optimizer_cls_and_kwargs
-    handlers = dict(trainer._OPTIMIZER_HANDLERS)
+    members, lookup, finders = list(OptimizerNames), Trainer.get_optimizer_cls_and_kwargs, list(sys.meta_path)
     register()
     assert list(OptimizerNames) == members
     assert Trainer.get_optimizer_cls_and_kwargs is lookup
-    assert handlers == trainer._OPTIMIZER_HANDLERS
+    assert sys.meta_path == finders
 
 
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (trainer, "_OPTIMIZER_HANDLERS"),
-        (transformers.trainer_optimizer, "OptimizerContext"),
+        (transformers.trainer_utils, "SchedulerType"),
         (transformers.training_args, "OptimizerNames"),
+        (transformers.optimization, "TYPE_TO_SCHEDULER_FUNCTION"),
         (Trainer, "get_optimizer_cls_and_kwargs"),
     ],
 )
-def test_other_internals_are_a_clear_error(owner, name, monkeypatch):
+def test_other_internals_are_one_warning(owner, name, monkeypatch):
+    monkeypatch.setattr(registry, "_warned", set())
     monkeypatch.delattr(owner, name)
-    with pytest.raises(RuntimeError, match=rf"cannot add its optimizers to transformers {transformers.__version__}"):
+    version = re.escape(transformers.__version__)
+    with pytest.warns(UserWarning, match=rf"to transformers {version}: AttributeError.*{name}.*What is left: "):
+        register()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         register()
 
 
-def test_another_signature_is_a_clear_error(monkeypatch):
+def test_another_signature_is_a_warning(monkeypatch):
+    monkeypatch.setattr(registry, "_warned", set())
     monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda self: None)
-    with pytest.raises(RuntimeError, match=r"does not take \(args, model\)"):
+    with pytest.warns(UserWarning, match=r"does not take \(args, model\)"):
         register()
+
+
+def test_another_enum_is_a_warning_and_no_half_a_member(monkeypatch):
+    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(transformers.training_args, "OptimizerNames", object())
+    with pytest.warns(UserWarning, match="What is left"):
+        register()
+
+
+def test_an_optional_argument_of_a_later_release_is_passed_on(monkeypatch):
+    seen = []
+
+    def later(args, model=None, *, more=None):
+        seen.append((args, model, more))
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(later))
+    register()
+    args = SimpleNamespace(optim="adamw_torch")
+    Trainer.get_optimizer_cls_and_kwargs(args, "model", more=1)
+    assert seen == [(args, "model", 1)]
 
 
 def test_handler_routes_the_model(arguments, model, tmp_path):

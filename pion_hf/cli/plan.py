@@ -21,7 +21,7 @@ from pion_hf.cli.curves import check_plot, learning_rate_curves, save_plot
 from pion_hf.cli.memory import Memory, estimate, memory_table, quantized_bytes
 from pion_hf.cli.recipe import RecipeParser, named_keys
 from pion_hf.cli.training import check_model, model_from_config
-from pion_hf.integrations.registry import choose_form, groups_from
+from pion_hf.integrations.handler import choose_form, groups_from
 from pion_hf.routing import Routing
 
 

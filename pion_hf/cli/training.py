@@ -19,7 +19,7 @@ from trl.scripts import sft as trl_sft
 from pion_hf.arguments import OPTIMIZER_CLASSES
 from pion_hf.cli.adapters import AdapterSFTTrainer, ModelArguments, check_adapter, set_initialisation
 from pion_hf.cli.outcome import ReportArguments, ReportMixin, check_report
-from pion_hf.integrations.registry import refuse_wrappers
+from pion_hf.integrations.handler import refuse_wrappers
 from pion_hf.integrations.trl import PionSFTConfig
 from pion_hf.routing import FOR_ADAPTERS, refuse_adapters
 

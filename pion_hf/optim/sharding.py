@@ -13,19 +13,21 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor import zeros as sharded_zeros
 
 from pion_hf.optim import blocks
 from pion_hf.optim.batches import REST, Batch, Block, Plan, Unit, batches_of
 from pion_hf.optim.precision import REST_DTYPES
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Shard
 
 # Elements of the matrices that one process updates in a round: bounds the memory of a step, which is about three times
 # as many weights, gradients and entries of state. A larger matrix is a round of its own.
@@ -42,29 +44,32 @@ ALIGNMENT = 16  # bytes, of every tensor in a buffer
 
 
 def is_sharded(p: Tensor) -> bool:
-    return isinstance(p, DTensor)
+    """Whether `p` is a DTensor. Their module takes as long to import as torch; before it is, nothing can be one."""
+    return isinstance(p, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
 
 
 def local(p: Tensor) -> Tensor:
     """What this process holds of `p`: its memory, not a copy."""
-    return p.to_local() if isinstance(p, DTensor) else p
+    return p.to_local() if is_sharded(p) else p
 
 
 def whole(p: Tensor) -> Tensor:
     """All of `p`. Of a DTensor it is a collective: all processes must ask."""
-    return p.full_tensor() if isinstance(p, DTensor) else p
+    return p.full_tensor() if is_sharded(p) else p
 
 
 def stand_in(p: Tensor) -> Tensor:
     """A tensor of the shape, dtype and device of the whole of `p`, for what only asks for these."""
-    return torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape) if isinstance(p, DTensor) else p
+    return torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape) if is_sharded(p) else p
 
 
 def check(name: str, p: Tensor) -> None:
     """Raises ValueError for a DTensor that is not of FSDP2: cut into chunks along one dimension of the mesh."""
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return
-    mesh, cut = p.device_mesh, [i for i, placement in enumerate(p.placements) if placement != Replicate()]
+    from torch.distributed.tensor import Shard
+
+    mesh, cut = p.device_mesh, [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]
     names = [str((mesh.mesh_dim_names or {}) and mesh.mesh_dim_names[i]) for i in cut]
     way_out = "use FSDP2 (fully_shard) on a mesh of one dimension, or of two (HSDP), or DDP."
     if len(cut) != 1 or type(p.placements[cut[0]]) is not Shard or "tp" in names:
@@ -86,22 +91,25 @@ def zeros(form: Tensor, p: Tensor) -> Tensor:
 
     Sharded as the parameter, or, if it has another shape, along its own longest dimension.
     """
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return torch.zeros(form.shape, dtype=form.dtype, device=p.device)
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor import zeros as sharded_zeros
+
     dim = _cut(p).dim if form.shape == p.shape else max(range(form.ndim), key=lambda d: form.shape[d])
-    placements = [Shard(dim) if isinstance(placement, Shard) else placement for placement in p.placements]
+    placements = [Shard(dim) if placement.is_shard() else placement for placement in p.placements]
     dtype = CARRIED.get(form.dtype, form.dtype)
     return sharded_zeros(form.shape, dtype=dtype, device_mesh=p.device_mesh, placements=placements)
 
 
 def placed(value: Tensor, p: Tensor, key: str) -> Tensor:
     """`value`, the entry `key` of a parameter's state as every process holds it, as the parameter's own are held."""
-    if isinstance(p, DTensor) and not isinstance(value, DTensor) and value.ndim:
+    if is_sharded(p) and not is_sharded(value) and value.ndim:
         entry = zeros(value, p)
         rank, ranks = dist.get_rank(_group(p)), dist.get_world_size(_group(p))
         entry.to_local().copy_(_pieces(value.view(entry.dtype), entry, ranks)[rank])
         return entry
-    if key == REST and not isinstance(p, DTensor):  # it may come from where the parameter was sharded
+    if key == REST and not is_sharded(p):  # it may come from where the parameter was sharded
         return value.view(REST_DTYPES[p.dtype])
     return value
 
@@ -128,7 +136,7 @@ def agree(yes: bool, params: list[Tensor], *, shared: bool) -> bool:
     Raises:
         ValueError: a parameter has a gradient on some of them only.
     """
-    sharded = next((p for p in params if isinstance(p, DTensor)), None)
+    sharded = next((p for p in params if is_sharded(p)), None)
     if sharded is None and not (shared and _several()):
         return yes
     pattern = zlib.crc32(bytes(p.grad is not None for p in params))
@@ -144,12 +152,12 @@ def agree(yes: bool, params: list[Tensor], *, shared: bool) -> bool:
 
 
 def _cut(p: DTensor) -> Shard:
-    return next(placement for placement in p.placements if isinstance(placement, Shard))
+    return next(placement for placement in p.placements if placement.is_shard())
 
 
 def _group(p: DTensor) -> dist.ProcessGroup:
     """The processes among which `p` is cut."""
-    return p.device_mesh.get_group(next(i for i, placement in enumerate(p.placements) if isinstance(placement, Shard)))
+    return p.device_mesh.get_group(next(i for i, placement in enumerate(p.placements) if placement.is_shard()))
 
 
 def _forms(x: DTensor, ranks: int) -> list[Form]:
@@ -301,7 +309,7 @@ def plan_class(params: list[Tensor], *, share_work: bool) -> type[Plan]:
     Raises:
         ValueError: only some of the parameters are sharded, or they are on several meshes.
     """
-    meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in params}
+    meshes = {p.device_mesh if is_sharded(p) else None for p in params}
     if len(meshes) > 1:
         raise ValueError(
             "the matrices of one group are sharded in different ways: shard all of them on one mesh (fully_shard of "

@@ -1,0 +1,148 @@
+"""From a Trainer's arguments and its model to an optimizer of this package: what stands behind `--optim pion`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+from pion_hf.adapters import has_adapters
+from pion_hf.arguments import (
+    LORA_OPTIONS,
+    OPTIMIZER_CLASSES,
+    STACK_OPTIONS,
+    PionOptions,
+    parse_optim_args,
+    resolve_options,
+)
+from pion_hf.optim import Inputs
+from pion_hf.optim.groups import kept_columns
+from pion_hf.optim.sharding import of_first
+from pion_hf.routing import LORA_FORMS, Routing, param_groups, routing_table
+
+logger = logging.get_logger(__name__)
+
+
+def optimizer_of(args: Any, model: nn.Module | None) -> tuple[type, dict[str, Any]]:
+    """As `Trainer.get_optimizer_cls_and_kwargs`: the optimizer's class and its arguments, `params` among them."""
+    optim = args.optim.value
+    if model is None:
+        raise ValueError(f"optim={optim!r} routes a model's parameters by their modules: it needs the model.")
+    refuse_wrappers(args)
+    optim, options, group_options = choose_form(args, model)
+    routing, groups = groups_from(args, model, optim, group_options)
+    # Measured of weights of which the first process's count: DDP and FSDP2 give them to the others, but only later.
+    measured = [group for group in groups if "reach" in group]
+    for group, reach in zip(measured, of_first([group["reach"] for group in measured]), strict=True):
+        group["reach"] = reach
+    announce(routing, groups, args)
+    if options.get("keep"):
+        options["inputs"] = Inputs(model, kept_columns(options))
+    return OPTIMIZER_CLASSES[optim], {"params": groups, "lr": args.learning_rate, **options}
+
+
+def choose_form(args: Any, model: nn.Module) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The optimizer's name and options for `model`: on LoRA adapters, that of the form for adapters.
+
+    Raises:
+        ValueError: as `resolve_options`, also for options that the form for adapters does not have.
+    """
+    optim, fixed = args.optim.value, {}
+    if optim in LORA_FORMS and has_adapters(model):
+        form, fixed = LORA_FORMS[optim]
+        what = "".join(f", {key}={value}" for key, value in fixed.items())
+        logger.warning(
+            f"optim={optim!r} on LoRA adapters is {form!r}{what}: it updates the factors, each by its own rule."
+        )
+        optim = form
+    options, group_options = options_from(args, optim)
+    return optim, options, {**group_options, **fixed}
+
+
+def options_from(args: Any, optim: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The constructor's and the groups' options from typed fields and `optim_args` (which wins)."""
+    typed = args.given_options() if isinstance(args, PionOptions) else {}
+    return resolve_options(optim, typed, parse_optim_args(args.optim_args))
+
+
+def groups_from(args: Any, model: nn.Module, optim: str, options: dict[str, Any]) -> tuple[Routing, list[dict]]:
+    """Route `model` and build its groups; AdamW's settings default to those of `TrainingArguments`."""
+    options = {"adamw_betas": (args.adam_beta1, args.adam_beta2), "adamw_eps": args.adam_epsilon, **options}
+    choices = {key: options.pop(key, None) for key in ("targets", "exclude", *STACK_OPTIONS, *LORA_OPTIONS)}
+    choices["targets"] = choices["targets"] or args.optim_target_modules
+    routing = routing_table(model, optim, **choices)
+    groups = param_groups(
+        model, optim, lr=args.learning_rate, weight_decay=args.weight_decay, routing=routing, **options
+    )
+    return routing, groups
+
+
+def refuse_wrappers(args: Any) -> None:
+    """Raises ValueError under launchers whose parameters are not whole matrices."""
+    if getattr(args, "deepspeed", None) or _flag("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            f"optim={args.optim.value!r} does not run under DeepSpeed: ZeRO keeps flat shards, in which no matrix is "
+            "whole. Use DDP (accelerate launch --multi_gpu), or adamw_torch with DeepSpeed."
+        )
+    name = args.optim.value
+    if _fsdp_version(args) == 1:
+        raise ValueError(
+            f"optim={name!r} does not run under FSDP1: its flat shards hold no whole matrix. Use FSDP2 (fsdp_version: "
+            "2, as in recipes/accelerate/fsdp2.yaml) or DDP (accelerate launch --multi_gpu), or adamw_torch with FSDP1."
+        )
+    if _fsdp_version(args) and _fsdp_offloads(args):
+        raise ValueError(
+            f"optim={name!r} does not run under FSDP2 with parameters offloaded to the CPU, where every step would "
+            "wait for whole matrices to be updated. Set fsdp_offload_params: false (in fsdp_config: "
+            "cpu_offload=false), or use adamw_torch."
+        )
+
+
+def _fsdp_version(args: Any) -> int:
+    """0 without FSDP; TrainingArguments default to version 2, accelerate's environment to 1."""
+    if getattr(args, "fsdp", None):
+        return int((args.fsdp_config or {}).get("version", 2))
+    return int(os.environ.get("FSDP_VERSION", "1")) if _flag("ACCELERATE_USE_FSDP") else 0
+
+
+def _fsdp_offloads(args: Any) -> bool:
+    if getattr(args, "fsdp", None):
+        return bool((args.fsdp_config or {}).get("cpu_offload", False))
+    return _flag("FSDP_OFFLOAD_PARAMS")
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true", "yes")
+
+
+def announce(routing: Routing, groups: list[dict], args: Any) -> None:
+    """Write `routing.json` and say who updates what, on the first process: a table, or a line where no terminal is."""
+    if not args.should_save:
+        return
+    rates = {group["rule"]: group["lr"] for group in groups}
+    if args.output_dir:
+        routing.save(os.path.join(args.output_dir, "routing.json"), rates)
+    if args.should_log:
+        from rich.console import Console
+
+        console = Console(file=sys.stderr)
+        if console.is_terminal:
+            console.print(routing.table(rates))
+        else:
+            print(_summary(routing, rates), file=sys.stderr)
+
+
+def _summary(routing: Routing, rates: dict[str, float]) -> str:
+    rows: dict[str, Counter] = {}
+    for row in routing.rows(rates):
+        rows.setdefault(row["rule"], Counter()).update({key: row[key] for key in ("tensors", "matrices", "parameters")})
+    said = [
+        f"{rule}: {n['matrices'] or n['tensors']:,} {'matrices' if n['matrices'] else 'tensors'} of "
+        f"{n['parameters']:,} parameters, lr {rates[rule]:g}"
+        for rule, n in rows.items()
+    ]
+    return "; ".join(said) + (f"; frozen: {routing.frozen:,} parameters" if routing.frozen else "")
