@@ -34,8 +34,8 @@ def perplexity(loss: float) -> float:
 
 
 def progress(before: dict[str, float], after: dict[str, float]) -> float | None:
-    """How far a domain's loss fell, or its reward rose; None where neither was measured."""
-    metric = next((metric for metric in PROGRESS if metric in before), None)
+    """How far a domain's loss fell, or its reward rose; None where neither was measured twice."""
+    metric = next((m for m in PROGRESS if before.get(m) is not None and after.get(m) is not None), None)
     return None if metric is None else PROGRESS[metric] * (after[metric] - before[metric])
 
 

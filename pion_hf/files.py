@@ -48,9 +48,9 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write UTF-8 text by `new_file`."""
+    """Write UTF-8 text by `new_file`; what has no form in it, as in a file's name of another encoding, as \\udcff."""
     with new_file(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def append_text(path: str | os.PathLike, text: str) -> None:

@@ -32,7 +32,39 @@ RECORD, LOG, MATRICES, SPECTRA = "run.json", "log.jsonl", "matrices.jsonl", "spe
 ROUTING, EVALUATION = "routing.json", "eval.json"
 BEFORE = "before.json"  # measured when training began, for a run that goes on
 FORMAT = 1  # of run.json
+MOST_DIGITS = 18  # of a whole number; with more it is read as one that need not be whole
+LONGEST_SHOWN = 40  # of what is wrong, in an error
 RUNNING, FINISHED, FAILED = "running", "finished", "failed"
+
+# What fields hold, where they are there (`check_fields`): a type, fields of their own, or a list of what follows. Those
+# that are not named hold what `...` says, if that is there.
+NUMBER = (int, float)
+RECORD_FIELDS = {
+    **dict.fromkeys(("status", "started", "device", "error"), str),
+    **dict.fromkeys(("seconds", "peak_memory_bytes", "spectrum_drift", "optimizer_share"), NUMBER),
+    **dict.fromkeys(("steps", "skipped_steps"), int),
+    "model": {"name": str, "class": str, "parameters": int, "trainable": int},
+    "data": {...: str},
+    "optimizer": {
+        **{"name": str, "learning_rate": NUMBER, "schedule": str, "options": {}},
+        "rules": [
+            {
+                **{"rule": str, "method": str, "learning_rate": NUMBER, "weight_decay": NUMBER},
+                **dict.fromkeys(("tensors", "matrices", "stacks", "parameters"), int),
+            }
+        ],
+    },
+    "arguments": {},
+    "times": {...: NUMBER},
+    "versions": {},
+    "matrices": [{"name": str, "role": str, "layer": int, "rule": str}],
+}
+MEASURES = {...: {...: NUMBER}}  # by domain and metric
+EVALUATION_FIELDS = {
+    **{"before": MEASURES, "after": MEASURES, "learnt": NUMBER, "forgotten": {...: NUMBER}},
+    "blends": [{"share": NUMBER, **MEASURES}],
+}
+SNAPSHOT_FIELDS = {"values": {...: [NUMBER]}}
 
 
 @dataclass(frozen=True)
@@ -74,13 +106,11 @@ class Run:
 
     @cached_property
     def spectra(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Singular values before and after, `(E, k)`, of every matrix whose both are known."""
+        """Singular values before and after, `(E, k)`, of every matrix whose both are known; none if unreadable."""
         try:
-            tensors = load(read_bytes(self.folder / SPECTRA))
-        except (OSError, SafetensorError):
+            return read_spectra(self.folder)
+        except (OSError, ValueError):
             return {}
-        names = (key.removeprefix("after/") for key in tensors if key.startswith("after/"))
-        return {n: (tensors[f"before/{n}"], tensors[f"after/{n}"]) for n in names if f"before/{n}" in tensors}
 
 
 def read_run(folder: str | os.PathLike) -> Run:
@@ -88,27 +118,77 @@ def read_run(folder: str | os.PathLike) -> Run:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it is no run's, or a file is damaged.
+        ValueError: it is no run's, or a file is damaged or cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {str(folder)!r}.")
-    if not (folder / RECORD).is_file():
+    record = read_json(folder / RECORD)
+    if record is None:
         raise ValueError(
             f"{str(folder)!r} is no run: it holds no {RECORD}, which training with this package's Trainers "
             "and commands, or with pion_hf.watch(trainer), writes when it begins."
         )
-    record = read_json(folder / RECORD)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{str(folder / RECORD)!r} is not of format {FORMAT}, which this version reads.")
+    check_fields(f"{str(folder)!r} is damaged: ", record, RECORD_FIELDS)
+    snapshots = _read_lines(folder / MATRICES, SNAPSHOT_FIELDS)
     return Run(
         folder=folder,
         record=record,
         logs=_read_lines(folder / LOG),
-        snapshots=[Snapshot(line["step"], line.get("values", {})) for line in _read_lines(folder / MATRICES)],
-        evaluation=read_json(folder / EVALUATION),
+        snapshots=[Snapshot(line["step"], line.get("values") or {}) for line in snapshots],
+        evaluation=read_evaluation(folder),
         routing=read_json(folder / ROUTING),
     )
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """What `eval.json` of a run's folder says; None if there is none.
+
+    Raises:
+        ValueError: it is damaged, or cannot be read.
+    """
+    evaluation = read_json(folder / EVALUATION)
+    if evaluation is not None:
+        check_fields(f"{str(folder)!r} is damaged: {EVALUATION}", evaluation, EVALUATION_FIELDS)
+    return evaluation
+
+
+def read_spectra(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Singular values before and after, `(E, k)`, of every matrix whose both are known.
+
+    Raises:
+        OSError: there are none, or they cannot be read. ValueError: they are damaged.
+    """
+    try:
+        tensors = load(read_bytes(folder / SPECTRA))
+    except SafetensorError as error:
+        raise ValueError(f"{SPECTRA} is damaged: {error}") from None
+    names = [key.removeprefix("after/") for key in tensors if key.startswith("after/")]
+    pairs = {n: (tensors[f"before/{n}"], tensors[f"after/{n}"]) for n in names if f"before/{n}" in tensors}
+    for name, (before, after) in pairs.items():
+        if before.shape != after.shape or before.ndim not in (1, 2) or not before.numel() or before.is_complex():
+            raise ValueError(f"{SPECTRA} is damaged: {name} is {[*before.shape]} before, {[*after.shape]} after")
+    return {name: (before.double(), after.double()) for name, (before, after) in pairs.items()}
+
+
+def check_fields(where: str, value: Any, wanted: Any) -> None:
+    """Raise ValueError, which begins with `where`, for what is not of the types `wanted` (see `RECORD_FIELDS`)."""
+    kinds = {dict: "fields", list: "a list", str: "text", int: "a whole number", NUMBER: "a number"}
+    kind = type(wanted) if isinstance(wanted, (dict, list)) else wanted
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{where} holds {str(value)[:LONGEST_SHOWN]!r}, which is not {kinds[kind]}.")
+    if kind is dict:
+        for key, entry in value.items():
+            inner = wanted.get(key, wanted.get(...))
+            left_out = entry is None and (key in wanted or not isinstance(inner, (dict, list)))
+            if inner is not None and not left_out:
+                check_fields(f"{where}{'' if where.endswith(' ') else ': '}{key}", entry, inner)
+    elif kind is list:
+        for entry in value:
+            if entry is not None or wanted[0] is not NUMBER:
+                check_fields(where, entry, wanted[0])
 
 
 def write_json(path: str | os.PathLike, record: Any) -> None:
@@ -154,26 +234,44 @@ def read_json(path: Path) -> Any:
         ValueError: it is damaged, or cannot be read.
     """
     try:
-        return json.loads(read_bytes(path).decode("utf-8"))
+        return _parse(read_bytes(path).decode("utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error.strerror}") from None
+    except ValueError as error:
         raise ValueError(f"cannot read {str(path)!r}: {error}") from None
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _parse(text: str) -> Any:
+    """JSON of which no number is too large to reckon with.
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
-        lines = read_bytes(path).decode("utf-8").splitlines()
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < MOST_DIGITS else float(digits))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _read_lines(path: Path, fields: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    try:
+        lines = read_bytes(path).decode("utf-8").split("\n")
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise ValueError(f"cannot read {str(path)!r}: {error}") from None
+    lines = lines if lines[-1] else lines[:-1]
     entries = []
     for number, line in enumerate(lines, start=1):
         try:
-            entry = _nan(json.loads(line))
-            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            entry = _nan(_parse(line))
+            if not isinstance(entry, dict) or type(entry.get("step")) is not int:
                 raise ValueError("it says nothing of a step")
+            check_fields("it ", entry, fields or {})
             entries.append(entry)
         except ValueError as error:
             if number < len(lines):

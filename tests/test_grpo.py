@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 
 from pion_hf.arguments import OPTIMIZER_CLASSES
 from pion_hf.cli import main
-from pion_hf.cli.grpo import check_columns, check_reward, parser
+from pion_hf.cli.grpo import check_columns, check_reward, import_rewards, parser
 from pion_hf.rewards import answer_similarity_reward, reasoning_gym_reward
 from tests.conftest import write_jsonl
 from tests.test_cli import assert_trained_by_rotations, fails
@@ -193,6 +193,7 @@ def test_recipes_parse_and_name_known_rewards():
         assert args.optim.value in OPTIMIZER_CLASSES
         for name in script_args.reward_funcs:
             check_reward(name)
+        import_rewards(script_args.reward_funcs)
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
 from pion_hf.cli import main
+from pion_hf.files import read_bytes
 from pion_hf.report import facts, figures, looks, matrices, page, table, write_report
-from pion_hf.runs import EVALUATION, LOG, MATRICES, RECORD, SPECTRA, append_line, read_run, write_json
+from pion_hf.runs import EVALUATION, LOG, MATRICES, RECORD, SPECTRA, append_line, read_run, read_spectra, write_json
 from tests.run_folders import ROLES, evaluation, write_run
 
 
@@ -231,7 +232,7 @@ def test_a_run_in_progress_is_shown_as_far_as_it_came(run, tmp_path):
     for line in (
         "Where the time went: no run has written times.",
         "Results: no run was measured before and after training.",
-        f"a-run: {SPECTRA} is damaged, or the run has not ended yet.",
+        f"a-run: {SPECTRA} is damaged: ",
     ):
         assert line in found.text
     assert "Loss" in found.headings
@@ -252,6 +253,38 @@ def test_a_folder_given_twice_is_shown_once(run, tmp_path):
     assert found.headings[0] == "a-run"
 
 
+WRONG_FIELDS = [
+    ({"status": []}, "status holds '[]', which is not text"),
+    ({"steps": "7"}, "steps holds '7', which is not a whole number"),
+    ({"steps": True}, "steps holds 'True'"),
+    ({"seconds": "long"}, "seconds holds 'long', which is not a number"),
+    ({"peak_memory_bytes": {}}, "peak_memory_bytes holds"),
+    ({"spectrum_drift": [1]}, "spectrum_drift holds"),
+    ({"optimizer_share": "all"}, "optimizer_share holds"),
+    ({"model": {"parameters": "many"}}, "model: parameters holds 'many'"),
+    ({"data": {"train": [1]}}, "data: train holds"),
+    ({"optimizer": {"options": 3}}, "optimizer: options holds '3', which is not fields"),
+    ({"optimizer": {"rules": {}}}, "optimizer: rules holds '{}', which is not a list"),
+    ({"optimizer": {"rules": [None]}}, "optimizer: rules holds 'None'"),
+    ({"optimizer": {"rules": [{"tensors": "x"}]}}, "optimizer: rules: tensors holds"),
+    ({"optimizer": {"learning_rate": "x"}}, "optimizer: learning_rate holds"),
+    ({"times": {"total": "x"}}, "times: total holds"),
+    ({"matrices": {"name": "w"}}, "matrices holds"),
+    ({"matrices": ["w"]}, "matrices holds 'w', which is not fields"),
+    ({"matrices": [{"name": "w", "layer": "3"}]}, "matrices: layer holds '3'"),
+]
+WRONG_MEASURES = [
+    ({"before": [], "after": {}}, "eval.json: before holds '[]'"),
+    ({"before": {"task": 1.0}}, "eval.json: before: task holds '1.0'"),
+    ({"before": {"task": None}}, "eval.json: before: task holds 'None'"),
+    ({"after": {"task": {"loss": "low"}}}, "eval.json: after: task: loss holds 'low'"),
+    ({"learnt": "much"}, "eval.json: learnt holds"),
+    ({"forgotten": {"other_text": []}}, "eval.json: forgotten: other_text holds"),
+    ({"blends": {"share": 1}}, "eval.json: blends holds"),
+    ({"blends": [{"share": "half"}]}, "eval.json: blends: share holds"),
+]
+
+
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
@@ -263,6 +296,14 @@ def test_a_folder_given_twice_is_shown_once(run, tmp_path):
         (MATRICES, "[1]\n[2]\n", "line 1 of"),
         (EVALUATION, "{", "cannot read"),
         (EVALUATION, "[1]", "is damaged: eval.json"),
+        *((RECORD, json.dumps({"format": 1, **fields}), said) for fields, said in WRONG_FIELDS),
+        *((EVALUATION, json.dumps(fields), said) for fields, said in WRONG_MEASURES),
+        (MATRICES, '{"step": 1, "values": {"spectral_norm": ["x"]}}\n{"step": 2}\n', "values: spectral_norm holds 'x'"),
+        (MATRICES, '{"step": 1, "values": 7}\n{"step": 2}\n', "values holds '7', which is not fields"),
+        (LOG, '{"step": true}\n{"step": 2}\n', "it says nothing of a step"),
+        (LOG, f'{{"step": {"9" * 400}}}\n{{"step": 2}}\n', "it says nothing of a step"),
+        (LOG, "[" * 100_000 + "\n{}\n", "line 1 of"),
+        (RECORD, "[" * 100_000, "it is nested too deeply"),
     ],
 )
 def test_a_damaged_run_is_one_line_and_no_page(run, tmp_path, file, content, said):
@@ -278,6 +319,59 @@ def test_a_damaged_run_is_one_line_and_no_page(run, tmp_path, file, content, sai
     assert "\n" not in raised.value.code
     assert earlier.read_text() == "earlier"
     assert not (tmp_path / "page_files").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        (RECORD, {"optimizer": {"rules": [{"rule": "pion"}, {}]}, "model": None, "matrices": [{}], "times": {}}),
+        (RECORD, {"seconds": 1e308, "steps": -3, "peak_memory_bytes": None, "arguments": {"a": [1, {"b": None}]}}),
+        (EVALUATION, {"blends": [{"share": 0.5, "task": {"loss": 1.0}, "new": {"loss": 2.0}}, {}]}),
+        (
+            EVALUATION,
+            {"before": {"task": {"loss": None}}, "after": {"task": {"reward": 1.0}}, "blends": [{"task": {}}]},
+        ),
+        (
+            EVALUATION,
+            {"before": {"task": {"loss": 1.0}}, "after": {"other": {"loss": 1.0}}, "learnt": 1, "blends": None},
+        ),
+    ],
+)
+@pytest.mark.usefixtures("one_picture")
+def test_what_is_missing_is_left_out(run, tmp_path, file, fields, monkeypatch):
+    write_json(run / file, {"format": 1, **fields})
+    for draw in (figures.outcome, figures.blends, figures.times):
+        draw([read_run(run)])
+    assert written([run], tmp_path / "page.html").headings
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders")
+@pytest.mark.parametrize("file", [RECORD, LOG, MATRICES, EVALUATION, SPECTRA])
+def test_a_pipe_in_a_run_is_not_waited_for(run, tmp_path, file):
+    (run / file).unlink()
+    os.mkfifo(run / file)
+    if file == SPECTRA:
+        with pytest.raises(OSError, match="is no regular file"):
+            read_spectra(run)
+        return
+    with pytest.raises(SystemExit, match=r"cannot read .*: is no regular file"):
+        main(["report", str(run), "--output", str(tmp_path / "page.html")])
+
+
+@pytest.mark.usefixtures("one_picture")
+def test_what_another_user_may_not_read_is_not_called_damaged(run, tmp_path, monkeypatch):
+    def refuses(path):
+        if Path(path).name in refused:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr("pion_hf.runs.read_bytes", refuses)
+    refused = {RECORD}
+    with pytest.raises(ValueError, match=r"cannot read '.*run.json': Permission denied$"):
+        read_run(run)
+    refused = {SPECTRA}
+    assert f"{SPECTRA} cannot be read: Permission denied." in page._draw([read_run(run)])[1][-1]
 
 
 def test_no_folder_of_that_name(tmp_path):

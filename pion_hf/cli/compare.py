@@ -42,6 +42,7 @@ from pion_hf.errors import unknown
 from pion_hf.evaluation import PROGRESS
 from pion_hf.files import new_file
 from pion_hf.integrations.run_folder import versions
+from pion_hf.redaction import without_secrets
 from pion_hf.runs import RECORD, write_json
 
 RESULTS, FRONTIER, PAGE = "compare.json", "frontier.png", "report.html"
@@ -84,6 +85,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--command", choices=COMMANDS, help="what the recipe is for (default: its folder's name)")
     made.add_argument("--output_dir", type=Path, metavar="DIR", help="default: runs/compare-<the recipe's name>")
     made.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, on GPUs or cores of their own")
+    made.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="where the recipe says so too: let the check before the first run execute the model's own Python",
+    )
     made.add_argument("--keep_models", action="store_true", help="keep the trained weights of every run")
     made.add_argument("--report_only", action="store_true", help="show what is finished, run nothing")
     return made
@@ -126,7 +132,7 @@ def main(argv: list[str]) -> None:
         console.out(line, highlight=False)
     interrupted = False
     if not args.report_only:
-        check_grid(grid, args.recipe, output_dir)
+        check_grid(grid, args.recipe, output_dir, trusted=args.trust_remote_code)
         for trial in grid:
             check_folder(trial, output_dir / trial.folder)
         with alone_in(output_dir):
@@ -146,7 +152,7 @@ def make_record(path: Path, recipe: dict[str, Any], grid: list[Trial], output_di
     runs = [read_result(trial, output_dir / trial.folder) for trial in grid]
     return {
         "format": FORMAT,
-        "recipe": {"path": str(path), "command": grid[0].command, "keys": recipe},
+        "recipe": {"path": str(path), "command": grid[0].command, "keys": without_secrets(recipe)},
         "seeds": len({trial.seed for trial in grid}),
         "versions": versions(),
         "standings": standings(runs),

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
 import math
 import os
 import re
-import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
 
 from pion_hf.arguments import OPTIMIZER_CLASSES, PionOptions, option_name, option_types, resolve_options
-from pion_hf.cli.recipe import read_recipe
+from pion_hf.cli.recipe import SECRETS, read_recipe
 from pion_hf.files import write_text
+from pion_hf.redaction import without_secrets
 
 COMMANDS = ("sft", "cpt", "grpo")
 # What every run must share, or no result says anything about the optimizer: what it may cost, and what measures it.
@@ -212,40 +212,56 @@ def make_grid(
     return grid, [f"{key} is left out for {'; '.join(names)}." for key, names in sorted(left_out.items())]
 
 
-def check_grid(grid: Iterable[Trial], path: Path, output_dir: Path) -> None:
+def check_grid(grid: Iterable[Trial], path: Path, output_dir: Path, *, trusted: bool = False) -> None:
     """Raise ValueError or FileNotFoundError for what a contender would stumble over, before any run begins.
 
-    path: the recipe, to be named beside the contender.
+    path: the recipe, to be named beside the contender. trusted: whether a model's own Python may run for it.
     """
     trials: dict[str, Trial] = {}
     for trial in grid:
         trials.setdefault(trial.contender, trial)
     environment = dict(os.environ)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    checks: list[Callable[[Trial, str], Any]] = [
+        lambda trial, where: _check_recipe(trial, where, output_dir / trial.folder, trusted)
+    ]
+    if any(trial.command == "grpo" for trial in trials.values()):  # last, since it runs modules of the user's
+        rewards = import_module("pion_hf.cli.grpo").import_rewards
+        checks.append(lambda trial, _: rewards(trial.recipe.get("reward_funcs")))
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each run's log has them
-        copy = Path(folder, "recipe.yaml")
         try:
-            for trial in trials.values():
-                write_recipe(copy, trial, output_dir / trial.folder)
+            for check, trial in itertools.product(checks, trials.values()):
+                where = f"{path}, {trial.contender}"
                 try:
-                    _check_recipe(import_module(f"pion_hf.cli.{trial.command}"), copy)
+                    check(trial, where)
                 except (ValueError, FileNotFoundError) as error:
-                    said = str(error).removeprefix(f"{copy}: ")
-                    raise type(error)(f"{path}, {trial.contender}: {said}") from error
+                    raise type(error)(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
         finally:  # arguments leave traces in it, which the runs would inherit
             os.environ.clear()
             os.environ.update(environment)
 
 
-def write_recipe(path: Path, trial: Trial, output_dir: Path) -> None:
-    """The recipe of one run, which `pion-hf <command> --config` takes."""
-    text = yaml.safe_dump({**trial.recipe, "output_dir": str(output_dir)}, sort_keys=False, allow_unicode=True)
-    write_text(path, text)
+def write_recipe(path: Path, trial: Trial, output_dir: Path) -> dict[str, str]:
+    """Write the recipe of one run, which `pion-hf <command> --config` takes; the variable with what it keeps secret."""
+    recipe = {**trial.recipe, "output_dir": str(output_dir)}
+    secrets = {key: value for key, value in recipe.items() if without_secrets({key: value}) != {key: value}}
+    left_out = f"# Not written, since they are secrets or hold some: {', '.join(secrets)}.\n" if secrets else ""
+    write_text(path, left_out + _yaml(without_secrets(recipe)))
+    return {SECRETS: _yaml(secrets)} if secrets else {}
 
 
-def _check_recipe(module: ModuleType, path: Path) -> None:
+def _yaml(recipe: dict[str, Any]) -> str:
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+
+
+def _check_recipe(trial: Trial, where: str, folder: Path, trusted: bool) -> None:
+    module = import_module(f"pion_hf.cli.{trial.command}")
+    recipe = copy.deepcopy({**trial.recipe, "output_dir": str(folder)})
     # Nothing runs: a recipe for a GPU (bf16) can be checked where there is none.
-    parsed = module.parser().parse_recipe(["--use_cpu", "true", "--config", str(path)])
+    flags = ["--use_cpu", "true"]
+    if trusted and recipe.get("trust_remote_code"):
+        flags.append("--trust_remote_code")
+    parsed = module.parser().parse_recipe(flags, (where, recipe), trains=False)
     module.check(parsed)
     if parsed[1].eval_strategy == "no":
         raise ValueError(

@@ -87,6 +87,7 @@ def main(argv: list[str]) -> None:
     """Train; ends with a table, and `eval.json` in the output folder."""
     parsed = parser().parse_recipe(argv)
     check(parsed)
+    import_rewards(parsed[0].reward_funcs)
     script_args, training_args, model_args, *others = parsed
     # TRL's script knows its own by name, and imports the rest.
     script_args.reward_funcs = [OWN.get(name, name) for name in script_args.reward_funcs or []]
@@ -109,21 +110,26 @@ def main(argv: list[str]) -> None:
 
 
 def check_reward(name: str) -> None:
-    """Raise ValueError for an entry of `reward_funcs` that is no function, or whose package is not installed."""
-    module_name, _, function = REWARDS.get(name, name).rpartition(".")
-    if not module_name:
+    """Raise ValueError for an entry of `reward_funcs` that is no import path, or whose package is not installed."""
+    if "." not in REWARDS.get(name, name):
         raise ValueError(f"{unknown('reward function', name, REWARDS)} Or give an import path: package.function.")
     package = PACKAGES.get(name)
     if package is not None and find_spec(package.replace("-", "_")) is None:
         raise ValueError(f"reward_funcs: {name} needs the package {package}: pip install {package}")
+
+
+def import_rewards(names: str | Iterable[str] | None) -> None:
+    """Import the modules of `reward_funcs`, which runs them; raise ValueError for an entry that is no function."""
     sys.path.insert(0, os.getcwd())  # as TRL's script does
-    try:
-        module = import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"reward_funcs: cannot import {module_name!r} of {name!r}: {error}") from error
-    if not callable(getattr(module, function, None)):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"reward_funcs: {unknown(f'function of {module_name}', function, known)}")
+    for name in [names] if isinstance(names, str) else names or ():
+        module_name, _, function = REWARDS.get(name, name).rpartition(".")
+        try:
+            module = import_module(module_name)
+        except ImportError as error:
+            raise ValueError(f"reward_funcs: cannot import {module_name!r} of {name!r}: {error}") from error
+        if not callable(getattr(module, function, None)):
+            known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            raise ValueError(f"reward_funcs: {unknown(f'function of {module_name}', function, known)}")
 
 
 def check_columns(dataset: Any, rewards: Iterable[Callable]) -> None:

@@ -27,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from pion_hf.cli import child
 from pion_hf.cli.grid import Trial, write_recipe
 from pion_hf.files import is_part
+from pion_hf.redaction import without_secrets
 from pion_hf.runs import EVALUATION, FAILED, FINISHED, RUNNING, SPECTRA, read_json, write_json
 
 TRIAL, RECIPE, OUTPUT, LOCK = "trial.json", "recipe.yaml", "train.log", ".lock"
@@ -65,8 +66,8 @@ def check_folder(trial: Trial, folder: Path) -> None:
     """Raise ValueError for a folder that holds something else than this run."""
     said = read_trial(folder) if folder.is_dir() else None
     if said is not None:
-        known = said.get("arguments", {})
-        differing = [key for key in {**known, **trial.arguments} if known.get(key) != trial.arguments.get(key)]
+        known, wanted = without_secrets(said.get("arguments", {})), without_secrets(trial.arguments)
+        differing = [key for key in {**known, **wanted} if known.get(key) != wanted.get(key)]
         if differing:
             raise ValueError(
                 f"{str(folder)!r} holds a run with another {', '.join(sorted(differing))}: remove it, or choose "
@@ -136,14 +137,14 @@ def start(trial: Trial, folder: Path, slot: int, slots: int) -> Job:
     for left in folder.iterdir():
         if left.name != TRIAL:
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-    write_recipe(folder / RECIPE, trial, folder)
+    secrets = write_recipe(folder / RECIPE, trial, folder)
     log = (folder / OUTPUT).open("xb")
     process = subprocess.Popen(
         [sys.executable, child.__file__, trial.command, "--config", str(folder / RECIPE)],
         stdin=subprocess.PIPE,  # its end tells the child that this process is gone
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **_share_of_machine(slot, slots)},
+        env={**os.environ, **_share_of_machine(slot, slots), **secrets},
         start_new_session=True,  # a group of its own, to be ended as one
     )
     return Job(trial, folder, process, log, time.perf_counter())
@@ -180,7 +181,8 @@ def stop(job: Job) -> None:
 
 
 def _said(trial: Trial, status: str, **more: Any) -> dict[str, Any]:
-    return {"format": FORMAT, "status": status, "contender": trial.contender, **more, "arguments": trial.arguments}
+    said = {"format": FORMAT, "status": status, "contender": trial.contender, **more, "arguments": trial.arguments}
+    return without_secrets(said)
 
 
 def _share_of_machine(slot: int, slots: int) -> dict[str, str]:

@@ -148,7 +148,7 @@ def parse(argv: list[str]) -> tuple[TrainingArguments, trl.ModelConfig, PlanArgu
         arguments = grpo.ARGUMENTS
     parser = RecipeParser((*arguments, PlanArguments), prog="pion-hf plan", description=__doc__)
     # Nothing runs: a recipe for a GPU (bf16) can be planned where there is none.
-    _, args, model_args, *rest, plan_args = parser.parse_recipe(["--use_cpu", "true", *argv])
+    _, args, model_args, *rest, plan_args = parser.parse_recipe(["--use_cpu", "true", *argv], trains=False)
     if isinstance(rest[-1], CorpusArguments):
         set_budget(args, rest[-1])
     return args, model_args, plan_args, bool(parser.get_default("use_cpu"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable, Collection, Mapping
 from itertools import chain
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
+from transformers.utils import logging
 from trl import TrlParser
 from trl.scripts.utils import DatasetConfig
 
@@ -30,6 +32,10 @@ from pion_hf.arguments import (
 from pion_hf.cli.configs import local_config
 from pion_hf.errors import unknown
 from pion_hf.schedules import SCHEDULES
+
+logger = logging.get_logger(__name__)
+
+SECRETS = "PION_HF_SECRETS"  # the variable by which a comparison tells a run what no file of it should hold: YAML
 
 # Keys of older versions of TRL, transformers and the alignment handbook, and what they are called now.
 RENAMED = {
@@ -96,8 +102,15 @@ class RecipeParser(TrlParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
-    def parse_recipe(self, argv: list[str]) -> tuple[Any, ...]:
+    def parse_recipe(
+        self, argv: list[str], named: tuple[str, dict[str, Any]] | None = None, *, trains: bool = True
+    ) -> tuple[Any, ...]:
         """The dataclasses of `argv`, whose `--config FILE` gives defaults.
+
+        Args:
+            named: a recipe, by what errors call it, instead of that file.
+            trains: whether the recipe is to be carried out. A model's own Python then runs if its `trust_remote_code`
+                says so, else only if `argv` does.
 
         Raises:
             ValueError: an unknown, outdated or repeated key or flag, a value of the wrong type or not among the
@@ -105,10 +118,13 @@ class RecipeParser(TrlParser):
                 such recipe.
         """
         argv = _split_config_flag(argv)
-        path, recipe = _named_recipe(argv)
+        argv, (path, recipe) = (argv, named) if named else _named_recipe(argv)
         self._check_recipe(path, recipe)
         self._check_flags(argv)
-        parsed = self.parse_args_and_config(argv)
+        os.environ.update({name: str(value) for name, value in (recipe.get("env") or {}).items()})  # as TRL
+        self.set_defaults_with_config(**{key: value for key, value in recipe.items() if key != "env"})
+        parsed = self.parse_args_into_dataclasses(argv)
+        _check_trust(parsed, argv, trains)
         _check_parsed(parsed, lambda key: f"{path}: {key}" if key in recipe else key)
         return parsed
 
@@ -128,8 +144,7 @@ class RecipeParser(TrlParser):
 
     def _check_flags(self, argv: list[str]) -> None:
         """Before the arguments are made, which could fail for another reason and hide this one."""
-        position = argv.index("--config") if "--config" in argv else len(argv)
-        _, rest = self.parse_known_args(argv[:position] + argv[position + 2 :])
+        _, rest = self.parse_known_args(argv)
         if rest:
             flag = next((r for r in rest if r.startswith("--")), None)
             if flag is None:
@@ -142,10 +157,12 @@ class RecipeParser(TrlParser):
     def _by_key(self) -> dict[str, argparse.Action]:
         return {a.dest: a for a in self._actions if not isinstance(a, argparse._HelpAction)}
 
-    def _check_recipe(self, path: Path | None, recipe: dict[str, Any]) -> None:
+    def _check_recipe(self, path: str, recipe: dict[str, Any]) -> None:
         actions = self._by_key()
         for key, value in recipe.items():
             if key == "env":
+                if not isinstance(value or {}, Mapping):
+                    raise ValueError(f"{path}: env must hold variables and their values, got {value!r}")
                 continue
             if key not in actions:
                 raise ValueError(f"{path}: {_unknown_key('key', key, actions)}")
@@ -191,19 +208,21 @@ def named_keys(argv: list[str]) -> set[str]:
     Raises:
         ValueError, FileNotFoundError: as `RecipeParser.parse_recipe`, of a recipe that cannot be read.
     """
-    _, recipe = _named_recipe(_split_config_flag(argv))
+    argv, (_, recipe) = _named_recipe(_split_config_flag(argv))
     flags = (a.lstrip("-").partition("=")[0].replace("-", "_") for a in argv if a.startswith("--"))
     return {*recipe, *flags}
 
 
-def _named_recipe(argv: list[str]) -> tuple[Path | None, dict[str, Any]]:
+def _named_recipe(argv: list[str]) -> tuple[list[str], tuple[str, dict[str, Any]]]:
+    """The flags without the recipe's, its path, and what it holds."""
     if "--config" not in argv:
-        return None, {}
-    position = argv.index("--config") + 1
-    if position >= len(argv):
+        return argv, ("", {})
+    position = argv.index("--config")
+    if position + 1 >= len(argv):
         raise ValueError("--config needs the path of a recipe")
-    path = Path(argv[position])
-    return path, read_recipe(path)
+    path = Path(argv[position + 1])
+    secrets = yaml.safe_load(os.environ.pop(SECRETS, "{}"))
+    return argv[:position] + argv[position + 2 :], (str(path), {**read_recipe(path), **secrets})
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -252,7 +271,7 @@ def _check_mixture(where: str, entries: Any) -> None:
             raise ValueError(f"{where}: {dict(entry)!r} has no path, which names the data")
 
 
-def _check_optimizer(path: Path, recipe: dict[str, Any], optim: str) -> None:
+def _check_optimizer(path: str, recipe: dict[str, Any], optim: str) -> None:
     """Raise ValueError for options, in the recipe itself, that its optimizer does not have."""
     if optim not in OptimizerNames._value2member_map_:  # PionOptions names the nearest
         return
@@ -272,6 +291,20 @@ def _check_optimizer(path: Path, recipe: dict[str, Any], optim: str) -> None:
             resolve_options(optim, parse_optim_args(text))
         except ValueError as error:
             raise ValueError(f"{path}: optim_args: {str(error).removeprefix('optim_args: ')}") from None
+
+
+def _check_trust(parsed: tuple[Any, ...], argv: list[str], trains: bool) -> None:
+    """Say that a model's own Python will run; ValueError where only the recipe allows it and nothing is trained."""
+    if not any(getattr(args, "trust_remote_code", False) for args in parsed):
+        return
+    model = next((args.model_name_or_path for args in parsed if hasattr(args, "model_name_or_path")), None)
+    if trains:
+        logger.warning(f"trust_remote_code: Python that comes with {model} is run.")
+    elif not any(flag.partition("=")[0].replace("-", "_") == "__trust_remote_code" for flag in argv):
+        raise ValueError(
+            f"the recipe says trust_remote_code: true, so that Python which comes with {model} would run: add "
+            "--trust_remote_code to the command if you trust it"
+        )
 
 
 def _check_parsed(parsed: tuple[Any, ...], where: Callable[[str], str]) -> None:

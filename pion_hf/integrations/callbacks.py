@@ -27,6 +27,7 @@ from pion_hf.integrations.optimizers import learning_rates, unwrap
 from pion_hf.integrations.run_folder import RunFolder
 from pion_hf.integrations.updates import Meter
 from pion_hf.linalg.spectrum import numerical_zero
+from pion_hf.redaction import without_secrets
 from pion_hf.runs import FAILED, FINISHED
 
 logger = logging.get_logger(__name__)
@@ -307,7 +308,7 @@ class _Run:
     def fail(self, error: BaseException) -> None:
         if self.folder.record.get("status") != FINISHED:
             said = str(error).splitlines() or [""]
-            self.folder.record |= {"status": FAILED, "error": f"{type(error).__name__}: {said[0]}"}
+            self.folder.record |= {"status": FAILED, "error": without_secrets(f"{type(error).__name__}: {said[0]}")}
             self._close()
 
     def _close(self) -> None:

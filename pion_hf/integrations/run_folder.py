@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from pion_hf._version import __version__
 from pion_hf.files import new_file, read_bytes
+from pion_hf.redaction import is_secret, without_secrets
 from pion_hf.runs import (
     BEFORE,
     EVALUATION,
@@ -39,9 +40,6 @@ from pion_hf.runs import (
 from pion_hf.structure import parameter_count
 
 logger = logging.get_logger(__name__)
-
-# Arguments, of the Trainer and of `from_pretrained`, that nobody else may see.
-SECRETS = {"hub_token", "push_to_hub_token", "token", "use_auth_token"}
 
 
 def _warns(method: Callable) -> Callable:
@@ -152,20 +150,14 @@ def describe_arguments(args: transformers.TrainingArguments) -> dict[str, Any]:
     found = {}
     for field in dataclasses.fields(args):
         value, default = getattr(args, field.name), field.default
-        if field.name in SECRETS or dataclasses.is_dataclass(value):  # the latter are made of other fields
+        if is_secret(field.name) or dataclasses.is_dataclass(value):  # the latter are made of other fields
             continue
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        value, default = _json_value(_without_secrets(value)), _json_value(default)
+        value, default = _json_value(without_secrets(value)), _json_value(default)
         if value != default and not (_is_unset(value) and _is_unset(default)):
             found[field.name] = value
     return found
-
-
-def _without_secrets(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {key: _without_secrets(entry) for key, entry in value.items() if key not in SECRETS}
 
 
 def _is_unset(value: Any) -> bool:

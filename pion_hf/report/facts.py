@@ -106,10 +106,10 @@ def rules_table(run: Run) -> Table | None:
     counts = ["tensors", "matrices", "parameters"]
     rows = [
         [
-            ", ".join(filter(None, (rule["rule"], rule.get("method")))),
-            *(f"{rule[count]:,}" for count in counts),
-            text(rule["learning_rate"]),
-            text(rule["weight_decay"]),
+            ", ".join(filter(None, (rule.get("rule"), rule.get("method")))),
+            *(_formatted(rule.get(count), "{:,}".format) for count in counts),
+            text(rule.get("learning_rate")),
+            text(rule.get("weight_decay")),
         ]
         for rule in rules
     ]

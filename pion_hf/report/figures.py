@@ -330,11 +330,11 @@ def _shares(evaluation: dict | None) -> list[tuple[float, float, str, float]]:
     """`(share, learnt, domain, forgotten)` of every share and domain that were measured, finite ones."""
     found = []
     for blend in (evaluation or {}).get("blends") or []:
-        moments = [{d: m for d, m in part.items() if d != "share"} for part in (evaluation["before"], blend)]
-        gains = {d: progress(moments[0][d], m) for d, m in moments[1].items() if None not in m.values()}
+        moments = [{d: m for d, m in part.items() if d != "share"} for part in (evaluation.get("before") or {}, blend)]
+        gains = {d: progress(moments[0].get(d, {}), m) for d, m in moments[1].items() if None not in m.values()}
         learnt = gains.pop("task", None)
         if learnt is not None:
-            found += [(blend["share"], learnt, d, -gain) for d, gain in gains.items() if gain is not None]
+            found += [(blend.get("share") or 0.0, learnt, d, -gain) for d, gain in gains.items() if gain is not None]
     return found
 
 

@@ -23,10 +23,9 @@ from pion_hf.files import make_folder, new_file, write_text
 from pion_hf.report import facts, figures, matrices
 from pion_hf.report.figures import Picture
 from pion_hf.report.looks import names
-from pion_hf.runs import EVALUATION, SPECTRA, Run, read_run
+from pion_hf.runs import SPECTRA, Run, read_run, read_spectra
 
 DPI = 200
-DESCRIBED = ("model", "data", "optimizer", "arguments", "times", "versions")  # of run.json, each with fields of its own
 
 
 class Section(NamedTuple):
@@ -204,11 +203,7 @@ def _read(folders: Iterable[str | os.PathLike]) -> tuple[list[Run], list[str]]:
             doubles.append(str(folder))
             continue
         seen.add(place)
-        runs.append(run := read_run(folder))
-        parts = {name: run.record.get(name) for name in DESCRIBED} | {EVALUATION: run.evaluation}
-        damaged = [name for name, part in parts.items() if not isinstance(part or {}, dict)]
-        if damaged:
-            raise ValueError(f"{str(folder)!r} is damaged: {damaged[0]} holds {parts[damaged[0]]!r}, no fields.")
+        runs.append(read_run(folder))
     if not runs:
         raise ValueError("a report takes at least one run folder.")
     return runs, doubles
@@ -224,8 +219,15 @@ def _draw(runs: Sequence[Run]) -> tuple[dict[str, _Drawing], list[str]]:
         else:
             drawn[section.key] = _drawing(picture, section.heading, section.text)
     for name, run in zip(names(runs), runs, strict=True):
-        if (run.folder / SPECTRA).is_file() and not run.spectra:
-            missing.append(f"{name}: {SPECTRA} is damaged, or the run has not ended yet.")
+        try:
+            if not read_spectra(run.folder):
+                missing.append(f"{name}: {SPECTRA} holds none of after training yet.")
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            missing.append(f"{name}: {SPECTRA} cannot be read: {error.strerror}.")
+        except ValueError as error:
+            missing.append(f"{name}: {error}.")
     return drawn, missing
 
 
