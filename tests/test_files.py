@@ -11,6 +11,15 @@ import pytest
 
 import pion_hf
 from pion_hf import files
+from pion_hf.cli import compare, curves, jobs
+from pion_hf.cli.grid import Trial
+from pion_hf.integrations import model_card, run_folder
+from pion_hf.integrations.run_folder import RunFolder
+from pion_hf.report import page, write_report
+from pion_hf.routing import routing_table
+from pion_hf.runs import BEFORE, EVALUATION, LOG, MATRICES, RECORD, ROUTING, SPECTRA, write_json
+from tests.conftest import toy_llama
+from tests.run_folders import evaluation, write_run
 
 ROOT = Path(pion_hf.__file__).parent
 
@@ -119,3 +128,100 @@ def test_no_other_room_writes_files():
                 if not (node.func.attr == "savefig" and isinstance(into, ast.Name) and into.id in ("file", "buffer")):
                     found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
     assert not found
+
+
+# -- everything that is written, with a link in its place --------------------------------------------
+
+OF_A_RUN = (RECORD, LOG, MATRICES, SPECTRA, ROUTING, EVALUATION, BEFORE, "README.md", "report.html", "rates.png")
+OF_A_COMPARISON = ("compare.json", "frontier.png", "report.html", ".lock")
+OF_A_TRIAL = ("trial.json", "recipe.yaml", "train.log")
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """Plants links in a folder, under names and under `_` and the name, to files of which none may change."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+
+    def plant(folder: Path, names: tuple[str, ...]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (*names, *(f"_{name}" for name in names)):
+            target = outside / f"{len(os.listdir(outside))}"
+            target.write_text("mine")
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(target)
+
+    yield plant
+    assert {path.read_text() for path in outside.iterdir()} == {"mine"}
+
+
+def test_what_a_run_writes_goes_through_no_link(tmp_path, planted, monkeypatch):
+    monkeypatch.setattr(page, "SECTIONS", page.SECTIONS[:1])
+    monkeypatch.setattr(page, "DPI", 20)
+    run = tmp_path / "run"
+    planted(run, OF_A_RUN)
+    (tmp_path / "report_files").mkdir()
+    folder = RunFolder(str(run))
+    folder.begin({"matrices": []}, 0)
+    planted(run, (LOG, MATRICES))  # while it trains
+    folder.log({"step": 1, "loss": 1.0})
+    folder.open = True
+    folder.snapshot(1, {"spectral_norm": []})
+    folder.open = True
+    planted(run, (RECORD, SPECTRA))
+    folder.write_spectra({}, {})
+    folder.write_record()
+    write_json(run / EVALUATION, evaluation(learnt=1.0, forgotten=0.1))
+    write_json(run / BEFORE, {})
+    routing_table(toy_llama()).save(run / ROUTING, {"pion": 1e-3, "adamw": 1e-3})
+    monkeypatch.setattr(curves, "picture", lambda *_: page.Figure())
+    curves.save_plot(None, [], str(run / "rates.png"))
+    (run / "README.md").unlink()
+    (run / "README.md").symlink_to(tmp_path / "card")
+    (tmp_path / "card").write_text("---\ntags: [a]\n---\n### Framework versions\n")
+    optimizer = {"name": "adamw_torch", "learning_rate": 1e-3, "schedule": "linear"}
+    model_card.extend(run / "README.md", {"optimizer": optimizer, "steps": 1})
+    assert (tmp_path / "card").read_text().endswith("---\n### Framework versions\n")
+    for name in (LOG, MATRICES):
+        (run / name).unlink()
+    write_run(run / "of-its-own")
+    planted(run, ("report.html",))
+    planted(run / "report_files", ("losses.png",))
+    write_report([run / "of-its-own"], run / "report.html")
+    assert not any((run / name).is_symlink() for name in OF_A_RUN)
+    assert not (run / "report_files" / "losses.png").is_symlink()
+
+
+def test_a_folder_of_pictures_that_is_a_link_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "SECTIONS", page.SECTIONS[:1])
+    monkeypatch.setattr(page, "DPI", 20)
+    (tmp_path / "outside").mkdir()
+    run = write_run(tmp_path / "run")
+    (run / "report_files").symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match="is a link, remove it"):
+        write_report([run], run / "report.html")
+    assert os.listdir(tmp_path / "outside") == []
+
+
+def test_what_a_comparison_writes_goes_through_no_link(tmp_path, planted, monkeypatch):
+    output = tmp_path / "runs"
+    planted(output, OF_A_COMPARISON)
+    trial = Trial("pion", 1e-3, 0, "sft", {"optim": "pion", "seed": 0})
+    folder = output / trial.folder
+    planted(folder, OF_A_TRIAL)
+    monkeypatch.setattr("pion_hf.cli.child.__file__", str(tmp_path / "child.py"))  # instead of a training
+    (tmp_path / "child.py").write_text("print('trained')\n")
+    with jobs.alone_in(output):
+        job = jobs.start(trial, folder, slot=0, slots=1)
+        job.process.wait()
+        write_run(folder)
+        planted(folder, ("trial.json",))
+        jobs.settle(job, keep_models=False)
+    monkeypatch.setattr(compare, "DPI", 20)
+    monkeypatch.setattr(page, "SECTIONS", page.SECTIONS[:1])
+    monkeypatch.setattr(run_folder, "versions", dict)
+    record = compare.make_record(Path("r.yaml"), trial.recipe, [trial], output)
+    assert record["runs"][0]["status"] == "finished"
+    compare.show(record, output, compare.Console(quiet=True))
+    written = [output / name for name in OF_A_COMPARISON] + [folder / name for name in OF_A_TRIAL]
+    assert [path for path in written if path.is_symlink() or not path.is_file()] == []

@@ -355,3 +355,20 @@ def test_a_card_during_training_tells_of_no_earlier_run(recipe, tmp_path, upload
     assert "### Optimizer" in during
     assert "### Before and after" not in during
     assert "### Before and after" in after
+
+
+def test_a_card_names_no_path_of_this_machine(tmp_path):
+    """As peft's and transformers' name the model that training began with, and TRL's that of the run."""
+    model, data, run = tmp_path / "models" / "toy", tmp_path / "rows.jsonl", tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    kept = {"tags": ["lora", "x:y"], "base_model_relation": "adapter", "library_name": "peft"}
+    metadata = {**kept, "base_model": str(model), "datasets": [str(data), "org/chats"]}
+    metadata["tags"] = [*kept["tags"], f"base_model:adapter:{model}"]
+    text = f'Tuned from {model} on {data}, in {run}. pipeline(model="None")\n### Framework versions\n'
+    (run / "README.md").write_text(f"---\n{yaml.safe_dump(metadata)}---\n{text}", encoding="utf-8")
+    optimizer = {"name": "adamw_torch", "learning_rate": 1e-3, "schedule": "linear"}
+    extend(run / "README.md", {"optimizer": optimizer, "steps": 3})
+    card = card_in(run)
+    assert card.data.to_dict() == {**kept, "datasets": ["org/chats"]}
+    assert 'Tuned from toy on rows.jsonl, in mine. pipeline(model="mine")' in card.text
+    assert str(tmp_path) not in str(card)

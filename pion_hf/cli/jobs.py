@@ -86,6 +86,8 @@ def alone_in(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / LOCK).is_symlink():
+            (folder / LOCK).unlink()
         lock = FileLock(folder / LOCK)
         lock.acquire(timeout=0)
     except Timeout:

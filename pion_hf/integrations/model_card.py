@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +176,8 @@ def extend(path: Path, summary: dict[str, Any], *, dataset_name: str | None = No
             has no place for those of data that nobody else can find.
     """
     card = ModelCard.load(path)
+    name = path.absolute().parent.name
+    places = {str(path.absolute().parent) if name else "", *_local_paths(card)}
     methods = methods_of(summary["optimizer"])
     if methods:
         card.data.tags = sorted({*(card.data.tags or ()), *methods, "pion_hf"})
@@ -182,7 +185,9 @@ def extend(path: Path, summary: dict[str, Any], *, dataset_name: str | None = No
     if results:
         card.data.model_name = card.data.model_name or path.parent.name
         card.data.eval_results = results
-    text = card.text.replace(NO_BASE, "a model that is not on the Hub").replace(NO_ADDRESS, f'model="{path.parent}"')
+    text = card.text.replace(NO_BASE, "a model that is not on the Hub").replace(NO_ADDRESS, f'model="{name}"')
+    for place in sorted(filter(None, places), key=len, reverse=True):
+        text = text.replace(place, Path(place).name)
     added = [*_optimizer(summary, path.parent), *_measurements(summary, path.parent)]
     beginning, heading, end = text.partition(HEADING)
     parts = [beginning.rstrip(), *added, (heading + end).rstrip(), *_citations(methods)]
@@ -190,6 +195,19 @@ def extend(path: Path, summary: dict[str, Any], *, dataset_name: str | None = No
         parts.insert(-len(methods), "## Citations")
     card.text = "\n\n".join(filter(None, parts)) + "\n"
     write_text(path, str(card))
+
+
+def _local_paths(card: ModelCard) -> set[str]:
+    """Absolute paths of this machine, of which the metadata are rid: peft's name the base model, others the data."""
+    found = set()
+    for key, value in card.data.to_dict().items():
+        entries = value if isinstance(value, list) else [value]
+        paths = {e: e[e.find("/") :] for e in entries if isinstance(e, str) and re.match(r"(base_model:\w+:)?/", e)}
+        if paths:
+            kept = [entry for entry in entries if entry not in paths]
+            setattr(card.data, key, kept if isinstance(value, list) and kept else None)
+            found.update(paths.values())
+    return found
 
 
 def _optimizer(summary: dict[str, Any], folder: Path) -> Iterator[str]:

@@ -66,11 +66,14 @@ class PionTrainerMixin(CheckpointMixin):
         """As the Trainer's own, which transformers and TRL call when they save or push, and what `model_card` adds."""
         if not args and kwargs.get("model_name") is None:
             kwargs["model_name"] = Path(self.args.hub_model_id or self.args.output_dir).absolute().name
-        if os.path.isdir(kwargs.get("dataset_name") or ""):  # TRL would link to the hub's of that name
+        data = kwargs.get("dataset_name") or ""
+        if os.path.exists(data) or os.path.isabs(data) or "://" in data:  # TRL would link to the hub's of that name
             kwargs["dataset_name"] = None
+        path = Path(self.args.output_dir, "README.md")
+        if self.is_world_process_zero() and path.is_symlink():  # which theirs would write through
+            path.unlink()
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            path = Path(self.args.output_dir, "README.md")
             model_card.extend(path, self.run_summary(), dataset_name=kwargs.get("dataset_name"))
 
 
