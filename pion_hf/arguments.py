@@ -15,11 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import torch
+from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
-from transformers.utils import logging
+from transformers.utils import is_torch_bf16_gpu_available, logging
 
 import pion_hf.optim
 from pion_hf.errors import unknown
+from pion_hf.linalg.precision import bfloat16_speedup
 from pion_hf.optim.lora import FactorMethod
 from pion_hf.optim.pion import check_preset
 from pion_hf.schedules import SCHEDULES, check_options
@@ -177,6 +180,7 @@ class PionOptions:
             owners = ", ".join(OPTIMIZER_CLASSES)
             instead = " (optim='adamw_routed' is AdamW with keep)" if "keep" in given else ""
             logger.warning(f"optim={optim!r} ignores options that only {owners} have: {', '.join(given)}{instead}.")
+        self._choose_precision()
         try:
             super().__post_init__()
         except json.JSONDecodeError as error:
@@ -185,10 +189,34 @@ class PionOptions:
         if schedule in SCHEDULES:  # its options were a JSON string until now
             check_options(schedule, self.lr_scheduler_kwargs, self.max_steps if self.max_steps > 0 else None)
 
+    def _choose_precision(self) -> None:
+        """Where `bf16` is left open (None, as in TRL's configs, or "auto") the hardware decides, and it is said."""
+        is_open = self.bf16 in (None, "auto")
+        on_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if is_open:
+            self.bf16 = not self.fp16 and (bfloat16_speedup() > 1 if on_cpu else is_torch_bf16_gpu_available())
+        if is_open and on_cpu and not self.fp16:
+            logger.warning_once(f"{'bfloat16' if self.bf16 else 'float32'}: {measured_speed()} (bf16=auto)")
+        if self.bf16 and on_cpu:
+            self.use_cpu = True  # else transformers asks for a GPU, although there is none
+
     def given_options(self) -> dict[str, Any]:
         """The options that were set, by the constructor's names."""
         given = {option_name(f.name): getattr(self, f.name) for f in fields(PionOptions)}
         return {option: value for option, value in given.items() if value is not None}
+
+
+def measured_speed() -> str:
+    """How fast this CPU multiplies bfloat16, in words."""
+    speedup = bfloat16_speedup()
+    times, how = (speedup, "faster") if speedup > 1 else (1 / speedup, "more slowly")
+    return f"this CPU multiplies bfloat16 {times:.{0 if times >= 10 else 1}f} times {how} than float32"
+
+
+def warn_of_slow_bfloat16(args: TrainingArguments) -> None:
+    """Of `bf16=True` on a CPU that only emulates it; training is about to begin."""
+    if args.bf16 and args.device.type == "cpu" and bfloat16_speedup() < 1:
+        logger.warning_once(f"bf16=True, but {measured_speed()}: leave it out (or bf16=auto) to train in float32.")
 
 
 def option_name(field: str) -> str:

@@ -79,17 +79,19 @@ def _padded_left(tokenizer: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def exact_match(
+def generate_answers(
     model: nn.Module, tokenizer: Any, rows: Sequence[dict[str, Any]], *, batch_size: int = 16, max_new_tokens: int = 32
-) -> float:
-    """Share of `rows` whose greedily generated answer equals the reference (`evaluate` metric `exact_match`)."""
-    pairs = prompts_and_answers(rows)
-    metric = evaluate.load(EXACT_MATCH)
+) -> list[str]:
+    """The answers that `model` generates greedily to chat `rows`, in their order."""
+    prompts = [prompt for prompt, _ in prompts_and_answers(rows)]
+    answers = [""] * len(prompts)
     with evaluating(model), _padded_left(tokenizer):
-        order = sorted(range(len(pairs)), key=lambda i: len(str(pairs[i][0])))
+        order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])))
         for start in tqdm(range(0, len(order), batch_size), desc="Answering", leave=False):
-            batch = [pairs[i] for i in order[start : start + batch_size]]
-            texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p, _ in batch]
+            batch = order[start : start + batch_size]
+            texts = [
+                tokenizer.apply_chat_template(prompts[i], tokenize=False, add_generation_prompt=True) for i in batch
+            ]
             inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
             produced = model.generate(
                 **inputs,
@@ -98,9 +100,16 @@ def exact_match(
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
             )
-            answers = tokenizer.batch_decode(produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            metric.add_batch(predictions=answers, references=[answer for _, answer in batch])
-    return metric.compute()["exact_match"]
+            texts = tokenizer.batch_decode(produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for i, text in zip(batch, texts, strict=True):
+                answers[i] = text
+    return answers
+
+
+def exact_match(answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> float:
+    """Share of `answers` to chat `rows` that equal the reference (`evaluate` metric `exact_match`)."""
+    references = [reference for _, reference in prompts_and_answers(rows)]
+    return evaluate.load(EXACT_MATCH).compute(predictions=answers, references=references)["exact_match"]
 
 
 def text_loss(

@@ -20,7 +20,7 @@ import pion_hf
 from pion_hf import run
 from pion_hf.cli import main
 from pion_hf.cli.outcome import ReportMixin
-from tests.conftest import toy_llama
+from tests.conftest import chat_rows, toy_llama
 
 COMMAND = [str(Path(sysconfig.get_path("scripts")) / "pion-hf")]
 TWO_STEPS = ["--optim", "pion", "--max_steps=2", "--learning_rate=1e-2", "--use_cpu", "--report_to=none"]
@@ -107,6 +107,9 @@ def test_sft_trains_and_reports(recipe, tmp_path, capsys):
         assert moment["other_text"]["perplexity"] == pytest.approx(math.exp(moment["other_text"]["loss"]))
     assert report["learnt"] == before["task"]["loss"] - after["task"]["loss"] > 0
     assert report["forgotten"] == {"other_text": after["other_text"]["loss"] - before["other_text"]["loss"]}
+    questions = [row["prompt"][0]["content"] for row in chat_rows(3, first=100)]
+    assert [example["question"] for example in report["examples"]] == questions
+    assert report["examples"][0]["before"] != report["examples"][0]["reference"]
     assert report["optimizer"]["name"] == "pion"
     assert report["optimizer"]["options"]["direction"] == "natural"
     assert report["steps"] == 2
@@ -115,6 +118,7 @@ def test_sft_trains_and_reports(recipe, tmp_path, capsys):
     assert "pion, 2 steps" in printed
     assert all(f"task: {measure}" in printed for measure in ("loss", "perplexity", "exact match"))
     assert "other text: loss" in printed
+    assert all(question in printed for question in questions)
     rules = {r["name"]: r["rule"] for r in json.loads((folder / "routing.json").read_text())["parameters"]}
     assert rules["model.layers.0.mlp.down_proj.weight"] == "pion"
     assert rules["model.embed_tokens.weight"] == "adamw"

@@ -20,6 +20,7 @@ from pion_hf.cli.training import ReportingSFTTrainer
 from pion_hf.evaluation import (
     answer_tokens,
     exact_match,
+    generate_answers,
     perplexity,
     progress,
     prompts_and_answers,
@@ -74,14 +75,21 @@ def test_exact_match_of_generated_answers(tokenizer):
     del answers[texts[3]]
     student = Student(tokenizer, answers).train()
     side = tokenizer.padding_side
-    assert exact_match(student, tokenizer, rows, batch_size=4, max_new_tokens=6) == pytest.approx(0.8)
+    found = generate_answers(student, tokenizer, rows, batch_size=4, max_new_tokens=6)
+    assert exact_match(found, rows) == pytest.approx(0.8)
+    assert [answer == row["completion"][0]["content"] for answer, row in zip(found, rows, strict=True)] == [
+        *(False, True, True, False),
+        *[True] * 6,
+    ]
     assert sorted(student.seen) == sorted(texts)
     assert student.training
     assert tokenizer.padding_side == side
 
 
-def test_exact_match_runs_on_a_model(model, tokenizer):
-    assert 0 <= exact_match(model, tokenizer, chat_rows(3), max_new_tokens=2) <= 1
+def test_answers_of_a_model(model, tokenizer):
+    answers = generate_answers(model, tokenizer, chat_rows(3), max_new_tokens=2)
+    assert len(answers) == 3
+    assert 0 <= exact_match(answers, chat_rows(3)) <= 1
 
 
 def test_chat_rows_of_both_forms():
@@ -240,9 +248,9 @@ def test_chats_of_another_domain_are_measured(recipe, other_data, tmp_path, toke
 
     def half(model, tokenizer, rows, max_new_tokens):
         answered.append((rows, max_new_tokens))
-        return 0.5
+        return [row["completion"][0]["content"] if i % 2 else "" for i, row in enumerate(rows)]
 
-    monkeypatch.setattr("pion_hf.cli.outcome.exact_match", half)
+    monkeypatch.setattr("pion_hf.cli.outcome.generate_answers", half)
     changes = {"other_dataset": str(other_data), "exact_match_samples": 2, "max_new_tokens": 3, "max_steps": 4}
     main(["sft", "--config", recipe(**changes)])
     record = strict(tmp_path / "run" / "eval.json")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-TRAINING = ["--max_steps", "2", "--use_cpu", "true", "--report_to", "none", "--save_strategy", "no", "--bf16", "false"]
+TRAINING = ["--max_steps", "2", "--report_to", "none", "--save_strategy", "no"]
 SMALL = ["--per_device_train_batch_size", "4", "--logging_steps", "1", "--learning_rate", "1e-2", *TRAINING]
 CHAT = ["--chats", "{chats}", *SMALL]
 # script -> its arguments, and what its output must say.

@@ -1,30 +1,35 @@
 """In which precision products run that may be rounded."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from pion_hf.linalg import precision
-from pion_hf.linalg.precision import product_dtype
+from pion_hf.linalg.precision import bfloat16_speedup, product_dtype
 
 
-@pytest.fixture
-def instructions(monkeypatch):
-    """Says which instructions for bfloat16 the processor has."""
-
-    def say(*, amx, avx512):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-        precision._multiplies_bfloat16.cache_clear()
-
-    yield say
+@pytest.mark.parametrize("speedup", [0.05, 0.9, 1.5, 3.0])
+def test_auto_is_bfloat16_where_the_processor_is_faster_in_it(speedup, monkeypatch):
     precision._multiplies_bfloat16.cache_clear()
-
-
-@pytest.mark.parametrize(("amx", "avx512"), [(False, False), (True, False), (False, True), (True, True)])
-def test_auto_is_bfloat16_where_the_processor_multiplies_it(amx, avx512, instructions):
-    instructions(amx=amx, avx512=avx512)
+    monkeypatch.setattr(precision, "bfloat16_speedup", lambda: speedup)
     found = product_dtype(torch.ones(1), "auto")
-    assert found == (torch.bfloat16 if amx or avx512 else torch.float32)
+    precision._multiplies_bfloat16.cache_clear()
+    assert found == (torch.bfloat16 if speedup > 1 else torch.float32)
+
+
+def test_a_processor_whose_units_are_hidden_is_found_to_be_slow():
+    command = "from pion_hf.linalg.precision import bfloat16_speedup; print(bfloat16_speedup())"
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.5
+
+
+def test_the_measurement_is_made_once():
+    assert bfloat16_speedup() > 0
+    assert bfloat16_speedup() == bfloat16_speedup()
 
 
 def test_what_was_chosen_is_used_and_double_precision_kept():

@@ -35,7 +35,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
-from pion_hf.evaluation import exact_match, text_loss
+from pion_hf.evaluation import exact_match, generate_answers, text_loss
 from pion_hf.integrations.trl import PionSFTConfig, PionSFTTrainer
 
 MODEL, DATA, OTHER_TEXT = "models/smollm2-135m-instruct", "data/reasoning", "data/python_docs.txt"
@@ -170,7 +170,8 @@ class Bench:
         }
         if answer:
             with trainer.accelerator.autocast():
-                result["exact_match"] = exact_match(trainer.model, self.tokenizer, self.answered, max_new_tokens=24)
+                answers = generate_answers(trainer.model, self.tokenizer, self.answered, max_new_tokens=24)
+            result["exact_match"] = exact_match(answers, self.answered)
         self.strip(model)
         return result
 

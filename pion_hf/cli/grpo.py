@@ -73,8 +73,6 @@ class RewardReport(ReportMixin):
             values["reward"] = metrics["eval_reward"]
             if len(self.reward_func_names) > 1:
                 values.update({name: metrics[f"eval_rewards/{name}/mean"] for name in self.reward_func_names})
-        if self.questions:
-            values["exact_match"] = self.exact_match(self.questions)
         return values
 
 

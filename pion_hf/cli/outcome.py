@@ -14,6 +14,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -22,6 +23,7 @@ from pion_hf.evaluation import (
     Measures,
     answer_tokens,
     exact_match,
+    generate_answers,
     perplexity,
     progress,
     prompts_and_answers,
@@ -34,6 +36,7 @@ from pion_hf.integrations.model_card import table_rows
 from pion_hf.runs import BEFORE, EVALUATION, read_json, write_json
 
 OTHER_ROWS = 128  # rows of `other_dataset` whose loss is measured
+SHOWN = 3  # questions that are printed with the answers before and after
 
 
 @dataclass
@@ -80,6 +83,8 @@ class ReportMixin:
         self.report_arguments = report
         self.measured: dict[str, Measures] = {}
         self.blends: dict[float, Measures] = {}  # by the share of what training changed
+        # Answers to the first questions, by the share of what training changed (0: before it).
+        self.shown: dict[float, list[str]] = {}
         self._blended = False
         # All that can be wrong with the data is found here, most of it before a model is loaded. The raw rows: TRL's
         # own preparation leaves only tokens.
@@ -98,13 +103,13 @@ class ReportMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`, between two measurements; writes `eval.json`."""
         resume = resolve_resume(resume_from_checkpoint, self.args.output_dir)  # known before anything is measured
-        self.measured, self.blends, self._blended = {}, {}, False
+        self.measured, self.blends, self.shown, self._blended = {}, {}, {}, False
         blend = self._begin_blend()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self.add_callback(_MeasuresFirst(self))
         else:
             self.create_optimizer()  # what it refuses is known before anything is measured
-            self.measured["before"] = self.measure()
+            self.measured["before"] = self.measure(0)
         output = super().train(resume, *args, **kwargs)
         self.remove_callback(_MeasuresFirst)
         if blend is not None:
@@ -144,20 +149,24 @@ class ReportMixin:
         for share in sorted({1.0, last, *(self.report_arguments.blend_shares or ())}, reverse=True):
             blend.apply(share, self.optimizer)
             self._blended = share != 1  # what was logged of the trained model is not true of others
-            self.blends[share] = self.measure()
+            self.blends[share] = self.measure(share)
         self._blended = False
         if share != last:
             blend.apply(last, self.optimizer)
 
-    def measure(self) -> Measures:
-        """What the model can do now."""
+    def measure(self, share: float = 1.0) -> Measures:
+        """What the model can do now, with `share` of what training changes."""
         measures = {"task": self.measure_task()}
+        if self.questions:
+            answers, values = self.answers(self.questions)
+            self.shown[share] = answers[:SHOWN]
+            measures["task"].update(values)
         for domain, rows in self.other.items():
             with self.accelerator.autocast():  # as the evaluation loss
                 loss = token_loss(self.model, rows)
             measures[domain] = {"loss": loss, "perplexity": perplexity(loss)}
         if self.other_questions:
-            measures["other_dataset"]["exact_match"] = self.exact_match(self.other_questions)
+            measures["other_dataset"].update(self.answers(self.other_questions)[1])
         return {domain: values for domain, values in measures.items() if values}
 
     def measure_task(self) -> dict[str, float]:
@@ -166,8 +175,6 @@ class ReportMixin:
         if self.eval_dataset is not None:
             loss = self.evaluation()["eval_loss"]
             values = {"loss": loss, "perplexity": perplexity(loss)}
-        if self.questions:
-            values["exact_match"] = self.exact_match(self.questions)
         return values
 
     def task_questions(self, eval_dataset: Any) -> list[dict]:
@@ -180,11 +187,21 @@ class ReportMixin:
             raise ValueError(f"exact_match_samples: {error}") from None
         return rows
 
-    def exact_match(self, rows: list[dict]) -> float:
-        """Share of chat rows that the model answers as they do."""
+    def answers(self, rows: list[dict]) -> tuple[list[str], dict[str, float]]:
+        """What the model answers to chat rows, and the share of them that it answers as they do."""
+        tokens = self.report_arguments.max_new_tokens
         with self.accelerator.autocast():
-            tokens = self.report_arguments.max_new_tokens
-            return exact_match(self.model, self.processing_class, rows, max_new_tokens=tokens)
+            answers = generate_answers(self.model, self.processing_class, rows, max_new_tokens=tokens)
+        return answers, {"exact_match": exact_match(answers, rows)}
+
+    def examples(self) -> list[dict[str, str]]:
+        """The first questions, with their `reference` answers and the model's `before` and `after` training."""
+        shown = self.questions[:SHOWN] if self.report_arguments.blend in self.shown else []
+        before, after = (self.shown.get(share, [""] * SHOWN) for share in (0, self.report_arguments.blend))
+        return [
+            {"question": prompt[-1]["content"], "reference": reference, "before": before[i], "after": after[i]}
+            for i, (prompt, reference) in enumerate(prompts_and_answers(shown))
+        ]
 
     def run_summary(self) -> dict[str, Any]:
         """What `eval.json` holds; without its measurements while training is not over."""
@@ -198,12 +215,15 @@ class ReportMixin:
         gained = {domain: progress(before[domain], after[domain]) for domain in before}
         learnt = {"learnt": gained.pop("task")} if "task" in gained else {}
         forgotten = {"forgotten": {domain: -gain for domain, gain in gained.items()}} if gained else {}
-        return {**summary, **self.measured, **learnt, **forgotten}
+        examples = {"examples": self.examples()} if self.questions else {}
+        return {**summary, **self.measured, **learnt, **forgotten, **examples}
 
     def finish(self) -> None:
         """Print the table."""
         if self.is_world_process_zero():
             Console().print(self._table())
+            if self.questions:
+                Console().print(examples_table(self.examples()))
             if self.blends:
                 Console().print(blend_table(self.blends))
 
@@ -242,6 +262,16 @@ class ReportMixin:
         return table
 
 
+def examples_table(examples: list[dict[str, str]]) -> Table:
+    """Questions, and the answers before and after training."""
+    table = Table(title="For example", show_lines=True)
+    for column in ("question", "reference", "before", "after"):
+        table.add_column(column, overflow="fold")
+    for example in examples:
+        table.add_row(*(Text(str(text).strip()) for text in example.values()))
+    return table
+
+
 def blend_table(blends: dict[float, Measures]) -> Table:
     """What the model can do with a share of what training changed."""
     table = Table(title="Shares of what training changed")
@@ -268,7 +298,7 @@ class _MeasuresFirst(TrainerCallback):
         if state.global_step:
             self._trainer.measured["before"] = read_json(path) or {}
             return
-        self._trainer.measured["before"] = self._trainer.measure()
+        self._trainer.measured["before"] = self._trainer.measure(0)
         if state.is_world_process_zero:
             write_json(path, self._trainer.measured["before"])
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import transformers
 import yaml
 from torch.utils.checkpoint import checkpoint
+from transformers.hf_argparser import string_to_bool
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
@@ -101,6 +102,10 @@ class RecipeParser(TrlParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        precision = self._by_key().get("bf16")
+        if precision is not None:
+            precision.type = _flag_or_auto
+            precision.help = f"{precision.help} auto, or unset: where the hardware is faster in it."
 
     def parse_recipe(
         self, argv: list[str], named: tuple[str, dict[str, Any]] | None = None, *, trains: bool = True
@@ -178,6 +183,11 @@ class RecipeParser(TrlParser):
                 _check_mapping(f"{path}: {key}", recipe[key], known)
         if "optim" in actions:
             _check_optimizer(path, recipe, str(recipe.get("optim", self.get_default("optim"))))
+
+
+def _flag_or_auto(value: str | bool) -> bool | None:
+    """A flag whose third value, None, leaves the choice to the hardware."""
+    return None if value == "auto" else string_to_bool(value)
 
 
 def _check_number(where: str, action: argparse.Action, value: Any) -> None:

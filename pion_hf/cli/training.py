@@ -16,7 +16,7 @@ import trl
 from trl.data_utils import get_dataset_column_names
 from trl.scripts import sft as trl_sft
 
-from pion_hf.arguments import OPTIMIZER_CLASSES
+from pion_hf.arguments import OPTIMIZER_CLASSES, warn_of_slow_bfloat16
 from pion_hf.cli.adapters import AdapterSFTTrainer, ModelArguments, check_adapter, set_initialisation
 from pion_hf.cli.outcome import ReportArguments, ReportMixin, check_report
 from pion_hf.integrations.handler import refuse_wrappers
@@ -50,6 +50,7 @@ def train(
         ValueError, FileNotFoundError: input that cannot be trained on; where possible before anything is loaded.
     """
     quiet_without_terminal(training_args)
+    warn_of_slow_bfloat16(training_args)
     if (model_args.load_in_4bit or model_args.load_in_8bit) and find_spec("bitsandbytes") is None:
         raise ValueError("load_in_4bit and load_in_8bit need the package bitsandbytes: pip install bitsandbytes")
     trainers: list[ReportMixin] = []

@@ -18,6 +18,7 @@ from pion_hf.arguments import (
     PionOptions,
     parse_optim_args,
     resolve_options,
+    warn_of_slow_bfloat16,
 )
 from pion_hf.optim import Inputs
 from pion_hf.optim.groups import kept_columns
@@ -33,6 +34,7 @@ def optimizer_of(args: Any, model: nn.Module | None) -> tuple[type, dict[str, An
     if model is None:
         raise ValueError(f"optim={optim!r} routes a model's parameters by their modules: it needs the model.")
     refuse_wrappers(args)
+    warn_of_slow_bfloat16(args)
     optim, options, group_options = choose_form(args, model)
     routing, groups = groups_from(args, model, optim, group_options)
     # Measured of weights of which the first process's count: DDP and FSDP2 give them to the others, but only later.
