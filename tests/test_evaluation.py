@@ -248,7 +248,7 @@ def test_chats_of_another_domain_are_measured(recipe, other_data, tmp_path, toke
 
     def half(model, tokenizer, rows, max_new_tokens):
         answered.append((rows, max_new_tokens))
-        return [row["completion"][0]["content"] if i % 2 else "" for i, row in enumerate(rows)]
+        return [answer if i % 2 else "" for i, (_, answer) in enumerate(prompts_and_answers(rows))]
 
     monkeypatch.setattr("pion_hf.cli.outcome.generate_answers", half)
     changes = {"other_dataset": str(other_data), "exact_match_samples": 2, "max_new_tokens": 3, "max_steps": 4}

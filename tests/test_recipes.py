@@ -317,7 +317,7 @@ def environment(monkeypatch):
 @pytest.mark.parametrize("flag", sorted(FLAGS))
 def test_flags_of_trl_sft_mean_what_they_mean_to_trl(flag, tmp_path):
     action = FLAGS[flag]
-    base = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--optim", "adamw_torch"]
+    base = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--optim", "adamw_torch"]
     base += ["--lr_scheduler_type", "cosine_with_restarts"]
     values = [[str(value)] for value in [*(action.choices or ())][:3] or OWN_VALUES.get(flag, VALUES)]
     values += [[]] if action.nargs in ("?", 0) else []
