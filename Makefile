@@ -15,10 +15,7 @@ $(VENV)/installed: setup.cfg constraints.txt pyproject.toml
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/python examples/prepare_smollm2.py --output models/smollm2-135m-instruct
-	$(BIN)/python examples/prepare_reasoning.py --output data/reasoning
-	$(BIN)/pion-hf sft --config recipes/smollm2-135m/sft/full.yaml
-	$(BIN)/pion-hf report runs/smollm2-135m-pion
+	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not distributed and not gallery"

@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -48,12 +49,30 @@ def test_an_example_trains(script, checkpoint, chat_data, tmp_path):
 @pytest.mark.parametrize("script", sorted((EXAMPLES / "benchmarks").glob("*.py")), ids=lambda path: path.name)
 def test_a_benchmark_can_be_imported(script, monkeypatch):
     monkeypatch.syspath_prepend(script.parent)  # as where it is run: some import others
-    importlib.util.spec_from_file_location(script.stem, script).loader.load_module()
+    loaded(script)
+
+
+def loaded(path: Path) -> ModuleType:
+    return importlib.util.spec_from_file_location(path.stem, path).loader.load_module()
+
+
+@pytest.mark.parametrize(
+    ("rate", "speedup", "steps"),
+    [(190.0, 2.2, 20), (30.0, 3.0, 20), (190.0, 0.05, 20), (40.0, 0.05, 12), (23.0, 0.05, 12), (1.0, 0.5, 12)],
+)
+def test_the_demo_is_as_long_as_the_machine_affords(rate, speedup, steps):
+    demo = loaded(EXAMPLES / "demo.py")
+    assert demo.chosen_steps(rate, speedup) == steps
+    seconds = (demo.EVALUATION_GFLOP + steps * demo.STEP_GFLOP) / rate
+    assert speedup > 1 or seconds <= max(demo.FAST_SECONDS, 900 * 40 / rate)
+
+
+def test_the_demo_measures_a_rate():
+    assert loaded(EXAMPLES / "demo.py").gflops(side=256) > 0.01
 
 
 def test_what_the_benchmark_of_retractions_shows():
-    path = EXAMPLES / "benchmarks" / "retraction.py"
-    script = importlib.util.spec_from_file_location("retraction", path).loader.load_module()
+    script = loaded(EXAMPLES / "benchmarks" / "retraction.py")
     assert script.defect("root", 0.1, n=32) < 1e-6
     assert script.defect("taylor", 1.0, n=32) > 1e-2
     assert script.seconds("root", 0.1) > 0

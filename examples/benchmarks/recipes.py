@@ -1,6 +1,7 @@
 """The memory of a step of every recipe, as `pion-hf plan --config RECIPE` estimates it: tables of recipes/*/README.md.
 
 `python examples/benchmarks/recipes.py` prints them; `--write` also puts them into the README files.
+Where a recipe leaves the precision to the processor (`bf16: auto`), it is that of autocast.
 """
 
 import argparse
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from pion_hf.cli.memory import in_gib
 from pion_hf.cli.plan import make_plan, parse
+from pion_hf.cli.recipe import read_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # The folder that examples/prepare_smollm2.py makes has this model's shapes.
@@ -20,7 +22,8 @@ HEADER = f"| recipe | optimizer | {' | '.join(PARTS)} | peak with AdamW |\n|{'--
 
 def row(recipe: Path) -> str:
     """The table's line of one recipe."""
-    args, model_args, _, on_cpu = parse(["--config", str(recipe)])
+    autocast = ["--bf16", "true"] if read_recipe(recipe).get("bf16") == "auto" else []  # on any machine the same table
+    args, model_args, _, on_cpu = parse(["--config", str(recipe), *autocast])
     model_args.model_name_or_path = SHAPES.get(model_args.model_name_or_path, model_args.model_name_or_path)
     plan = make_plan(args, model_args, on_cpu=on_cpu)
     cells = [in_gib(getattr(plan.memory, part)) for part in PARTS]
