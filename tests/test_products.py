@@ -27,9 +27,29 @@ def test_a_processor_whose_units_are_hidden_is_found_to_be_slow():
     assert float(done.stdout) < 0.5
 
 
-def test_the_measurement_is_made_once():
-    assert bfloat16_speedup() > 0
-    assert bfloat16_speedup() == bfloat16_speedup()
+@pytest.fixture
+def measured_anew():
+    bfloat16_speedup.cache_clear()
+    yield
+    bfloat16_speedup.cache_clear()
+
+
+@pytest.mark.usefixtures("measured_anew")
+def test_the_measurement_is_of_the_processor_wherever_it_is_made(monkeypatch):
+    dtypes = []
+    product = torch.mm
+
+    def seen(x, y):
+        result = product(x, y)
+        dtypes.append((x.device.type, result.dtype))
+        return result
+
+    monkeypatch.setattr(torch, "mm", seen)
+    with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+        found = bfloat16_speedup()
+    assert found == bfloat16_speedup() > 0
+    assert set(dtypes) == {("cpu", torch.float32), ("cpu", torch.bfloat16)}
+    assert len(dtypes) <= 16  # once
 
 
 def test_what_was_chosen_is_used_and_double_precision_kept():
