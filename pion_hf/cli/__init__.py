@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "a page of pictures about one run, or several side by side, from their folders",
     "compare": "the same recipe with every optimizer, learning rate and seed: a table of who learns and who forgets",
 }
+TRAINING = ("sft", "cpt", "grpo")  # of them, those that train by a recipe
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,11 +19,11 @@ from typing import Any
 import yaml
 
 from pion_hf.arguments import OPTIMIZER_CLASSES, PionOptions, option_name, option_types, resolve_options
+from pion_hf.cli import TRAINING
 from pion_hf.cli.recipe import SECRETS, read_recipe
 from pion_hf.files import write_text
 from pion_hf.redaction import without_secrets
 
-COMMANDS = ("sft", "cpt", "grpo")
 # What every run must share, or no result says anything about the optimizer: what it may cost, and what measures it.
 SHARED = (
     *("max_steps", "num_train_epochs", "max_tokens", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -85,9 +85,9 @@ def command_of(recipe: Path, named: str | None) -> str:
         ValueError: neither says.
     """
     found = named or recipe.absolute().parent.name
-    if found not in COMMANDS:
+    if found not in TRAINING:
         raise ValueError(
-            f"{recipe} does not lie in a folder named {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}, which would say "
+            f"{recipe} does not lie in a folder named {', '.join(TRAINING[:-1])} or {TRAINING[-1]}, which would say "
             "what it is for: add --command sft (or another)"
         )
     return found

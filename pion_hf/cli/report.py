@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pion_hf.report import write_report
-
 DESCRIPTION = """\
 Writes one HTML page about a run, or about several side by side, from what training left in their folders: what ran,
 losses and results before and after, learning rates, sizes of updates and rotation angles, singular values, where the
@@ -18,6 +16,8 @@ it came.
 def main(argv: list[str]) -> None:
     """Write the page and say where it is."""
     args = _parser().parse_args(argv)
+    from pion_hf.report import write_report  # takes seconds, not before the flags are right
+
     output = args.output or (Path(args.runs[0]) if len(args.runs) == 1 else Path()) / "report.html"
     print(write_report(args.runs, output, args.title, pictures=args.pictures))
 
