@@ -433,6 +433,22 @@ def test_a_models_tensors_without_groups_are_pointed_out():
         Pion(model[1].parameters())
 
 
+def test_groups_with_and_without_decay_are_pointed_out_once():
+    """As a Trainer makes them of `optimizer_cls_and_kwargs=(Pion, {...})`."""
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 6))
+    groups = [
+        {"params": (p for p in model.parameters() if p.ndim > 1), "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    with pytest.warns(UserWarning, match=r"embeddings and heads.*param_groups") as said:
+        optimizer = Pion(groups)
+    assert len(said) == 1
+    assert [(len(group["params"]), group["rule"]) for group in optimizer.param_groups] == [(2, "pion"), (1, "adamw")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Pion([groups[1] | {"rule": "adamw"}, {"params": [p for p in model.parameters() if p.ndim > 1]}])
+
+
 def test_biases_and_norms_have_no_decay_of_the_constructors():
     optimizer = Pion(nn.Linear(4, 6).parameters(), weight_decay=0.1)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]

@@ -65,7 +65,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._forms: dict[tuple[int, torch.Size, torch.dtype], dict[str, Tensor]] = {}
         self._readers: defaultdict[tuple, LateReader] = defaultdict(LateReader)
         self._updating: tuple = ()  # the key of the batch
-        super().__init__(groups.as_groups(params), defaults)
+        super().__init__(groups.as_groups(params, owner=type(self).__name__), defaults)
         if not any(group["rule"] in self.matrix_rules for group in self.param_groups):
             raise ValueError(
                 f"{type(self).__name__} was given no matrix to update: pass at least one 2-D parameter, or a group "
@@ -82,7 +82,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if "rule" not in param_group:
             before = len(self.param_groups)
             try:
-                for part in groups.divide(param_group, self.matrix_rules[0], owner=type(self).__name__):
+                for part in groups.divide(param_group, self.matrix_rules[0]):
                     self.add_param_group(part)
             except Exception:
                 del self.param_groups[before:]
@@ -223,6 +223,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the state is of other parameters, or of another rule or option (see `check_saved`).
         """
+        groups.follow_zeros(state_dict["param_groups"], self.param_groups)
         check_saved(state_dict, self.param_groups, self.defaults, self.elementwise_rules)
         own = [{option: group[option] for option in OWN if option in group} for group in self.param_groups]
         super().load_state_dict(state_dict)

@@ -18,6 +18,7 @@ STRUCTURAL_KEYS = {
     "method",
     "reach",
     "begun",
+    "zeros",
     "initial_lr",
 }
 
@@ -25,8 +26,11 @@ STRUCTURAL_KEYS = {
 SOFT_DIRECTIONS = 4
 
 
-def as_groups(params: Iterable) -> list[dict]:
+def as_groups(params: Iterable, *, owner: str) -> list[dict]:
     """What torch's optimizers take, as groups.
+
+    owner: the optimizer, for a warning where those without a rule look like all of a model's tensors, as in groups
+    with and without weight decay.
 
     Raises:
         ValueError: there is nothing in it.
@@ -34,16 +38,23 @@ def as_groups(params: Iterable) -> list[dict]:
     params = [params] if isinstance(params, (Tensor, dict)) else list(params)
     if not params:
         raise ValueError("the optimizer was given no parameters.")
-    if isinstance(params[0], dict):
-        return [dict(group) for group in params]
-    return [{"params": params}]
+    given = [dict(group) for group in params] if isinstance(params[0], dict) else [{"params": params}]
+    for group in given:
+        if not isinstance(group.get("params"), (Tensor, type(None))):
+            group["params"] = list(group["params"])
+    tensors = [_tensor(p) for group in given if "rule" not in group for p in group.get("params") or ()]
+    if sum(p.ndim == 2 for p in tensors) > 1 and any(p.ndim < 2 for p in tensors):
+        warnings.warn(
+            f"{owner} was given a model's tensors without groups, or in groups without a rule: those of embeddings and "
+            "heads are updated as matrices too, and fused projections as one. Use pion_hf.param_groups(model), or give "
+            "every group's rule.",
+            stacklevel=4,
+        )
+    return given
 
 
-def divide(group: dict, rule: str, *, owner: str) -> Iterator[dict]:
-    """A group without a rule becomes one of matrices, with `rule`, and two for AdamW: what decays, biases and norms.
-
-    owner: the optimizer, for a warning where these look like all of a model's tensors.
-    """
+def divide(group: dict, rule: str) -> Iterator[dict]:
+    """A group without a rule becomes one of matrices, with `rule`, and two for AdamW: what decays, biases and norms."""
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     if "param_names" in group:
         params = list(zip(group["param_names"], params, strict=True))
@@ -51,19 +62,28 @@ def divide(group: dict, rule: str, *, owner: str) -> Iterator[dict]:
     matrices = [p for p in params if _tensor(p).ndim == 2]
     others = [p for p in params if _tensor(p).ndim > 2]
     vectors = [p for p in params if _tensor(p).ndim < 2]
-    if matrices and vectors and len(matrices) > 1:
-        warnings.warn(
-            f"{owner} was given a model's tensors without groups: those of embeddings and heads are "
-            "updated as matrices too, and fused projections as one. Use pion_hf.param_groups(model), or give a "
-            "group's rule.",
-            stacklevel=6,
-        )
     if matrices:
         yield {**group, "params": matrices, "rule": rule}
     if others:
         yield {**group, "params": others, "rule": "adamw"}
     if vectors:
         yield {"weight_decay": 0.0, **group, "params": vectors, "rule": "adamw"}
+
+
+def follow_zeros(saved: list[dict], groups: list[dict]) -> None:
+    """Put matrices that were zero at the start (`zeros`) where `saved` groups have them: by now they have moved.
+
+    Groups that differ in anything else stay as they are.
+    """
+    before, now = ({name for group in side for name in group.get("zeros") or ()} for side in (saved, groups))
+    if before == now or len(saved) != len(groups) or not all("param_names" in group for group in (*saved, *groups)):
+        return
+    tensors = {name: p for group in groups for name, p in named_parameters(group)}
+    pairs = list(zip(saved, groups, strict=True))
+    if all(set(s["param_names"]) ^ set(g["param_names"]) <= (before ^ now) & tensors.keys() for s, g in pairs):
+        for theirs, group in pairs:
+            group["params"] = [tensors[name] for name in theirs["param_names"]]
+            group.update(param_names=list(theirs["param_names"]), zeros=list(theirs.get("zeros") or ()))
 
 
 def _tensor(param: Tensor | tuple[str, Tensor]) -> Tensor:
