@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, get_args
@@ -17,17 +18,16 @@ from torch import Tensor, nn
 from pion_hf.adapters import Factor, has_adapters, lora_factors
 from pion_hf.errors import listing, unknown
 from pion_hf.files import write_text
-from pion_hf.optim.blocks import Layout, name_of
+from pion_hf.optim.blocks import Layout, name_of, split
 from pion_hf.optim.lora import FactorMethod
 from pion_hf.patterns import Patterns, spellings_of
-from pion_hf.stacking import ALL_FACTORS, Stacks, find_stacks
+from pion_hf.stacking import ALL_FACTORS, DEFAULT_STACK, Stacks, find_stacks
 from pion_hf.structure import Structure, parameter_count
 
 OPTIMIZERS = ("pion", "teon", "muon", "adamw_routed", "pion_lora", "teon_lora")
 # What an optimizer becomes on a model with LoRA adapters, and the options that come with it.
 LORA_FORMS = {"pion": ("pion_lora", {}), "teon": ("teon_lora", {}), "muon": ("teon_lora", {"stack": 1})}
 FOR_ADAPTERS = ("pion_lora", "teon_lora")
-DEFAULT_STACK = 2
 PLAIN_WIDTH = 120  # of a table as text
 NO_STACKS = Stacks()
 
@@ -36,6 +36,7 @@ NO_STACKS = Stacks()
 class Route:
     """Where one parameter goes. `matrices` counts what it holds, `decays` says whether weight decay may act.
 
+    gain: whether it is a factor that weight decay should not pull to zero (see `Structure.is_gain`).
     method, reach, begun: of LoRA factors, what they do, how far they step, and whether their adapter has an effect
     already (see `optim.lora`).
     """
@@ -46,14 +47,15 @@ class Route:
     rule: str
     layout: str = ""
     matrices: int = 0
+    gain: bool = False
     method: str = ""
     reach: float = 0.0
     begun: bool = False
 
     @property
     def decays(self) -> bool:
-        """Decay never touches biases and norms; a rotated matrix has none either."""
-        return self.rule != "pion" and self.method != "rotate" and self.role not in ("norm", "bias")
+        """Decay never touches biases, norms and other gains; a rotated matrix has none either."""
+        return not (self.rule == "pion" or self.method == "rotate" or self.gain or self.role in ("norm", "bias"))
 
     @property
     def matrix_names(self) -> list[str]:
@@ -87,6 +89,11 @@ class Routing:
     def matrices(self) -> tuple[Route, ...]:
         """The routes that do not lead to AdamW."""
         return tuple(r for r in self.routes if r.rule != "adamw")
+
+    @property
+    def zeros(self) -> list[str]:
+        """Names of hidden matrices that are left to AdamW because they are zero at the start."""
+        return [r.name for r in self.routes if r.role == "zero"]
 
     def rows(self, learning_rates: dict[str, float]) -> list[dict[str, Any]]:
         """One row per role and rule: role, rule, tensors, matrices, stacks, parameters, lr (from `learning_rates`)."""
@@ -160,6 +167,7 @@ def routing_table(
     stack_targets: str | Iterable[str] | None = None,
     lora_a: FactorMethod | None = None,
     lora_b: FactorMethod | None = None,
+    zeros: Iterable[str] | None = None,
 ) -> Routing:
     """Route every trainable parameter of `model`.
 
@@ -175,13 +183,16 @@ def routing_table(
             regular expressions; see `stacking.find_stacks`.
         lora_a, lora_b: of `pion_lora`: what the two factors do, `rotate` (the default of `A`), `orthogonal` (of `B`) or
             `adamw`. In embeddings, where peft starts `A` at zero instead of `B`, they change places.
+        zeros: of `pion`: names of matrices that were zero when training began, and that AdamW therefore takes, since no
+            rotation can move them. Default: those that are zero now, which is right for a model not trained yet.
 
     Raises:
         ValueError: no trainable parameter, no matrix matched, an expression that is malformed or matches nothing, a
             stack that no matrices fill, adapters where there should be none or none where there should be.
 
     Warns:
-        UserWarning: one of several targets matches embeddings, heads, norms or biases only, and so has no effect.
+        UserWarning: one of several targets matches embeddings, heads, norms or biases only, and so has no effect;
+            matrices are zero; most of the weights in the model's layers are no matrices that are known.
     """
     if optim not in OPTIMIZERS:
         raise unknown("optimizer", optim, OPTIMIZERS)
@@ -208,10 +219,12 @@ def routing_table(
             is_matrix = False
         if is_matrix and factor:
             routes.append(_factor_route(factor, optim, methods[factor.grows]))
+        elif is_matrix and optim == "pion" and (_holds_zeros(p, layout) if zeros is None else name in zeros):
+            routes.append(Route(name, p, "zero", "adamw"))
         elif is_matrix:
             routes.append(Route(name, p, role, optim, str(layout), _count(p, layout)))
         else:
-            routes.append(Route(name, p, role, "adamw", matrices=0))
+            routes.append(Route(name, p, role, "adamw", gain=role == "other" and structure.is_gain(name, p)))
     names = [n for _, p in named for n in spellings[id(p)]]
     wanted.require_all_used(names)
     unwanted.require_all_used(names)
@@ -219,8 +232,16 @@ def routing_table(
     routing = Routing(tuple(routes), frozen, optim)
     if not routing.matrices:
         raise _nothing_to_update(optim, routes, by_adamw=set(methods.values()) == {"adamw"}, excluded=bool(unwanted))
+    if zeros is None and routing.zeros:
+        warnings.warn(
+            f"{len(routing.zeros)} matrices are zero, or hold a zero matrix, which no rotation can move: AdamW updates "
+            f"them: {listing(routing.zeros)}.",
+            stacklevel=2,
+        )
+    if not (factors or wanted or unwanted):
+        _warn_of_strange_layers(routing, structure)
     if optim in ("teon", "teon_lora"):
-        return _stacked(routing, model, DEFAULT_STACK if stack is None else stack, stack_targets)
+        return _stacked(routing, model, stack, stack_targets)
     return routing
 
 
@@ -231,13 +252,42 @@ def _nothing_to_update(optim: str, routes: list[Route], *, by_adamw: bool, exclu
         if by_adamw:
             hint = "set lora_a='rotate' or lora_b='orthogonal'"
         return ValueError(f"every LoRA factor is left to AdamW: {hint}, or train with adamw_torch.")
-    if not any(r.role == "matrix" for r in routes):
+    if any(r.role == "zero" for r in routes):
+        hint = (
+            "Those that there are are zero, which no rotation can move: initialise them, or use AdamW for this model."
+        )
+    elif not any(r.role == "matrix" for r in routes):
         hint = "Use AdamW for this model: it trains no weight of an nn.Linear in a hidden layer."
     elif excluded:
         hint = "optim_exclude_modules leaves none of those that optim_target_modules allows (default: all)."
     else:
         hint = "The expressions in optim_target_modules match only embeddings, heads, norms or biases."
     return ValueError(f"no trainable matrix of a hidden layer was found for optim={optim!r}. {hint}")
+
+
+def _holds_zeros(p: Tensor, layout: Layout) -> bool:
+    """Whether one of its matrices is zero. False where the values are elsewhere: without data, or in shards."""
+    if p.is_meta or hasattr(p, "device_mesh"):
+        return False
+    return not all(view.detach().flatten(1).any(dim=1).all() for view in split(p, layout))
+
+
+def _warn_of_strange_layers(routing: Routing, structure: Structure) -> None:
+    """Of a model whose layers' weights are mostly of a form that is not known, such as 3-D projections."""
+    inside = [r for r in routing if r.role in ("matrix", "other") and not _is_vector(r) and structure.is_hidden(r.name)]
+    left = [r for r in inside if r.role == "other"]
+    counts = [sum(r.parameter.numel() for r in routes) for routes in (left, inside)]
+    if 2 * counts[0] > counts[1]:
+        warnings.warn(
+            f"AdamW updates {counts[0]:,} of the {counts[1]:,} weights in this model's layers: they are not those of "
+            f"linear layers or experts, and so no matrices that optim={routing.optim!r} knows: "
+            f"{listing([r.name for r in left])}.",
+            stacklevel=3,
+        )
+
+
+def _is_vector(route: Route) -> bool:
+    return sum(n > 1 for n in route.parameter.shape) < 2
 
 
 def _check_choices(optim: str, *, stack: Any, stack_targets: Any, lora_a: Any, lora_b: Any) -> None:
@@ -295,7 +345,7 @@ def _factor_route(factor: Factor, optim: str, method: str) -> Route:
     return dataclasses.replace(route, reach=factor.reach, begun=factor.begun)
 
 
-def _stacked(routing: Routing, model: nn.Module, stack: int, targets: str | Iterable[str] | None) -> Routing:
+def _stacked(routing: Routing, model: nn.Module, stack: int | None, targets: str | Iterable[str] | None) -> Routing:
     """Rule `teon` for parameters that take part in a stack, `muon` for other matrices; LoRA factors keep theirs."""
     parameters = [(r.name, r.parameter, r.layout) for r in routing.matrices]
     if targets is None and any(r.method for r in routing.matrices):
@@ -303,6 +353,7 @@ def _stacked(routing: Routing, model: nn.Module, stack: int, targets: str | Iter
     stacks = find_stacks(model, parameters, stack=stack, targets=targets)
     if stack == 1:
         stacks = NO_STACKS
+    stack = DEFAULT_STACK if stack is None else stack
     stacked = {name for names in stacks.stacks for name in names}
     routes = [
         dataclasses.replace(r, rule="muon") if r.rule == "teon" and not stacked.intersection(r.matrix_names) else r
@@ -372,6 +423,8 @@ def param_groups(
             if r.method:
                 groups[key].update(method=r.method, reach=[], begun=[])
         groups[key]["params"].append((r.name, r.parameter))
+        if r.role == "zero":
+            groups[key].setdefault("zeros", []).append(r.name)
         if r.method:
             groups[key]["reach"].append(r.reach)
             groups[key]["begun"] += [r.name] * r.begun

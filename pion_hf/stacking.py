@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ PROJECTIONS = {
 }
 DEFAULT_TARGETS = tuple(PROJECTIONS)
 ALL_FACTORS = r"\.lora_"  # the default on adapters
+DEFAULT_STACK = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,11 @@ class _Matrix:
 
 
 def find_stacks(
-    model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter, str]], *, stack: int, targets: Iterable[str] | None
+    model: nn.Module,
+    parameters: Sequence[tuple[str, nn.Parameter, str]],
+    *,
+    stack: int | None = None,
+    targets: Iterable[str] | None = None,
 ) -> Stacks:
     """Stacks of `stack` matrices each, of one type and shape, in the order of their layers.
 
@@ -54,13 +60,18 @@ def find_stacks(
 
     Args:
         parameters: name, tensor and layout of the matrices to choose from.
-        stack: K, at least 1.
+        stack: K, at least 1. Default: 2, where there are so many layers.
         targets: the words `q`, `k`, `v` (that projection of every attention, fused or not) or regular expressions over
             names. Default: all three words.
 
     Raises:
-        ValueError: `stack` below 1, a target that matches no matrix or whose matrices fill no stack.
+        ValueError: `stack` below 1, a target that matches no matrix, or a stack or target given that nothing fills.
+
+    Warns:
+        UserWarning: matrices do not fill a stack of the default options.
     """
+    asked = stack is not None or targets not in (None, ALL_FACTORS)
+    stack = DEFAULT_STACK if stack is None else stack
     if not isinstance(stack, int) or stack < 1:
         raise ValueError(f"stack must be a whole number of layers, 1 (Muon) or more, got {stack!r}")
     given = [targets] if isinstance(targets, str) else list(targets or ())
@@ -86,21 +97,26 @@ def find_stacks(
         full = len(names) - len(names) % stack
         stacks += [tuple(names[i : i + stack]) for i in range(0, full, stack)]
         alone += names[full:]
-    _require_stacks(given, chosen, of_type, stack)
+    lacking = _lacking_layers(given, chosen, of_type, stack)
+    if lacking and asked:
+        raise ValueError(lacking)
+    if lacking:
+        warnings.warn(f"{lacking} Until then each is orthogonalised alone, as by muon.", stacklevel=4)
     return Stacks(tuple(stacks), tuple(alone))
 
 
-def _require_stacks(given: list[str], chosen: dict[str, list], of_type: dict[tuple, list], stack: int) -> None:
-    """Every target that was given, or of the default ones at least one, must fill a stack."""
+def _lacking_layers(given: list[str], chosen: dict[str, list], of_type: dict[tuple, list], stack: int) -> str:
+    """What to say where a target that was given, or every one of the default ones, fills no stack."""
     largest = {t: max((len(of_type[m.type]) for m in found), default=0) for t, found in chosen.items()}
     for target in given or [max(largest, key=largest.get)]:
         if largest[target] < stack:
             most = max(1, largest[target])
             what, out = ("LoRA factors", "") if target == ALL_FACTORS else (f"{target!r} matrices", target)
-            raise ValueError(
+            return (
                 f"stack={stack} is more than the {largest[target]} consecutive layers of one kind and shape that have "
                 f"{what}: set stack to at most {most}{f', or take {out!r} out of stack_targets' if out else ''}."
             )
+    return ""
 
 
 def _matching(target: str, matrices: list[_Matrix], spellings: dict[str, list[str]]) -> list[_Matrix]:

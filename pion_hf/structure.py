@@ -1,15 +1,18 @@
 """What a model's modules say about a parameter: its role, and which matrices it holds.
 
-By the type and place of the module; names tell only what a fused projection is made of.
+By the type and place of the module: matrices in a list of layers are hidden ones; outside of every list of layers, what
+lies outside of a base model, or makes what nothing in the model takes, is a head. Names tell only what a fused
+projection is made of, and that a module is a router where its place does not.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pion_hf.optim.blocks import Layout, split
@@ -30,6 +33,9 @@ QKV_NAMES = {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv"}
 GATE_UP_NAMES = {"gate_up_proj", "gate_up"}
 # Experts stored (E, in, out) that carry no `is_transposed`.
 TRANSPOSED_EXPERTS = {"Llama4TextExperts"}
+ROUTERS = re.compile(r"rout|gat(e|ing)$")  # of classes in lower case, beside experts
+# So many outputs are scores or a box, also where other layers take them in again (as reference points).
+BOX = 4
 
 
 class Structure:
@@ -39,10 +45,18 @@ class Structure:
         inner = _outermost(model) or [model]
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.config = getattr(inner[0], "config", None)
-        self.inputs = set().union(*(_parameters_of(m, "get_input_embeddings") for m in inner))
-        self.outputs = set().union(*(_parameters_of(m, "get_output_embeddings") for m in inner))
-        inside = {id(m) for whole in inner for m in getattr(whole, "base_model", whole).modules()}
-        self.outside = {id(m) for m in model.modules()} - inside
+        models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+        tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        self.inputs = {id(p) for m in tables for p in m.parameters(recurse=False)}
+        self.inputs = self.inputs.union(*(_parameters_of(m, "get_input_embeddings") for m in models or [model]))
+        self.outputs = set().union(*(_parameters_of(m, "get_output_embeddings") for m in models or [model]))
+        self.layers = {id(m) for layer in _layers(model) for m in layer.modules()}
+        self.frames = {id(m) for m in model.modules() if any(id(part) in self.layers for part in m.modules())}
+        self.frames -= self.layers
+        self.outside = _outside(model, inner) - self.layers
+        self.taken = {width for m in model.modules() for width in _taken(m) if width > BOX}
+        # In a module of the user's own a vocabulary's size tells of a head, also without a list of layers.
+        self.vocabularies = set() if models else {m.num_embeddings for m in tables}
 
     def classify(self, name: str, p: Tensor) -> tuple[str, Layout]:
         path, _, leaf = name.rpartition(".")
@@ -52,28 +66,65 @@ class Structure:
         none = Layout()
         if leaf == "bias" or leaf.endswith("_bias"):
             return "bias", none
-        if id(p) in self.inputs or isinstance(module, nn.Embedding):
-            return "embedding", none
         if _is_norm(module):
             return "norm", none
+        if id(p) in self.inputs or isinstance(module, nn.Embedding):
+            return "embedding", none
         if p.ndim < 2:
             return "other", none
-        if id(p) in self.outputs or id(module) in self.outside:
+        if id(p) in self.outputs:
             return "head", none
-        if isinstance(module, (nn.Linear, Conv1D)) and leaf == "weight":
-            if self._is_router(owner_path, owner, p):
-                return "router", none
-            layout = self._linear_layout(module, owner, child, p)
-            return ("matrix" if _is_rotatable(p, layout) else "other"), layout
-        if _looks_like_experts(module, p):
-            layout = _expert_layout(module, leaf, p)
-            return ("matrix" if _is_rotatable(p, layout) else "other"), layout
-        if isinstance(module, nn.MultiheadAttention) and leaf.endswith("proj_weight"):
-            layout = Layout(rows=(p.shape[0] // 3,) * 3) if leaf == "in_proj_weight" else none
-            return ("matrix" if _is_rotatable(p, layout) else "other"), layout
-        if p.ndim == 2 and self._is_router(owner_path, owner, p):
+        linear = isinstance(module, (nn.Linear, Conv1D)) and leaf == "weight"
+        if (linear or p.ndim == 2) and self._is_router(path, p):
             return "router", none
-        return "other", none
+        if id(module) in self.outside or (linear and self._is_head(path)):
+            return "head", none
+        if linear:
+            layout = self._linear_layout(module, owner, child, p)
+        elif _looks_like_experts(module, p):
+            layout = _expert_layout(module, leaf, p)
+        elif isinstance(module, nn.MultiheadAttention) and leaf.endswith("proj_weight"):
+            layout = Layout(rows=(p.shape[0] // 3,) * 3) if leaf == "in_proj_weight" else none
+        else:
+            return "other", none
+        return ("matrix" if _is_rotatable(p, layout) else "other"), layout
+
+    def is_gain(self, name: str, p: Tensor) -> bool:
+        """One number or one per feature (LayerScale), DoRA's magnitudes, what a state space holds (Mamba's `A_log`)."""
+        module, numbers = self.modules[name.rpartition(".")[0]], p.numel()
+        vector = numbers == max(p.shape, default=1) and (numbers == 1 or numbers in self.taken)
+        return vector or hasattr(module, "A_log") or ".lora_magnitude_vector." in name
+
+    def is_hidden(self, name: str) -> bool:
+        """Whether the parameter lies in a list of layers."""
+        return id(self.modules[name.rpartition(".")[0]]) in self.layers
+
+    def _is_head(self, path: str) -> bool:
+        """A linear layer beside the layers, not in one, that makes what nothing else takes: labels, boxes, logits.
+
+        All of a chain of projections is a head if its ends are.
+        """
+        module = self.modules[path]
+        if id(module) in self.layers:
+            return False
+        if _width(module) in self.vocabularies or _width(module) == self._labels(path):
+            return True
+        chain, above = path, _parent(path)[0]
+        while id(self.modules[above]) not in self.frames:
+            if not above or not _is_projections(self.modules[above]):
+                return False
+            chain, above = above, _parent(above)[0]
+        taken = [(m, next(_taken(m))) for m in _linear_layers(self.modules[chain])]
+        ends = {_width(m) for m, _ in taken if not any(_width(m) == n > BOX for other, n in taken if other is not m)}
+        return bool(ends) and not ends & self.taken
+
+    def _labels(self, path: str) -> int | None:
+        """How many labels the config in force at `path` has."""
+        while path:
+            path = _parent(path)[0]
+            if isinstance(config := getattr(self.modules[path], "config", None), PreTrainedConfig):
+                return config.num_labels
+        return None
 
     def _unwrapped(self, path: str, child: str) -> tuple[nn.Module | None, str]:
         """The owner and attribute name of a module, seen through peft's `ModulesToSaveWrapper`."""
@@ -98,6 +149,8 @@ class Structure:
         # The vision part of a model has other heads than the text part: an attention's own config comes first.
         config = getattr(owner, "config", None) or self.config
         heads = _attribute(config, "num_attention_heads") or _attribute(config, "num_heads")
+        if not isinstance(heads, int | None):  # one number for every stage
+            heads = getattr(owner, "num_heads", None)
         kv = _attribute(config, "num_key_value_heads") or heads
         kind = type(owner).__name__
         if kind == "CodeGenAttention" and out % (CODEGEN_SHARDS * 3) == 0:
@@ -117,13 +170,86 @@ class Structure:
             return Layout(transposed, rows=(width,) * 2)
         return Layout(transposed)
 
-    def _is_router(self, path: str, owner: nn.Module | None, p: Tensor) -> bool:
-        """It has one row per expert and sits beside them, itself or inside a module that is nothing but a router."""
-        if owner is not None and re.search(r"rout|gat(e|ing)$", type(owner).__name__.lower()):
-            beside, _ = self._unwrapped(*_parent(path))
-            if p.shape[0] == _expert_count(beside):
+    def _is_router(self, path: str, p: Tensor) -> bool:
+        """It has one row per expert and sits beside them, or is part of a router: by class beside experts, or by name.
+
+        Some routers have rows for experts that do nothing, or layers of their own.
+        """
+        owner, child = self._unwrapped(*_parent(path))
+        if p.shape[0] == _expert_count(owner):
+            return True
+        while path:
+            kind = type(self.modules[path]).__name__.lower()
+            if "router" in child or (ROUTERS.search(kind) and _expert_count(owner) is not None):
                 return True
-        return p.shape[0] == _expert_count(owner)
+            path = _parent(path)[0]
+            owner, child = self._unwrapped(*_parent(path))
+        return False
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The entries of lists of layers: of more than projections, or such as bring back the width that they take.
+
+    A list of heads has neither: its entries are linear layers, or chains of them that end in labels or boxes.
+    """
+    for parts in model.modules():
+        if isinstance(parts, (nn.ModuleList, nn.Sequential)):
+            entries = [m for m in parts.children() if _has_parts(m)]
+            entries = [m for m in entries if not any(isinstance(part, PreTrainedModel) for part in m.modules())]
+            if any(not _is_projections(m) for m in entries) or all(map(_returns, entries)):
+                yield from entries
+
+
+def _linear_layers(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, (nn.Linear, Conv1D))]
+
+
+def _has_parts(module: nn.Module) -> bool:
+    return any(next(part.parameters(), None) is not None for part in module.children())
+
+
+def _is_projections(module: nn.Module) -> bool:
+    """Linear layers, and what has no parameters, however deep."""
+    linear = _linear_layers(module)
+    return bool(linear) and {id(p) for m in linear for p in m.parameters()} == {id(p) for p in module.parameters()}
+
+
+def _returns(module: nn.Module) -> bool:
+    """Whether its last projection ends in as many features as its first one takes."""
+    linear = _linear_layers(module)
+    return next(_taken(linear[0])) == _width(linear[-1])
+
+
+def _width(module: nn.Module) -> int:
+    """How many features a linear layer makes."""
+    return module.nf if isinstance(module, Conv1D) else module.out_features
+
+
+def _taken(module: nn.Module) -> Iterator[int]:
+    """How many features a module takes: of linear layers first what they read. Of embeddings, what they make."""
+    if isinstance(module, nn.Linear):
+        yield module.in_features
+    elif isinstance(module, Conv1D):
+        yield module.nx
+    elif isinstance(module, nn.Embedding):
+        yield module.embedding_dim
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        yield module.in_channels
+    elif isinstance(module, nn.RNNBase):
+        yield module.input_size
+    elif isinstance(module, nn.MultiheadAttention):
+        yield from (module.embed_dim, module.kdim, module.vdim)
+    else:  # of norms, tokens, tables, 3-D weights
+        yield from {n for leaf, p in module.named_parameters(recurse=False) if leaf != "bias" for n in p.shape[-2:]}
+
+
+def _outside(model: nn.Module, inner: list[nn.Module]) -> set[int]:
+    """What lies outside of every transformers model, or in one (in others or not) but outside of its base model."""
+    found = {id(m) for m in model.modules()} - {id(part) for m in inner for part in m.modules()}
+    for whole in (m for m in model.modules() if isinstance(m, PreTrainedModel)):
+        base = getattr(whole, "base_model", None) or whole
+        found |= {id(m) for m in whole.modules()} - {id(m) for m in base.modules()}
+    return found
 
 
 def parameter_count(p: Tensor) -> int:
@@ -162,11 +288,11 @@ def _parameters_of(model: nn.Module, getter: str) -> set[int]:
         module = getattr(model, getter)() if hasattr(model, getter) else None
     except (NotImplementedError, AttributeError):  # models without one raise rather than return None
         module = None
-    return {id(p) for p in module.parameters()} if module is not None else set()
+    return {id(p) for p in module.parameters()} if isinstance(module, nn.Module) else set()
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower() and not isinstance(module, (nn.Linear, Conv1D))
+    return "norm" in type(module).__name__.lower() and not isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
 
 
 def _is_rotatable(p: Tensor, layout: Layout) -> bool:
@@ -178,8 +304,10 @@ def _expert_count(owner: nn.Module | None) -> int | None:
     """How many experts `owner` chooses between: a child list of modules, or 3-D parameters of a child."""
     for child in owner.children() if owner is not None else ():
         child = getattr(child, "original_module", child)  # peft's ModulesToSaveWrapper
-        if isinstance(child, nn.ModuleList) and len(child) > 1 and all(map(is_plain_mlp, child)):
-            return len(child)
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            experts = list(child.children())
+            if len(experts) > 1 and all(map(is_plain_mlp, experts)):
+                return len(experts)
         for p in child.parameters(recurse=False):
             if _looks_like_experts(child, p):
                 return p.shape[0]
@@ -193,7 +321,11 @@ def is_plain_mlp(module: nn.Module) -> bool:
 
 
 def _looks_like_experts(module: nn.Module, p: Tensor) -> bool:
-    return p.ndim == 3 and (getattr(module, "num_experts", None) == p.shape[0] or hasattr(module, "is_transposed"))
+    """3-D, in a module that says how they are stored, how many they are, or what it is."""
+    if p.ndim != 3:
+        return False
+    counts = [value for name, value in vars(module).items() if "expert" in name and isinstance(value, int)]
+    return hasattr(module, "is_transposed") or p.shape[0] in counts or "expert" in type(module).__name__.lower()
 
 
 def _expert_layout(module: nn.Module, leaf: str, p: Tensor) -> Layout:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import re
+import warnings
 
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AlbertConfig, AlbertForMaskedLM, AutoConfig, AutoModel, AutoModelForCausalLM
 
 from pion_hf import Teon, param_groups, routing_table
 from tests.conftest import toy_llama
@@ -210,8 +211,28 @@ def test_bad_input_names_the_right_form(options, message):
 
 
 def test_targets_whose_shapes_never_agree():
-    with pytest.raises(ValueError, match="stack=2 is more than the 1 consecutive layers of one kind and shape"):
-        routing_table(plain(Layer(8), Layer(4)), "teon")
+    message = "stack=2 is more than the 1 consecutive layers of one kind and shape"
+    with pytest.raises(ValueError, match=message):
+        routing_table(plain(Layer(8), Layer(4)), "teon", stack=2)
+    with pytest.raises(ValueError, match=message):
+        routing_table(plain(Layer(8), Layer(4)), "teon", stack_targets="q")
+
+
+def test_what_fills_no_stack_of_the_default_options_is_updated_alone():
+    """ALBERT shares one layer; nobody has asked for stacks of it."""
+    config = AlbertConfig(vocab_size=97, embedding_size=16, hidden_size=32, num_attention_heads=4, intermediate_size=48)
+    model = AlbertForMaskedLM(config)
+    with pytest.warns(UserWarning, match="stack=2 is more than the 1 .* Until then each is orthogonalised alone"):
+        routing = routing_table(model, "teon")
+    assert {r.rule for r in routing.matrices} == {"muon"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = Teon(param_groups(model, "teon"), lr=1e-2)
+    before = [r.parameter.detach().clone() for r in routing.matrices]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert not any(torch.equal(r.parameter, old) for r, old in zip(routing.matrices, before, strict=True))
 
 
 def test_a_model_without_attention_must_name_its_stacks():

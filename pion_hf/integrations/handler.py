@@ -77,6 +77,9 @@ def groups_from(args: Any, model: nn.Module, optim: str, options: dict[str, Any]
     choices = {key: options.pop(key, None) for key in ("targets", "exclude", *STACK_OPTIONS, *LORA_OPTIONS)}
     choices["targets"] = choices["targets"] or args.optim_target_modules
     routing = routing_table(model, optim, **choices)
+    (zeros,) = of_first([routing.zeros])  # by its weights: the others may not have them yet
+    if zeros != routing.zeros:
+        routing = routing_table(model, optim, **choices, zeros=zeros)
     groups = param_groups(
         model, optim, lr=args.learning_rate, weight_decay=args.weight_decay, routing=routing, **options
     )

@@ -1,0 +1,76 @@
+"""Every model class of the installed transformers, small, on the meta device: modules and shapes without memory."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.models
+from transformers import PreTrainedConfig, PreTrainedModel, ResNetConfig
+
+LABELS = 13  # a size that nothing else in these configs has
+COUNTS = re.compile(r"layers?$|blocks?$|depth$|^n_layer")
+OTHER_COUNTS = re.compile(r"per_|norm|first|attn_layer|_layer$")  # positions and choices of layers
+
+
+def model_classes() -> tuple[dict[str, type], list[str]]:
+    """All that can be built, by name, and the modules that cannot be imported here."""
+    found, missing = {}, []
+    for file in sorted(Path(transformers.models.__path__[0]).glob("*/modeling_*.py")):
+        name = f"transformers.models.{file.parent.name}.{file.stem}"
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            missing.append(name)
+            continue
+        for kind in vars(module).values():
+            own = isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.__module__ == name
+            if own and not kind.__name__.endswith("PreTrainedModel"):
+                found[kind.__name__] = kind
+    return found, missing
+
+
+def build(kind: type) -> PreTrainedModel:
+    """With two layers in the place of many, as it is by default where that does not fit. Raises the first error."""
+    first = None
+    for change in (_two_layers, lambda config: None):
+        for labels in (LABELS, None):
+            try:
+                config = kind.config_class()
+                if labels:
+                    config.num_labels = labels
+                _without_downloads(config)
+                change(config)
+                with torch.device("meta"):
+                    return kind(config)
+            except Exception as error:
+                first = first or error
+    raise first
+
+
+def _two_layers(config: PreTrainedConfig) -> None:
+    values = vars(config)
+    cut = set()
+    for key, value in list(values.items()):
+        if isinstance(value, PreTrainedConfig):
+            _two_layers(value)
+        elif type(value) is int and value > 2 and COUNTS.search(key) and not OTHER_COUNTS.search(key):
+            cut.add(value)
+            values[key] = 2
+    for key, value in list(values.items()):
+        if key == "depths" and isinstance(value, (list, tuple)):
+            values[key] = type(value)(min(depth, 1) for depth in value)
+        elif isinstance(value, (list, tuple)) and len(value) in cut:
+            values[key] = value[:2]
+
+
+def _without_downloads(config: Any) -> None:
+    """A backbone of transformers in the place of one of timm, and what some configs cannot do without."""
+    if getattr(config, "use_timm_backbone", False):
+        config.use_timm_backbone = False
+        config.backbone_config = ResNetConfig(out_features=["stage2", "stage3", "stage4"])
+    if hasattr(config, "prediction_length"):
+        config.prediction_length = config.prediction_length or 8
