@@ -36,6 +36,9 @@ TRANSPOSED_EXPERTS = {"Llama4TextExperts"}
 ROUTERS = re.compile(r"rout|gat(e|ing)$")  # of classes in lower case, beside experts
 # So many outputs are scores or a box, also where other layers take them in again (as reference points).
 BOX = 4
+# A linear layer beside the layers that takes or makes so many times more is no connector between them, but a head, or
+# takes in again what a head has made (reference points, scores of a vocabulary).
+UNLIKE = 4
 
 
 class Structure:
@@ -54,7 +57,8 @@ class Structure:
         self.frames = {id(m) for m in model.modules() if any(id(part) in self.layers for part in m.modules())}
         self.frames -= self.layers
         self.outside = _outside(model, inner) - self.layers
-        self.taken = {width for m in model.modules() for width in _taken(m) if width > BOX}
+        takers = [m for m in model.modules() if id(m) in self.layers or not _is_unlike(m)]
+        self.taken = {width for m in takers for width in _taken(m) if width > BOX}
         # In a module of the user's own a vocabulary's size tells of a head, also without a list of layers.
         self.vocabularies = set() if models else {m.num_embeddings for m in tables}
 
@@ -218,6 +222,14 @@ def _returns(module: nn.Module) -> bool:
     """Whether its last projection ends in as many features as its first one takes."""
     linear = _linear_layers(module)
     return next(_taken(linear[0])) == _width(linear[-1])
+
+
+def _is_unlike(module: nn.Module) -> bool:
+    """A linear layer between very different widths."""
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return False
+    small, large = sorted((next(_taken(module)), _width(module)))
+    return large > UNLIKE * small
 
 
 def _width(module: nn.Module) -> int:
