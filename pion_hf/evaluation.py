@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -58,6 +60,28 @@ def prompts_and_answers(rows: Sequence[dict[str, Any]]) -> list[tuple[list[dict[
     return pairs
 
 
+def template_options(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row tells its chat template beside the messages, as TRL's SFT reads it: `tools` (a list, or JSON of one)
+    and whatever stands in `chat_template_kwargs`."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+
+
+def ends_of_answers(model: nn.Module, tokenizer: Any, row: dict[str, Any]) -> list[int]:
+    """Tokens that end an answer: those of the model's generation config, the tokenizer's, and the one that follows the
+    assistant's words where the chat template writes them, as it does in training."""
+    ((prompt, _),) = prompts_and_answers([row])
+    chat = [*prompt, {"role": "assistant", "content": "ANSWER"}]
+    rest = tokenizer.apply_chat_template(chat, tokenize=False, **template_options(row)).rpartition("ANSWER")[2]
+    following = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"][:1]
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id]
+    ids += [i for i in following if i in special]
+    return list(dict.fromkeys(i for i in ids if i is not None))
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """`model` in eval mode, and afterwards in the one it was in."""
@@ -82,15 +106,21 @@ def _padded_left(tokenizer: Any) -> Iterator[None]:
 def generate_answers(
     model: nn.Module, tokenizer: Any, rows: Sequence[dict[str, Any]], *, batch_size: int = 16, max_new_tokens: int = 32
 ) -> list[str]:
-    """The answers that `model` generates greedily to chat `rows`, in their order."""
+    """The answers that `model` generates greedily to chat `rows`, in their order.
+
+    Prompts are rendered as in training (see `template_options`); an answer ends with any of `ends_of_answers`.
+    """
     prompts = [prompt for prompt, _ in prompts_and_answers(rows)]
+    options = [template_options(row) for row in rows]
+    ends = ends_of_answers(model, tokenizer, rows[0]) if prompts else []
     answers = [""] * len(prompts)
     with evaluating(model), _padded_left(tokenizer):
         order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])))
         for start in tqdm(range(0, len(order), batch_size), desc="Answering", leave=False):
             batch = order[start : start + batch_size]
             texts = [
-                tokenizer.apply_chat_template(prompts[i], tokenize=False, add_generation_prompt=True) for i in batch
+                tokenizer.apply_chat_template(prompts[i], tokenize=False, add_generation_prompt=True, **options[i])
+                for i in batch
             ]
             inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
             produced = model.generate(
@@ -98,9 +128,11 @@ def generate_answers(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=ends[0] if len(ends) == 1 else ends or None,
             )
-            texts = tokenizer.batch_decode(produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            generated = produced[:, inputs["input_ids"].shape[1] :].tolist()
+            generated = [list(itertools.takewhile(lambda token: token not in ends, tokens)) for tokens in generated]
+            texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text
     return answers
@@ -150,10 +182,10 @@ def answer_tokens(
         ValueError: rows that are no chat (see `prompts_and_answers`), or all too long.
     """
     found = []
-    for prompt, answer in prompts_and_answers(rows):
-        chat = [*prompt, {"role": "assistant", "content": answer}]
-        opening = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(chat, tokenize=False)
+    for (prompt, answer), row in zip(prompts_and_answers(rows), rows, strict=True):
+        chat, options = [*prompt, {"role": "assistant", "content": answer}], template_options(row)
+        opening = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
+        whole = tokenizer.apply_chat_template(chat, tokenize=False, **options)
         start, ids = (
             tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
             for text in (opening, whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pion_hf.cli import main
 from pion_hf.cli.outcome import ReportMixin
@@ -29,7 +30,7 @@ from pion_hf.evaluation import (
 )
 from pion_hf.integrations.model_card import table_rows
 from pion_hf.metrics import EXACT_MATCH
-from tests.conftest import chat_rows, toy_llama, write_jsonl
+from tests.conftest import CHAT_TEMPLATE, chat_rows, toy_llama, write_jsonl
 from tests.test_cli import fails
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,60 @@ def test_answers_of_a_model(model, tokenizer):
     answers = generate_answers(model, tokenizer, chat_rows(3), max_new_tokens=2)
     assert len(answers) == 3
     assert 0 <= exact_match(answers, chat_rows(3)) <= 1
+
+
+class Endless(Student):
+    """Ends its answers with one token, and goes on as a model does that nobody stops."""
+
+    def __init__(self, tokenizer, answers, end: str, stops: list[int] | None = None) -> None:
+        super().__init__(tokenizer, answers)
+        self.end = tokenizer.convert_tokens_to_ids(end)
+        self.generation_config = GenerationConfig(eos_token_id=stops)
+
+    def generate(self, input_ids, eos_token_id, max_new_tokens, **options):
+        ends = torch.tensor(eos_token_id).view(-1)
+        produced = super().generate(input_ids, eos_token_id=self.end, max_new_tokens=max_new_tokens, **options)
+        if self.end not in ends:
+            produced[:, -1] = self.tokenizer.convert_tokens_to_ids("7")
+        return produced
+
+
+ENDS_IN_USER = CHAT_TEMPLATE.replace("<end>", "{{ '\\n<system>\\n' if message['role'] == 'assistant' else '<end>' }}")
+
+
+@pytest.mark.parametrize(
+    ("end", "template", "stops"),
+    [
+        ("<system>", ENDS_IN_USER, None),  # only the template says so: a base model's tokenizer with a chat template
+        ("<system>", CHAT_TEMPLATE, ["<end>", "<system>"]),  # only the generation config does
+        ("<end>", ENDS_IN_USER, ["<system>"]),  # only the tokenizer does
+    ],
+)
+def test_an_answer_ends_with_any_token_that_model_tokenizer_or_template_ends_it_with(tokenizer, end, template, stops):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    rows = chat_rows(3)
+    texts = [tokenizer.apply_chat_template(r["prompt"], tokenize=False, add_generation_prompt=True) for r in rows]
+    answers = {t: r["completion"][0]["content"] for t, r in zip(texts, rows, strict=True)}
+    student = Endless(tokenizer, answers, end, stops and tokenizer.convert_tokens_to_ids(stops))
+    assert exact_match(generate_answers(student, tokenizer, rows, max_new_tokens=6), rows) == 1
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_and_options_of_the_template_reach_the_prompts_as_in_training(tokenizer, as_text):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ tools[0].function.name if tools }}{{ mode }}" + CHAT_TEMPLATE
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    plain, own = chat_rows(2)
+    own |= {"tools": json.dumps(tools) if as_text else tools, "chat_template_kwargs": {"mode": "!"}}
+    plain |= {"tools": None, "chat_template_kwargs": None}
+    student = Student(tokenizer, {})
+    generate_answers(student, tokenizer, [plain, own], max_new_tokens=2)
+    assert sorted(student.seen) == sorted(["<user>0+3=<end><assistant>", "add!<user>1+0=<end><assistant>"])
+    assert [tokenizer.decode(ids) for ids, _ in answer_tokens(tokenizer, [plain, own])] == [
+        "<user>0+3=<end><assistant>3<end>",
+        "add!<user>1+0=<end><assistant>1<end>",
+    ]
 
 
 def test_chat_rows_of_both_forms():
