@@ -42,7 +42,7 @@ def spectral_init_(model: nn.Module, scale: float = 1.0) -> int:
 
 def _hidden_matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """`(name, (heads, d, in))` of every matrix: a view of the parameter, of `heads * d` output rows."""
-    for route in routing_table(model, "pion").matrices:
+    for route in routing_table(model, "pion", zeros=()).matrices:
         p = route.parameter
         views = split(p.detach(), Layout.parse(route.layout))
         for part, view in enumerate(views):

@@ -200,6 +200,8 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
         if isinstance(parts, (nn.ModuleList, nn.Sequential)):
             entries = [m for m in parts.children() if _has_parts(m)]
             entries = [m for m in entries if not any(isinstance(part, PreTrainedModel) for part in m.modules())]
+            if isinstance(parts, nn.Sequential) and len({type(m) for m in entries}) == len(entries):
+                continue  # a chain of different parts: an encoder and a head
             if any(not _is_projections(m) for m in entries) or all(map(_returns, entries)):
                 yield from entries
 

@@ -49,6 +49,16 @@ def test_the_head_of_a_users_own_model(tied, layers):
     }
 
 
+def test_a_chain_of_a_model_and_its_head_is_no_list_of_layers():
+    """The same routing as of the model itself."""
+    model = OwnModel(tied=False)
+    own = {f"0.{r.name}": r.role for r in routing_table(model)}
+    assert {r.name: r.role for r in routing_table(nn.Sequential(model, nn.Sequential(nn.Linear(29, 5))))} == own | {
+        "1.0.weight": "head",
+        "1.0.bias": "bias",
+    }
+
+
 def test_vectors_that_scale_and_the_state_of_a_state_space_do_not_decay():
     mamba = transformers.MambaForCausalLM(
         transformers.MambaConfig(vocab_size=97, hidden_size=WIDTH, state_size=4, num_hidden_layers=1)
