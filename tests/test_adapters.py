@@ -435,7 +435,7 @@ def optimizer_of(tmp_path, monkeypatch):
         model: nn.Module, classes: type = TrainingArguments, **options
     ) -> tuple[torch.optim.Optimizer, list[str]]:
         logged = []
-        monkeypatch.setattr("pion_hf.integrations.registry.logger.warning", logged.append)
+        monkeypatch.setattr("pion_hf.integrations.handler.logger.warning", logged.append)
         args = classes(output_dir=str(tmp_path), use_cpu=True, report_to="none", **options)
         return Trainer(model=model, args=args).create_optimizer(), logged
 
