@@ -1,24 +1,33 @@
 # Each target sets up what it needs: a virtual environment, the package, the demo's model and data.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow test-distributed test-gallery test-field lint clean
+.PHONY: demo test test-lowest test-lowest-quick test-slow test-distributed test-gallery test-field lint clean
 
 # torch first and alone: a pinned CPU build where one is at hand, before anything else asks for a looser version.
-$(VENV)/installed: setup.cfg constraints.txt pyproject.toml
+$(VENV)/installed: setup.cfg $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,demo]'
 	touch $@
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not distributed and not gallery"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not distributed and not gallery" $(TESTS)
+
+# The lowest versions that setup.cfg allows: all tests, by hand, and those of what touches other libraries most.
+LOWEST := VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+test-lowest:
+	$(MAKE) test $(LOWEST)
+
+test-lowest-quick:
+	$(MAKE) test $(LOWEST) TESTS="$(addprefix tests/test_,registry.py trainer.py recipes.py cli.py)"
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m slow
@@ -32,7 +41,7 @@ test-distributed: $(VENV)/installed
 # PAGE=docs/field.md puts the table there, of this target and of the next.
 test-gallery: $(VENV)/installed
 	@test -n "$(SCRIPTS)" || { echo "make test-gallery SCRIPTS=transformers/examples/pytorch"; exit 2; }
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement tests/gallery/requirements.txt
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --requirement tests/gallery/requirements.txt
 	OMP_NUM_THREADS=1 PION_HF_SCRIPTS="$(SCRIPTS)" PION_HF_PAGE="$(PAGE)" $(BIN)/python -m pytest -q -s \
 		-p tests.gallery.operators tests/test_gallery.py
 
@@ -45,4 +54,4 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) models data runs
+	rm -rf $(VENV) .venv-lowest models data runs

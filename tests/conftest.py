@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import platform
 import shutil
 import string
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 # Before anything of Hugging Face is imported: no hub, no tracker, and caches that end with the session.
@@ -22,6 +24,8 @@ import yaml  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
+# Those whose versions the end of a session tells.
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 SPECIAL_TOKENS = ["<pad>", "<end>", "<system>", "<user>", "<assistant>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"
@@ -166,6 +170,14 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
+    """The versions that the tests ran with, which `-q` leaves out of a header, and the table of `tried`."""
+    terminalreporter.section("versions")
+    versions = [f"{name} {version(name)}" for name in PACKAGES]
+    terminalreporter.write_line(", ".join([f"Python {platform.python_version()}", *versions]))
+    _summary_of_tried(terminalreporter)
+
+
+def _summary_of_tried(terminalreporter) -> None:
     """What was tried, how often, and what was lost: what tests have noted with `tried`."""
     rows: dict[tuple[str, str], list[int]] = {}
     for outcome in ("passed", "failed"):

@@ -167,7 +167,8 @@ def test_text_that_would_be_cut_off_is_warned_of(flags, warned, text_recipe, cap
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {n: p.detach() for n, p in AutoModelForCausalLM.from_pretrained(folder / "run").named_parameters()}
+    model = AutoModelForCausalLM.from_pretrained(folder / "run")
+    return {n: p.detach().clone() for n, p in model.named_parameters()}  # no view of a file that the next run writes
 
 
 def test_from_config_starts_from_fresh_weights_that_the_seed_decides(text_recipe, tmp_path):

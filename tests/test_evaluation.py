@@ -357,8 +357,12 @@ def test_a_report_that_cannot_be_written_leaves_neither_half_of_it_nor_that_of_t
     path = tmp_path / "run" / "eval.json"
     assert path.is_file()
 
-    def full(*_):
-        raise OSError("no space left on device")
+    replace = os.replace
+
+    def full(source, target):
+        if target == path:
+            raise OSError("no space left on device")
+        replace(source, target)
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space left"):

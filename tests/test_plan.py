@@ -13,18 +13,20 @@ import peft
 import pytest
 import torch
 import transformers
+import trl.trainer.sft_trainer
 import trl.trainer.utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config, Trainer, TrainingArguments
 
 import pion_hf
-from pion_hf.cli import main, memory
+from pion_hf.cli import main, memory, older
 from pion_hf.cli.configs import PACKAGED
 from pion_hf.cli.plan import make_plan, model_without_weights, parse
 from tests.test_cli import fails
 
 ROOT = Path(__file__).parents[1]
+FUSED = {"fused_lm_head": True} if older.TILED_LOSS else {}
 # Parameters as published (model cards, in billions; a tied head counts once).
 PUBLISHED = {
     "HuggingFaceTB/SmolLM2-135M": 0.1345,
@@ -139,7 +141,10 @@ def build(config, dtype, *, lora: bool) -> torch.nn.Module:
     """A model as TRL's SFT trainer has it."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    trl.trainer.utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    if older.TILED_LOSS:
+        trl.trainer.utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    else:
+        trl.trainer.sft_trainer._patch_chunked_ce_lm_head(model, chunk_size=256)
     if lora:
         adapter = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, adapter)
@@ -153,7 +158,7 @@ def arguments(tmp_path, **options) -> TrainingArguments:
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of logits so small that the layers take most of the memory, as in large models."""
-    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64, raising=older.TILED_LOSS)
     monkeypatch.setattr(memory, "TILE", (4096, 64))
 
 
@@ -162,7 +167,7 @@ def compare(model, args: TrainingArguments, *, vocabulary: int, length: int) -> 
     rows = args.per_device_train_batch_size
     estimate = memory.estimate(model, args, length=length, state_bytes=0, on_cpu=True)
     model.train()
-    if args.activation_checkpointing:
+    if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         if hasattr(model, "peft_config"):
             model.enable_input_require_grads()
@@ -170,7 +175,7 @@ def compare(model, args: TrainingArguments, *, vocabulary: int, length: int) -> 
     with LiveBytes(*model.parameters(), *model.buffers(), ids) as used:
         for _ in range(args.gradient_accumulation_steps):
             with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-                loss = model(input_ids=ids, labels=ids, fused_lm_head=True).loss
+                loss = model(input_ids=ids, labels=ids, **FUSED).loss
             loss.backward()
     assert estimate.gradients + estimate.activations == pytest.approx(used.peak, rel=0.15)
 
@@ -185,7 +190,7 @@ def test_the_estimate_is_near_what_a_step_takes(dtype, bf16, lora, checkpointing
         tmp_path,
         bf16=bf16,
         per_device_train_batch_size=4,
-        activation_checkpointing=checkpointing,
+        gradient_checkpointing=checkpointing,
         gradient_accumulation_steps=accumulation,
     )
     compare(model, args, vocabulary=SIZES["vocab_size"], length=256)
@@ -195,14 +200,14 @@ def test_the_estimate_is_near_what_a_step_takes(dtype, bf16, lora, checkpointing
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_estimate_knows_no_architecture(checkpointing, tmp_path):
     config = GPT2Config(vocab_size=300, n_embd=128, n_layer=6, n_head=4, n_positions=256)
-    args = arguments(tmp_path, bf16=True, per_device_train_batch_size=4, activation_checkpointing=checkpointing)
+    args = arguments(tmp_path, bf16=True, per_device_train_batch_size=4, gradient_checkpointing=checkpointing)
     compare(build(config, torch.float32, lora=False), args, vocabulary=300, length=256)
 
 
 @pytest.mark.parametrize(("vocabulary", "bf16"), [(300, False), (40_000, True), (40_000, False)])
 def test_the_loss_of_a_small_model_takes_most(vocabulary, bf16, tmp_path):
     config = LlamaConfig(**{**SIZES, "vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 1})
-    args = arguments(tmp_path, bf16=bf16, per_device_train_batch_size=2, activation_checkpointing=True)
+    args = arguments(tmp_path, bf16=bf16, per_device_train_batch_size=2, gradient_checkpointing=True)
     compare(build(config, torch.float32, lora=False), args, vocabulary=vocabulary, length=128)
 
 
@@ -213,13 +218,14 @@ def test_short_rows_hold_gradients_and_autocasts_copies_above_all(accumulation, 
         tmp_path,
         bf16=True,
         per_device_train_batch_size=1,
-        activation_checkpointing=True,
+        gradient_checkpointing=True,
         gradient_accumulation_steps=accumulation,
     )
     model = build(Qwen3Config(**SIZES, head_dim=32), torch.float32, lora=False)
     compare(model, args, vocabulary=SIZES["vocab_size"], length=16)
 
 
+@pytest.mark.skipif("every_n_layers" not in older.CHECKPOINTING_OPTIONS, reason="needs transformers 5.23")
 @pytest.mark.usefixtures("small_tiles")
 def test_every_other_layer_checkpointed_lies_between(tmp_path):
     LlamaConfig(**SIZES).save_pretrained(tmp_path)

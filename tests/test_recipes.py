@@ -189,7 +189,7 @@ def test_hub_data_that_has_changed_is_named(hub_data, tmp_path):
         ({"model_init_kwargs": {"attn_implementatio": "sdpa"}}, "Did you mean 'attn_implementation'"),
         ({"model_init_kwargs": {"attention_dropuot": 0.1}}, "Did you mean 'attention_dropout'"),
         ({"gradient_checkpointing_kwargs": {"use_reentrent": False}}, "Did you mean 'use_reentrant'"),
-        ({"activation_checkpointing_kwargs": {"every_n_layer": 2}}, "Did you mean 'every_n_layers'"),
+        ({"activation_checkpointing_kwargs": {"preserve_rng": False}}, "Did you mean 'preserve_rng_state'"),
         ({"accelerator_config": {"split_batchs": True}}, "Did you mean 'split_batches'"),
         ({"dataset_kwargs": {"skip_prepare": True}}, "Did you mean 'skip_prepare_dataset'"),
         ({"datasets": [{"path": "a", "splt": "train"}]}, "datasets: 'splt' is not a known key of datasets"),
@@ -220,7 +220,7 @@ def test_what_is_right_in_nested_keys_is_taken(recipe):
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": 1e-5},
         model_init_kwargs={"attn_implementation": "eager", "attention_dropout": 0.1},
-        activation_checkpointing_kwargs={"use_reentrant": False, "every_n_layers": 2},
+        activation_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False},
         accelerator_config={"split_batches": False},
         datasets=[{"path": "a", "columns": ["text"], "fraction": 0.5}],
         optim_args="rms=0.3",
@@ -228,6 +228,7 @@ def test_what_is_right_in_nested_keys_is_taken(recipe):
     _, args, _, dataset_args, _ = sft.parser().parse_recipe(["--config", path])
     assert args.lr_scheduler_kwargs == {"min_lr": 1e-5}
     assert args.model_init_kwargs["attention_dropout"] == 0.1
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": False, "preserve_rng_state": False}
     assert dataset_args.datasets[0].columns == ["text"]
 
 

@@ -241,6 +241,7 @@ def is_held_out(text: str | None, fraction: float) -> bool:
 @contextlib.contextmanager
 def located(script_args: trl.ScriptArguments, args: PionSFTConfig) -> Iterator[None]:
     """What cannot be read in the files of `dataset_name` becomes a ValueError that says where, now or at any step."""
+    column = args.dataset_text_field  # of the files: TRL is given another name
     try:
         yield
     except (*UNREADABLE, TypeError) as error:
@@ -248,7 +249,7 @@ def located(script_args: trl.ScriptArguments, args: PionSFTConfig) -> Iterator[N
             raise
         name = script_args.dataset_name
         files = _files(Path(name)) if name and Path(name).exists() else []
-        fault = next(filter(None, (_fault(file, args.dataset_text_field) for file in files)), None)
+        fault = next(filter(None, (_fault(file, column) for file in files)), None)
         if fault is None and isinstance(error, NoText):
             raise
         reason = fault or f"cannot read {name!r}: {' '.join(str(error.__cause__ or error).split())}"

@@ -14,7 +14,8 @@ largest of these moments counts, less the gradients that are not there yet (none
 
 `copies`: autocast keeps half-precision copies of trained float32 matrices until the forward pass ends (a layer that is
 not checkpointed keeps them in `s_i`). `head`: TRL's loss never holds all logits, but one tile of them, of
-`min(B L, 4096) x 32768`, the gradient of the hidden states in float32, and that of a trained half-precision head.
+`min(B L, 4096) x 32768`, the gradient of the hidden states in float32, and that of a trained half-precision head
+(before TRL 1.15 another: see `older.loss_bytes`).
 `s_i / 8`: for gradients of activations, of which none (full fine-tuning) to `s_i / 3` (LoRA) was measured.
 
 Left out are the temporaries of the optimizer's step, which come when activations are gone (a few times
@@ -36,6 +37,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from pion_hf.cli import older
 
 # TRL's tiles of logits, (tokens, vocabulary): trl/kernels/chunked_logprob.py and trl/trainer/utils.py.
 TILE = (4096, 32768)
@@ -126,11 +129,12 @@ def activation_bytes(
     finally:
         backbone.train(was_training)
     accumulated = args.gradient_accumulation_steps > 1
-    every = (args.activation_checkpointing_kwargs or {}).get("every_n_layers", 1)
+    # By this name in every release: from transformers 5.23 on it mirrors `activation_checkpointing`.
+    every = (args.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1)
     held = total - sum(layer.kept for layer in layers)
     peak = absent = copies = 0
     for index, layer in enumerate(layers):
-        checkpointed = args.activation_checkpointing and index % every == 0
+        checkpointed = args.gradient_checkpointing and index % every == 0
         held += layer.input if checkpointed else layer.kept
         copies += layer.copies if checkpointed else 0
         absent += 0 if accumulated else layer.gradients
@@ -201,6 +205,8 @@ def _hooks(model: nn.Module, enter: Callable, leave: Callable) -> Iterator[None]
 
 
 def _loss_bytes(tokens: int, head: Tensor, computed: torch.dtype, *, on_cpu: bool) -> int:
+    if not older.TILED_LOSS:
+        return older.loss_bytes(tokens, head, computed)
     vocabulary, width = head.shape
     rows = min(tokens, TILE[0])
     tile = rows * TILE[1] * computed.itemsize

@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ class ReportMixin:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`, between two measurements; writes `eval.json`."""
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint  # TRL's scripts give it from 1.14 on
         resume = resolve_resume(resume_from_checkpoint, self.args.output_dir)  # known before anything is measured
         self.measured, self.blends, self.shown, self._blended = {}, {}, {}, False
         blend = self._begin_blend()
@@ -180,7 +183,7 @@ class ReportMixin:
     def task_questions(self, eval_dataset: Any) -> list[dict]:
         """Rows of the evaluation data to generate answers to, for `measure_task`; before a model is loaded."""
         count = self.report_arguments.exact_match_samples
-        rows = list(eval_dataset.take(count)) if count and eval_dataset is not None else []
+        rows = list(islice(eval_dataset, count)) if eval_dataset is not None else []
         try:
             prompts_and_answers(rows)
         except ValueError as error:
@@ -348,7 +351,7 @@ def _other_rows(report: ReportArguments) -> list[dict]:
         raise ValueError(f"other_dataset: cannot load {name!r}: {str(error).splitlines()[0]}") from None
     if split not in splits:
         raise ValueError(f"other_dataset_split: {unknown(f'split of {name!r}', split, splits)}")
-    rows = list(splits[split].take(max(OTHER_ROWS, report.exact_match_samples)))
+    rows = list(islice(splits[split], max(OTHER_ROWS, report.exact_match_samples)))
     try:
         prompts_and_answers(rows)
     except ValueError as error:

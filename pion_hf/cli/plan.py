@@ -63,7 +63,7 @@ class Plan:
         memory = memory_table(self.optim, self.memory, self.adamw)
         memory.caption = (
             f"One device, {self.args.per_device_train_batch_size} rows of {self.length:,} tokens,\n"
-            f"activation checkpointing {'on' if self.args.activation_checkpointing else 'off'}."
+            f"activation checkpointing {'on' if self.args.gradient_checkpointing else 'off'}."
         )
         return [
             self.routing.table(self.rates),

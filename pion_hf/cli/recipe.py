@@ -30,6 +30,7 @@ from pion_hf.arguments import (
     parse_optim_args,
     resolve_options,
 )
+from pion_hf.cli import older
 from pion_hf.cli.configs import local_config
 from pion_hf.errors import unknown
 from pion_hf.schedules import SCHEDULES
@@ -81,9 +82,10 @@ LOADER_OPTIONS = (
     *("key_mapping", "max_memory", "offload_buffers", "offload_folder", "proxies", "quantization_config", "subfolder"),
     *("torch_dtype", "tp_plan", "tp_size", "trust_remote_code", "use_kernels", "variant"),
 )
-# Of transformers' `activation_checkpointing_enable`, of TRL, and of torch, which takes one more in its `**kwargs`.
+# Of transformers and TRL, and of torch, which takes one more in its `**kwargs`.
 CHECKPOINTING_OPTIONS = (
-    *("every_n_layers", "offload", "selective", "preserve_rng_state"),
+    *older.CHECKPOINTING_OPTIONS,
+    "preserve_rng_state",
     *(p.name for p in inspect.signature(checkpoint).parameters.values() if p.kind is p.KEYWORD_ONLY),
 )
 # Keys that hold a mapping, and what it may hold. (Of schedulers and models it depends on which: see `_check_parsed`.)
@@ -102,6 +104,7 @@ class RecipeParser(TrlParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        older.know_new_names(self)
         precision = self._by_key().get("bf16")
         if precision is not None:
             precision.type = _flag_or_auto
@@ -137,7 +140,7 @@ class RecipeParser(TrlParser):
         """As TRL's, where one word stands for a list of one, as on a command line."""
         lists = {key for key, action in self._by_key().items() if action.nargs in ("+", "*")}
         recipe = {key: [value] if key in lists and isinstance(value, str) else value for key, value in recipe.items()}
-        return super().set_defaults_with_config(**recipe)
+        return super().set_defaults_with_config(**older.with_old_names(recipe))
 
     def error(self, message: str) -> NoReturn:
         """argparse would print the usage of all flags, pages of it, and exit."""
@@ -160,7 +163,8 @@ class RecipeParser(TrlParser):
             raise _unknown_key("flag", flag.lstrip("-").replace("-", "_").split("=")[0], self._by_key())
 
     def _by_key(self) -> dict[str, argparse.Action]:
-        return {a.dest: a for a in self._actions if not isinstance(a, argparse._HelpAction)}
+        actions = {a.dest: a for a in self._actions if not isinstance(a, argparse._HelpAction)}
+        return {**actions, **{new: actions[old] for new, old in older.OLD_NAMES.items() if old in actions}}
 
     def _check_recipe(self, path: str, recipe: dict[str, Any]) -> None:
         actions = self._by_key()

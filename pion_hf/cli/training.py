@@ -18,6 +18,7 @@ from trl.scripts import sft as trl_sft
 
 from pion_hf.arguments import OPTIMIZER_CLASSES, warn_of_slow_bfloat16
 from pion_hf.cli.adapters import AdapterSFTTrainer, ModelArguments, check_adapter, set_initialisation
+from pion_hf.cli.older import with_text_column
 from pion_hf.cli.outcome import ReportArguments, ReportMixin, check_report
 from pion_hf.integrations.handler import refuse_wrappers
 from pion_hf.integrations.trl import PionSFTConfig
@@ -57,7 +58,12 @@ def train(
 
     def trainer(**kwargs: Any) -> ReportMixin:
         if script is trl_sft:
-            _check_columns(kwargs["train_dataset"], script_args.dataset_name, training_args.dataset_text_field)
+            column = training_args.dataset_text_field
+            _check_columns(kwargs["train_dataset"], script_args.dataset_name, column)
+            training_args.dataset_text_field = "text"
+            for split in ("train_dataset", "eval_dataset"):
+                if kwargs[split] is not None:
+                    kwargs[split] = with_text_column(kwargs[split], column)
         if model_args.init_lora_weights is not None:
             set_initialisation(kwargs["peft_config"], model_args.init_lora_weights)
         trainers.append(make_trainer(report=report_args, **kwargs))
