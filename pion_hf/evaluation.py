@@ -73,8 +73,9 @@ def ends_of_answers(model: nn.Module, tokenizer: Any, row: dict[str, Any]) -> li
     assistant's words where the chat template writes them, as it does in training."""
     ((prompt, _),) = prompts_and_answers([row])
     chat = [*prompt, {"role": "assistant", "content": "ANSWER"}]
-    rest = tokenizer.apply_chat_template(chat, tokenize=False, **template_options(row)).rpartition("ANSWER")[2]
-    following = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"][:1]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, **template_options(row))
+    _, found, rest = text.rpartition("ANSWER")
+    following = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"][:1] if found else []
     special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id]

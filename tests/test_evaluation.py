@@ -6,11 +6,13 @@ import copy
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import evaluate
 import pytest
 import torch
+import trl
 import yaml
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -20,6 +22,7 @@ from pion_hf.cli.outcome import ReportMixin
 from pion_hf.cli.training import ReportingSFTTrainer
 from pion_hf.evaluation import (
     answer_tokens,
+    ends_of_answers,
     exact_match,
     generate_answers,
     perplexity,
@@ -128,6 +131,28 @@ def test_an_answer_ends_with_any_token_that_model_tokenizer_or_template_ends_it_
     answers = {t: r["completion"][0]["content"] for t, r in zip(texts, rows, strict=True)}
     student = Endless(tokenizer, answers, end, stops and tokenizer.convert_tokens_to_ids(stops))
     assert exact_match(generate_answers(student, tokenizer, rows, max_new_tokens=6), rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("gemma3", "<end_of_turn>"),
+        ("gptoss", "<|return|>"),
+        ("llama3", "<|eot_id|>"),
+        ("phi3", "<|end|>"),
+        ("qwen3", "<|im_end|>"),
+    ],
+)
+def test_the_templates_of_models_say_what_ends_an_answer(tokenizer, template, end):
+    file = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
+    if not file.is_file():
+        pytest.skip(f"TRL {trl.__version__} has no {file.name}")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = file.read_text(encoding="utf-8")
+    special = sorted(set(re.findall(r"<[|a-z/][^<>\s'\"{}]*>", tokenizer.chat_template)))
+    tokenizer.add_special_tokens({"bos_token": "<begin>", "additional_special_tokens": special})
+    ids = ends_of_answers(nn.Identity(), tokenizer, chat_rows(1)[0])
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<end>", end]
 
 
 @pytest.mark.parametrize("as_text", [False, True])
