@@ -1,6 +1,7 @@
 """Routing: heads beside the layers, what does not decay, matrices that are zero at the start."""
 
 import copy
+import json
 import re
 import warnings
 
@@ -9,9 +10,11 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from pion_hf import Pion, param_groups, routing_table
 from tests.architectures import HEADS, LAYERS, WIDTH, kind, llama
+from tests.conftest import toy_llama
 
 
 class Block(nn.Module):
@@ -150,3 +153,37 @@ def test_resumed_training_leaves_them_to_adamw_although_they_are_zero_no_more():
     late = Pion(param_groups(with_zeros(), lr=1e-2, weight_decay=0.1))  # made before the weights were loaded
     late.load_state_dict(Pion(param_groups(llama(), lr=1e-2, weight_decay=0.1)).state_dict())
     assert {name for group in late.param_groups if group["rule"] == "pion" for name in group["param_names"]} >= {*ZEROS}
+
+
+@pytest.mark.filterwarnings("ignore:.*matrices are zero")
+@pytest.mark.parametrize("told", [True, False])
+def test_a_resumed_run_of_a_trainer_has_the_checkpoints_routing(told, tmp_path, token_rows):
+    """told: whether the arguments say that it is resumed, or `train` alone."""
+
+    def trainer(folder, **options):
+        model = toy_llama()
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.zero_()
+        quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "bf16": False}
+        args = TrainingArguments(str(folder), optim="pion", max_steps=4, save_steps=2, **quiet, **options)
+        return Trainer(model, args, train_dataset=token_rows)
+
+    whole = trainer(tmp_path)
+    whole.train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    resumed = trainer(tmp_path / "again", resume_from_checkpoint=checkpoint if told else None)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    for (name, p), q in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    saved = json.loads((tmp_path / "routing.json").read_text())["parameters"]
+    assert {p["name"] for p in saved if p["role"] == "zero"} == {"model.layers.0.mlp.down_proj.weight"}
+    if told:
+        assert (tmp_path / "again" / "routing.json").read_bytes() == (tmp_path / "routing.json").read_bytes()
+
+
+def test_a_trainers_own_groups_are_pointed_out_once(tmp_path, token_rows, model):
+    args = TrainingArguments(str(tmp_path), max_steps=1, weight_decay=0.1, use_cpu=True, report_to="none")
+    trainer = Trainer(model, args, train_dataset=token_rows, optimizer_cls_and_kwargs=(Pion, {"lr": 1e-3}))
+    with pytest.warns(UserWarning, match=r"embeddings and heads.*param_groups") as said:
+        trainer.create_optimizer()
+    assert len([w for w in said if "param_groups" in str(w.message)]) == 1

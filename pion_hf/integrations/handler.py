@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections import Counter
@@ -76,7 +77,7 @@ def groups_from(args: Any, model: nn.Module, optim: str, options: dict[str, Any]
     options = {"adamw_betas": (args.adam_beta1, args.adam_beta2), "adamw_eps": args.adam_epsilon, **options}
     choices = {key: options.pop(key, None) for key in ("targets", "exclude", *STACK_OPTIONS, *LORA_OPTIONS)}
     choices["targets"] = choices["targets"] or args.optim_target_modules
-    routing = routing_table(model, optim, **choices)
+    routing = routing_table(model, optim, **choices, zeros=_zeros_at_the_start(args))
     (zeros,) = of_first([routing.zeros])  # by its weights: the others may not have them yet
     if zeros != routing.zeros:
         routing = routing_table(model, optim, **choices, zeros=zeros)
@@ -84,6 +85,22 @@ def groups_from(args: Any, model: nn.Module, optim: str, options: dict[str, Any]
         model, optim, lr=args.learning_rate, weight_decay=args.weight_decay, routing=routing, **options
     )
     return routing, groups
+
+
+def _zeros_at_the_start(args: Any) -> list[str] | None:
+    """Of a run to be resumed, by the `routing.json` beside its checkpoint; None where the weights tell.
+
+    Where nobody says that it is resumed, the weights have moved, and the saved groups say it when they are loaded.
+    """
+    resume = str(args.resume_from_checkpoint or "")
+    if resume.lower() in ("", "false"):
+        return None
+    folder = args.output_dir if resume.lower() == "true" else os.path.dirname(os.path.abspath(resume))
+    try:
+        with open(os.path.join(folder, "routing.json"), encoding="utf-8") as file:
+            return [p["name"] for p in json.load(file)["parameters"] if p["role"] == "zero"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def refuse_wrappers(args: Any) -> None:
