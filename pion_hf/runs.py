@@ -13,7 +13,9 @@ JSON has no word for a number that is none: where training diverged a value is n
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -65,6 +67,8 @@ EVALUATION_FIELDS = {
     "blends": [{"share": NUMBER, **MEASURES}],
 }
 SNAPSHOT_FIELDS = {"values": {...: [NUMBER]}}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -202,11 +206,28 @@ def append_line(path: str | os.PathLike, entry: dict[str, Any]) -> None:
 
 
 def keep_until(folder: str | os.PathLike, step: int, files: Iterable[str] = (LOG, MATRICES)) -> None:
-    """Drop lines of later steps than `step`: a run that resumes from a checkpoint takes them again."""
+    """Drop lines of later steps than `step`: a run that resumes from a checkpoint takes them again.
+
+    A damaged file is set aside, and what can be read of it goes on.
+    """
     for path in (Path(folder, name) for name in files):
         if path.is_file():
-            lines = [json.dumps(finite(e)) for e in _read_lines(path) if e.get("step", 0) <= step]
+            fields = SNAPSHOT_FIELDS if path.name == MATRICES else None
+            try:
+                entries = _read_lines(path, fields)
+            except ValueError as error:
+                entries = _read_lines(set_aside(path, error), fields, skip=True)
+            lines = [json.dumps(finite(e)) for e in entries if e["step"] <= step]
             write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def set_aside(path: Path, why: object) -> Path:
+    """Give a damaged file of a run another name, under which it stays; one line says so."""
+    names = (path.with_name(f"_damaged-{i}-{path.name}") for i in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    os.rename(path, aside)
+    logger.warning("%s is damaged and kept as %s: %s", path, aside.name, why)
+    return aside
 
 
 def finite(value: Any) -> Any:
@@ -255,9 +276,10 @@ def _parse(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def _read_lines(path: Path, fields: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+def _read_lines(path: Path, fields: dict[str, Any] | None = None, *, skip: bool = False) -> list[dict[str, Any]]:
+    """Entries of JSON lines, the last of which may have been cut off. skip: those that cannot be read, too."""
     try:
-        lines = read_bytes(path).decode("utf-8").split("\n")
+        lines = read_bytes(path).decode("utf-8", errors="replace" if skip else "strict").split("\n")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -274,6 +296,6 @@ def _read_lines(path: Path, fields: dict[str, Any] | None = None) -> list[dict[s
             check_fields("it ", entry, fields or {})
             entries.append(entry)
         except ValueError as error:
-            if number < len(lines):
+            if number < len(lines) and not skip:
                 raise ValueError(f"line {number} of {str(path)!r} is damaged: {error}") from None
     return entries

@@ -82,8 +82,7 @@ def model() -> LlamaForCausalLM:
     return toy_llama()
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def toy_tokenizer() -> PreTrainedTokenizerFast:
     """One token per printable character, and one per role."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *string.printable])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
@@ -97,6 +96,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return toy_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -151,6 +155,24 @@ def recipe(tmp_path, checkpoint, chat_data):
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """The folder of a run of four steps, with its checkpoints 2 and 4, and what it was at its end in `end.pt`."""
+    from tests.test_faults import everything, trainer_of
+
+    folder = tmp_path_factory.mktemp("finished")
+    trainer = trainer_of(folder, steps=4, logging_steps=1)
+    trainer.train()
+    torch.save(everything(trainer), folder / "end.pt")
+    return folder
+
+
+@pytest.fixture
+def run(finished_run, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
 @pytest.fixture

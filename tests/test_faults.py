@@ -5,12 +5,9 @@ from __future__ import annotations
 import errno
 import itertools
 import math
-import multiprocessing
 import os
 import random
 import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,15 @@ from tests.conftest import toy_llama
 FILES = ["config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 
 
-def trainer_of(folder: str | Path, *, steps: int, callbacks: tuple = (), trainer_class=PionTrainer, **options):
+def trainer_of(
+    folder: str | Path,
+    *,
+    steps: int,
+    callbacks: tuple = (),
+    trainer_class=PionTrainer,
+    eval_dataset: list[dict] | None = None,
+    **options,
+):
     """On the toy Llama with dropout: what is random must resume as well. Saves at every second step."""
     ids = torch.randint(5, 105, (18, 12), generator=torch.Generator().manual_seed(0)).tolist()
     options = {"optim": "pion", "learning_rate": 1e-2, "lr_scheduler_type": "pion_cosine", "save_steps": 2, **options}
@@ -46,7 +51,9 @@ def trainer_of(folder: str | Path, *, steps: int, callbacks: tuple = (), trainer
     )
     data = [{"input_ids": row, "labels": row} for row in ids]
     model = toy_llama(attention_dropout=0.1).to(torch.bfloat16)
-    return trainer_class(model=model, args=args, train_dataset=data, callbacks=list(callbacks))
+    return trainer_class(
+        model=model, args=args, train_dataset=data, eval_dataset=eval_dataset, callbacks=list(callbacks)
+    )
 
 
 def everything(trainer: Trainer) -> list[Tensor]:
@@ -62,93 +69,7 @@ def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
     )
 
 
-# -- killed at any moment ---------------------------------------------------------------------------------------------
-
-
-def work(folder: str, steps: int, connection: Any) -> None:
-    """A training process: resumes if it can, tells when steps begin and end, and leaves the run's end in a file."""
-
-    class Tell(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            connection.send(f"in step {state.global_step + 1}")
-
-        def on_step_end(self, args, state, control, **kwargs):
-            connection.send(f"after step {state.global_step}")
-
-    # One checkpoint kept: the one before goes as soon as the next is there.
-    trainer = trainer_of(folder, steps=steps, callbacks=(Tell(),), save_total_limit=1)
-    connection.send("loading")
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-    torch.save(everything(trainer), Path(folder, "end.part"))
-    os.replace(Path(folder, "end.part"), Path(folder, "end.pt"))
-
-
-def run_once(folder: Path, steps: int, *, messages: int, share: float) -> str | None:
-    """Start a process and kill it after so many messages and this share of the time between the last two of them.
-
-    Returns the last message, None if the process came to its end.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_faults"])  # one import for all of them
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(str(folder), steps, sender))
-    process.start()
-    sender.close()
-    last, times = None, [0.0, 0.1]
-    try:
-        for _ in range(messages):
-            last = receiver.recv()
-            times = [times[-1], time.perf_counter()]
-    except EOFError:  # the end of the process
-        process.join()
-        assert process.exitcode == 0
-        return None
-    time.sleep(share * min(0.5, times[1] - times[0]))
-    process.kill()
-    process.join()
-    return last if process.exitcode == -signal.SIGKILL else None
-
-
-@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_ends_as_if_it_had_not_been(kills, tmp_path, monkeypatch, tried):
-    steps = kills + 5
-    straight = trainer_of(tmp_path / "straight", steps=steps)
-    straight.train()
-    folder, draw = tmp_path / "killed", random.Random(kills)
-    folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # of the other processes, which do not tidy up
-    killed, broken = [], 0
-    while len(killed) < kills:
-        at = run_once(folder, steps, messages=draw.randint(1, 8), share=draw.random())
-        last = get_last_checkpoint(folder)
-        broken += last is not None and not is_complete(last)
-        killed += [at] if at else []
-        if at is None:  # it came to its end too soon: once more from the beginning
-            shutil.rmtree(folder)
-            folder.mkdir()
-    assert run_once(folder, steps, messages=10**6, share=0) is None
-    print(f"{kills} kills, {broken} half-written checkpoints, killed {', '.join(killed)}")
-    assert same_bits(torch.load(folder / "end.pt"), everything(straight))
-    tried("a process killed at random, resumed: bits of a run without", kills, "kills")
-
-
 # -- half-written checkpoints and full disks --------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """A run of four steps, with its checkpoints 2 and 4."""
-    folder = tmp_path_factory.mktemp("finished")
-    trainer = trainer_of(folder, steps=4)
-    trainer.train()
-    torch.save(everything(trainer), folder / "end.pt")
-    return folder
-
-
-@pytest.fixture
-def run(finished, tmp_path) -> Path:
-    """A copy of it."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def test_the_trainer_state_is_the_last_file_of_a_checkpoint(tmp_path, monkeypatch):
@@ -162,7 +83,7 @@ def test_the_trainer_state_is_the_last_file_of_a_checkpoint(tmp_path, monkeypatc
     monkeypatch.setattr(TrainerState, "save_to_json", spy)
     trainer_of(tmp_path, steps=2).train()
     checkpoint = tmp_path / "checkpoint-2"
-    assert set(os.listdir(checkpoint)) - written[checkpoint] == {"trainer_state.json"}
+    assert set(os.listdir(checkpoint)) - written[checkpoint] == {"trainer_state.json", "manifest.json"}
     assert set(FILES) < set(os.listdir(checkpoint))
 
 

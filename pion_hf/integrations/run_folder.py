@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
+import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate.data_loader import IterableDatasetShard
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -30,11 +33,15 @@ from pion_hf.runs import (
     LOG,
     MATRICES,
     RECORD,
+    RECORD_FIELDS,
+    ROUTING,
     RUNNING,
     SPECTRA,
     append_line,
+    check_fields,
     keep_until,
-    read_run,
+    read_json,
+    set_aside,
     write_json,
 )
 from pion_hf.structure import parameter_count
@@ -42,19 +49,26 @@ from pion_hf.structure import parameter_count
 logger = logging.get_logger(__name__)
 
 
-def _warns(method: Callable) -> Callable:
-    """A folder that cannot be written to costs the record, not the training."""
+@contextlib.contextmanager
+def recording(what: str, then: str = "training goes on without it") -> Iterator[None]:
+    """Around everything that only tells of a run: what fails there costs the record that part, and nothing else."""
+    try:
+        yield
+    except Exception as error:
+        said = str(error) if isinstance(error, OSError) else repr(error)
+        logger.warning(f"{what} cannot be written to ({said}): {then}.")
+
+
+def _guarded(method: Callable) -> Callable:
+    """A folder that cannot be written to is left alone from then on."""
 
     @wraps(method)
-    def guarded(self: RunFolder, *args: Any) -> Any:
-        if not self.open:
-            return None
-        try:
-            return method(self, *args)
-        except OSError as error:
+    def guarded(self: RunFolder, *args: Any) -> None:
+        if self.open:
             self.open = False
-            logger.warning(f"{str(self.path)!r} cannot be written to ({error}): this run is recorded no further.")
-            return None
+            with recording(repr(str(self.path)), "this run is recorded no further"):
+                method(self, *args)
+                self.open = True
 
     return guarded
 
@@ -65,40 +79,46 @@ class RunFolder:
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self.record: dict[str, Any] = {}
+        self.earlier: dict[str, Any] = {}  # of the run that goes on
         self.open = True
 
-    @_warns
+    @_guarded
     def begin(self, record: dict[str, Any], step: int) -> None:
         """Start anew, or with `step` above 0 go on where a checkpoint of that step was saved."""
-        self.record = {"format": FORMAT, "status": RUNNING, "started": datetime.now(UTC).isoformat("T", "seconds")}
+        fresh = {"format": FORMAT, "status": RUNNING, "started": datetime.now(UTC).isoformat("T", "seconds")}
         earlier = self._earlier(record) if step else None
-        if earlier:
-            self.record["started"] = earlier.get("started", self.record["started"])
-            keep_until(self.path, step)
-        else:
+        if earlier is None:
             for name in (LOG, MATRICES, SPECTRA, BEFORE, EVALUATION):
-                (self.path / name).unlink(missing_ok=True)
-        self.record |= record | {"steps": step}
+                with recording(repr(str(self.path / name))):
+                    (self.path / name).unlink(missing_ok=True)
+        else:
+            fresh["started"] = earlier.get("started", fresh["started"])
+            keep_until(self.path, step)
+        self.earlier = {key: value for key, value in (earlier or {}).items() if key not in ("status", "error")}
+        self.record = fresh | record | {"steps": step}
         write_json(self.path / RECORD, self.record)
 
     def _earlier(self, record: dict[str, Any]) -> dict[str, Any] | None:
-        """The record of the run that goes on, if it is of the same matrices."""
+        """The record of the run that goes on, as far as it can be read; None if it is of other matrices."""
         try:
-            earlier = read_run(self.path).record
-        except (OSError, ValueError):
-            return None
-        same = [m["name"] for m in earlier.get("matrices", [])] == [m["name"] for m in record["matrices"]]
-        return earlier if same else None
+            earlier = read_json(self.path / RECORD)
+            earlier = {} if earlier is None else earlier
+            check_fields(f"{RECORD} ", earlier, RECORD_FIELDS)
+        except ValueError as error:
+            set_aside(self.path / RECORD, error)
+            return {}
+        names = [matrix["name"] for matrix in record["matrices"]]
+        return earlier if names == [m.get("name") for m in earlier.get("matrices") or record["matrices"]] else None
 
-    @_warns
+    @_guarded
     def write_record(self) -> None:
         write_json(self.path / RECORD, self.record)
 
-    @_warns
+    @_guarded
     def log(self, entry: dict[str, Any]) -> None:
         append_line(self.path / LOG, {key: _json_value(value) for key, value in entry.items()})
 
-    @_warns
+    @_guarded
     def snapshot(self, step: int, values: dict[str, list[float | None]]) -> None:
         append_line(self.path / MATRICES, {"step": step, "values": values})
 
@@ -107,16 +127,29 @@ class RunFolder:
 
     def spectra_before(self) -> dict[str, Tensor]:
         """Those of a run that goes on."""
-        if not (self.path / SPECTRA).is_file():
+        path = self.path / SPECTRA
+        try:
+            found = load(read_bytes(path)) if path.is_file() else {}
+        except (OSError, SafetensorError) as error:
+            set_aside(path, f"{error}; drift counts from here")
             return {}
-        found = load(read_bytes(self.path / SPECTRA))
         return {key.removeprefix("before/"): value for key, value in found.items() if key.startswith("before/")}
 
-    @_warns
+    @_guarded
     def write_spectra(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
         named = {f"{when}/{name}": v for when, of in (("before", before), ("after", after)) for name, v in of.items()}
         with new_file(self.path / SPECTRA) as file:
             file.write(save({name: v.float().contiguous() for name, v in named.items()}))
+
+
+def correct_routing(folder: str | os.PathLike, learning_rates: dict[str, float]) -> None:
+    """Write into `routing.json` which learning rates are used, by rule."""
+    path = Path(folder, ROUTING)
+    with recording(str(path)):
+        if routing := read_json(path):
+            for row in routing["summary"]:
+                row["lr"] = learning_rates.get(row["rule"], row["lr"])
+            write_json(path, routing)
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:

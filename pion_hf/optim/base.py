@@ -20,7 +20,7 @@ from pion_hf.optim.batches import KEPT, REST, Batch, Block, Plan, is_apart, unsh
 from pion_hf.optim.checks import check_common, check_flag, check_parameter, check_words
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Observer, SelfCheck, Update
-from pion_hf.optim.saved import OWN, check_saved
+from pion_hf.optim.saved import CALLED, OWN, check_saved
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -217,6 +217,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if not torch.isfinite(matrix).all():
             raise ValueError(f"{name} holds values that are not finite: load or initialise it before training.")
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and `skipped_steps`."""
+        return {**super().state_dict(), "skipped_steps": self.skipped_steps}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but state keeps its dtype: torch casts it to the parameter's, rounding that of half weights.
 
@@ -225,8 +229,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         groups.follow_zeros(state_dict["param_groups"], self.param_groups)
         check_saved(state_dict, self.param_groups, self.defaults, self.elementwise_rules)
-        own = [{option: group[option] for option in OWN if option in group} for group in self.param_groups]
+        own = [{key: group[key] for key in (*OWN, *CALLED) if key in group} for group in self.param_groups]
         super().load_state_dict(state_dict)
+        self.skipped_steps = state_dict.get("skipped_steps", 0)
         for group, options in zip(self.param_groups, own, strict=True):
             group.update(options)
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):

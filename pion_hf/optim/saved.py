@@ -17,6 +17,8 @@ from pion_hf.optim.precision import REST_DTYPES
 ROUTED = ("rule", "layout", "method", "stacks")
 # How a step is carried out, which is the optimizer's own affair: not that of saved state.
 OWN = ("compile", "batch_elements")
+# What parameters are called here: their saved names may be those of a model that was compiled.
+CALLED = ("param_names", "stacks")
 # Numbers that make a rule another one: state of the one is none of the other.
 RULES_IN_NUMBERS = ("keep", "hold")
 # A learning rate is a schedule's; the other one torch's, which only groups have that were added after loading.
@@ -56,8 +58,16 @@ def check_saved(
             f"the saved optimizer state does not fit: {listing(found)}. Continue with the model, the routing and the "
             "options of the saved run, or load its weights only and start with fresh state."
         )
+    bare = _without_state(saved, theirs)
+    if bare:
+        warnings.warn(f"The saved optimizer state has none of {listing(bare)}: it begins afresh there.", stacklevel=3)
     if replaced:
         warnings.warn(f"Numbers of the saved optimizer state replace those given: {listing(replaced)}.", stacklevel=3)
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what `torch.compile` puts into it."""
+    return name.replace("_orig_mod.", "")
 
 
 def _names(groups: list[dict], others: list[dict]) -> list[list[str]]:
@@ -66,7 +76,8 @@ def _names(groups: list[dict], others: list[dict]) -> list[list[str]]:
     start, found = 0, []
     for group in groups:
         numbers = range(start, start := start + len(group["params"]))
-        found.append(list(group["param_names"]) if named else [f"parameter {i}" for i in numbers])
+        names = group["param_names"] if named else (f"parameter {i}" for i in numbers)
+        found.append([plain_name(name) for name in names])
     return found
 
 
@@ -85,6 +96,8 @@ def _options(name: str, before: dict, group: dict, options: Iterable[str]) -> tu
     words, numbers = [], []
     for key in ADAMW_OPTIONS if adamw else (*ROUTED, *options):
         saved, given = before.get(key), group.get(key)
+        if key == "stacks":
+            saved, given = ([[plain_name(name) for name in stack] for stack in of or ()] for of in (saved, given))
         # torch.distributed.checkpoint makes lists of tuples, and loses empty ones.
         if isinstance(saved, list) and isinstance(given, tuple):
             saved = tuple(saved)
@@ -99,6 +112,13 @@ def _options(name: str, before: dict, group: dict, options: Iterable[str]) -> tu
         if key == "rule":
             break
     return words, numbers
+
+
+def _without_state(saved: dict[str, Any], names: list[list[str]]) -> list[str]:
+    """Parameters that no state was saved of, if it was of others."""
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    named = zip(itertools.chain.from_iterable(names), indices, strict=True)
+    return [name for name, index in named if saved["state"] and not saved["state"].get(index)]
 
 
 def _is_number(value: Any) -> bool:

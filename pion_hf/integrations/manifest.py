@@ -1,0 +1,230 @@
+"""What a checkpoint consists of: written down when it has been saved, and looked at before a run goes on from it.
+
+`manifest.json` is a checkpoint's last file: sizes and xxh3 digests of all others, and facts that no other file holds.
+Digests are those of the bytes just written, half a second per GB. A checkpoint without one (of a plain Trainer, or of
+a process killed before it came to it) is opened instead: archives by their checksums, numbers by what they may be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import safe_open
+from torch import Tensor
+from transformers.trainer import safe_globals
+from transformers.trainer_callback import TrainerState
+
+from pion_hf.runs import write_json
+
+STATE_NAME, MANIFEST = "trainer_state.json", "manifest.json"
+FORMAT = 1  # of manifest.json
+CHUNK = 2**20  # bytes
+
+# Files and folders of which one is there in every checkpoint that a run can go on from: of one process, of several, of
+# FSDP, of DeepSpeed.
+WEIGHTS = (
+    "model.safetensors*",
+    "pytorch_model.bin*",
+    "adapter_model.*",
+    "*/adapter_model.*",
+    "pytorch_model_fsdp*",
+    "global_step*",
+)
+OPTIMIZER = ("optimizer.pt*", "optimizer.bin", "optimizer_[0-9]*", "rank*-optimizer.pt", "global_step*")
+SCHEDULER = ("scheduler.pt", "global_step*")
+RANDOM = ("rng_state*.pth",)
+PARTS = {"file of weights": WEIGHTS, "optimizer.pt": OPTIMIZER, "scheduler.pt": SCHEDULER, "rng_state.pth": RANDOM}
+
+
+class Damaged(ValueError):
+    """What is wrong with a checkpoint, as the end of a sentence about it."""
+
+
+def write_manifest(checkpoint: Path, **facts: Any) -> None:
+    """Write down what a checkpoint consists of, and `facts` about it."""
+    files = {}
+    for path in sorted(checkpoint.rglob("*")):
+        name = path.relative_to(checkpoint).as_posix()
+        if path.is_file() and name != MANIFEST:
+            files[name] = {"size": path.stat().st_size, "xxh3": _digest(path)}
+    write_json(checkpoint / MANIFEST, {"format": FORMAT, **facts, "files": files})
+
+
+def read_manifest(checkpoint: str | os.PathLike) -> dict[str, Any] | None:
+    """What `write_manifest` wrote, None if it did not.
+
+    Raises:
+        Damaged: it cannot be read.
+    """
+    try:
+        manifest = json.loads(Path(checkpoint, MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] == FORMAT:
+            files = {name: (entry["size"], entry["xxh3"]) for name, entry in manifest["files"].items()}
+            return {**manifest, "files": files}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Damaged(f"is damaged ({MANIFEST} cannot be read: {error!r})") from None
+    return None  # of another version
+
+
+def fault_of(checkpoint: str | os.PathLike) -> str | None:
+    """Why a run cannot go on from `checkpoint`, as the end of a sentence about it; None if it can."""
+    folder = Path(checkpoint)
+    try:
+        step = _step_of(folder)
+        manifest = read_manifest(folder)
+        for name, (size, digest) in manifest["files"].items() if manifest else ():
+            _compare(folder / name, name, size, digest)
+        _check_parts(folder, step)
+        if manifest is None:
+            _look_into(folder, step)
+    except Damaged as damaged:
+        return str(damaged)
+    except OSError as error:
+        return f"cannot be read ({error})"
+    return None
+
+
+def _step_of(folder: Path) -> int:
+    """The steps that were taken before a checkpoint; `trainer_state.json` is the last file but the manifest."""
+    path = folder / STATE_NAME
+    if not path.is_file():
+        raise Damaged(f"was not saved to its end ({STATE_NAME} is missing)")
+    try:
+        state = TrainerState.load_from_json(path)
+        step, known = state.global_step, (state.max_steps, state.train_batch_size or 0)
+    except Exception:  # its fields are what a JSON file says they are
+        raise Damaged(f"was not saved to its end ({STATE_NAME} is cut off or damaged)") from None
+    if not all(isinstance(number, int) for number in (step, *known)) or step < 0:
+        raise Damaged(f"is damaged ({STATE_NAME} counts {step!r} steps)")
+    return step
+
+
+def _compare(path: Path, name: str, size: int, digest: str) -> None:
+    if not path.is_file():
+        raise Damaged(f"is damaged ({name} is missing)")
+    found = path.stat().st_size
+    if found != size:
+        raise Damaged(f"is damaged ({name} has {found:,} bytes of {size:,})")
+    if _digest(path) != digest:
+        raise Damaged(f"is damaged ({name} is not what was saved; without {MANIFEST} it would be taken as it is)")
+
+
+def _digest(path: Path) -> str:
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def _check_parts(folder: Path, step: int) -> None:
+    missing = [part for part, patterns in PARTS.items() if not any(any(folder.glob(p)) for p in patterns)]
+    if missing == list(PARTS)[1:]:
+        raise Damaged(
+            "holds weights only (save_only_model): transformers would count its "
+            f"{step:,} steps as taken and begin with fresh optimizer state and a fresh schedule; to go on from its "
+            "weights, train it as a model of its own (model_name_or_path)"
+        )
+    if missing:
+        raise Damaged(f"is damaged (there is no {' and no '.join(missing)})")
+
+
+# -- without a manifest -----------------------------------------------------------------------------------------------
+
+
+def _look_into(folder: Path, step: int) -> None:
+    """What can be told of files of which nothing is known."""
+    for path in _weights(folder):
+        for name, value in _tensors(path):
+            if value.is_floating_point() and value.itemsize > 1 and value.isnan().any():
+                raise Damaged(f"is damaged ({path.name}: {name} holds NaN)")
+    for path in (*folder.glob("optimizer.pt"), *folder.glob("optimizer.bin")):
+        _check_optimizer(path.name, _load(path), step)
+    for path in folder.glob("scheduler.pt"):
+        scheduler = _load(path)
+        count = scheduler.get("last_epoch", 0) if isinstance(scheduler, dict) else None
+        if not isinstance(count, int) or count < 0:
+            raise Damaged(f"is damaged ({path.name} counts {count!r} steps)")
+    for path in (*folder.glob("rng_state*.pth"), *folder.glob("scaler.pt")):
+        _load(path)
+    for path in (*folder.glob("pytorch_model_fsdp_*"), *folder.glob("optimizer_[0-9]*")):
+        if path.is_dir() and not ((path / ".metadata").is_file() and (path / ".metadata").stat().st_size):
+            raise Damaged(f"was not saved to its end ({path.name}/.metadata is missing)")
+
+
+def _weights(folder: Path) -> Iterator[Path]:
+    """Files of weights; those that an index names must be there."""
+    for index in folder.glob("*.index.json"):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise Damaged(f"is damaged ({index.name} cannot be read: {error!r})") from None
+        for name in sorted(names):
+            if not (folder / name).is_file():
+                raise Damaged(f"is damaged ({name} is missing)")
+    for pattern in ("*.safetensors", "*/adapter_model.safetensors", "*.bin"):
+        yield from (p for p in sorted(folder.glob(pattern)) if p.name not in ("optimizer.bin", "training_args.bin"))
+
+
+def _tensors(path: Path) -> Iterable[tuple[str, Tensor]]:
+    if path.suffix == ".safetensors":
+        return _of_safetensors(path)
+    found = _load(path)
+    if not isinstance(found, dict):
+        raise Damaged(f"is damaged ({path.name} holds no weights)")
+    return [(name, value) for name, value in found.items() if isinstance(value, Tensor)]
+
+
+def _of_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """One at a time."""
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+    except Exception as error:  # SafetensorError, or torch's of a dtype or a shape that cannot be
+        raise Damaged(f"is damaged ({path.name} cannot be read: {_first_line(error)})") from None
+
+
+def _load(path: Path) -> Any:
+    """What `torch.save` wrote, by the checksums of its archive and without running any code of it."""
+    try:
+        archive = zipfile.is_zipfile(path)
+        if archive and torch.serialization.get_crc32_options():
+            with zipfile.ZipFile(path) as file:
+                if (bad := file.testzip()) is not None:
+                    raise ValueError(f"the checksum of {bad} is wrong")
+        with safe_globals():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except Exception as error:  # of the many kinds that a cut or changed pickle brings
+        raise Damaged(f"is damaged ({path.name} cannot be read: {_first_line(error)})") from None
+
+
+def _check_optimizer(name: str, saved: Any, step: int) -> None:
+    try:
+        state = saved["state"]
+        ours = any("rule" in group for group in saved["param_groups"])
+        entries = [(param, key, value) for param, of in state.items() for key, value in of.items()]
+    except (LookupError, TypeError, AttributeError):
+        raise Damaged(f"is damaged ({name} is no state of an optimizer)") from None
+    if step and ours and not state:
+        raise Damaged(f"is damaged ({name} holds no state after {step:,} steps)")
+    for param, key, value in entries:
+        if key == "step" and not 0 <= float(value) < float("inf"):
+            raise Damaged(f"is damaged ({name}: parameter {param} is at step {float(value):g})")
+        whole = not isinstance(value, Tensor) or not value.is_floating_point() or value.itemsize == 1
+        if not whole and not value.isfinite().all():
+            raise Damaged(f"is damaged ({name}: {key} of parameter {param} is not finite)")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__
