@@ -32,8 +32,8 @@ from pion_hf.evaluation import (
     token_loss,
 )
 from pion_hf.integrations.blend import Blend
-from pion_hf.integrations.checkpoints import resolve_resume
 from pion_hf.integrations.model_card import table_rows
+from pion_hf.integrations.run_folder import recording
 from pion_hf.runs import BEFORE, EVALUATION, read_json, write_json
 
 OTHER_ROWS = 128  # rows of `other_dataset` whose loss is measured
@@ -86,7 +86,7 @@ class ReportMixin:
         self.blends: dict[float, Measures] = {}  # by the share of what training changed
         # Answers to the first questions, by the share of what training changed (0: before it).
         self.shown: dict[float, list[str]] = {}
-        self._blended = False
+        self._blended = self._saved = False
         # All that can be wrong with the data is found here, most of it before a model is loaded. The raw rows: TRL's
         # own preparation leaves only tokens.
         self.questions = self.task_questions(kwargs.get("eval_dataset"))
@@ -102,25 +102,41 @@ class ReportMixin:
             self.other["other_dataset"] = self._other("other_dataset", answer_tokens, other_rows)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`, between two measurements; writes `eval.json`."""
+        """As `Trainer.train`; before TRL 1.14 its scripts do not say where to resume."""
         if resume_from_checkpoint is None:
-            resume_from_checkpoint = self.args.resume_from_checkpoint  # TRL's scripts give it from 1.14 on
-        resume = resolve_resume(resume_from_checkpoint, self.args.output_dir)  # known before anything is measured
-        self.measured, self.blends, self.shown, self._blended = {}, {}, {}, False
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def train_from(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
+        """Train between two measurements; the model is saved before the second one, and then `eval.json` written."""
+        self.measured, self.blends, self.shown = {}, {}, {}
+        self._blended = self._saved = False
         blend = self._begin_blend()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self.add_callback(_MeasuresFirst(self))
         else:
             self.create_optimizer()  # what it refuses is known before anything is measured
             self.measured["before"] = self.measure(0)
-        output = super().train(resume, *args, **kwargs)
+        output = super().train_from(checkpoint, *args, **kwargs)
         self.remove_callback(_MeasuresFirst)
+        if blend is not None:
+            blend.apply(self.report_arguments.blend, self.optimizer)
+        self.save_model(_internal_call=True)
+        self._saved = True
         if blend is not None:
             self._measure_blends(blend)
         self.measured["after"] = self.measure() if blend is None else self.blends[self.report_arguments.blend]
         if self.is_world_process_zero():
-            write_json(Path(self.args.output_dir) / EVALUATION, self.run_summary())
+            path, summary = Path(self.args.output_dir) / EVALUATION, self.run_summary()
+            with recording(repr(str(path))):
+                write_json(path, summary)
         return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, but TRL's scripts ask for what `train_from` has saved; a push is one of what is there."""
+        again = self._saved and output_dir == self.args.output_dir and not self.args.push_to_hub
+        if not again:
+            super().save_model(output_dir, _internal_call)
 
     def end(self) -> None:
         """As `Trainer.end`, with nothing left of DDP's wrapper.
@@ -298,12 +314,15 @@ class _MeasuresFirst(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         path = Path(args.output_dir, BEFORE)
+        self._trainer.measured["before"] = {}
         if state.global_step:
-            self._trainer.measured["before"] = read_json(path) or {}
+            with recording(f"what was measured before training, {str(path)!r},"):
+                self._trainer.measured["before"] = read_json(path) or {}
             return
         self._trainer.measured["before"] = self._trainer.measure(0)
         if state.is_world_process_zero:
-            write_json(path, self._trainer.measured["before"])
+            with recording(repr(str(path))):
+                write_json(path, self._trainer.measured["before"])
 
 
 def wants_blend(report: ReportArguments) -> bool:

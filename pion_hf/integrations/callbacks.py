@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from pion_hf.integrations.matrices import (
 )
 from pion_hf.integrations.model_card import describe
 from pion_hf.integrations.optimizers import learning_rates, unwrap
-from pion_hf.integrations.run_folder import RunFolder
+from pion_hf.integrations.run_folder import RunFolder, recording
 from pion_hf.integrations.updates import Meter
 from pion_hf.linalg.spectrum import numerical_zero
 from pion_hf.redaction import without_secrets
@@ -39,6 +40,15 @@ STEPS_SHARE, SPECTRA_SHARE, SNAPSHOTS_SHARE = 0.003, 0.003, 0.004
 FREE_SECONDS = 0.4
 # A drift above this is not rounding of float32 (1e-8 a step at most), nor that of bfloat16 weights (1e-3).
 MOST_DRIFT = 1e-2
+SUMMARY = (
+    "optimizer_share",
+    "optimizer_seconds",
+    "logging_share",
+    "skipped_steps",
+    "spectrum_drift",
+    "rotated_matrices",
+    "measured_spectra",
+)
 
 
 class RunCallback(TrainerCallback):
@@ -59,54 +69,82 @@ class RunCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.summary: dict[str, float] = {}
+        self.folder: str | None = None  # if not `output_dir`: of one trial of a search
+        self.waits = False  # for `finished`: when training ends, weights are still to be saved
         self._run: _Run | None = None
         self._early: list[dict[str, Any]] = []  # logged before training began
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
-        self.summary = {}
+        self.forget()
         early, self._early = self._early, []
         if state.is_world_process_zero:
-            self._run = _Run(args, state, model, optimizer, kwargs, [] if state.global_step else early)
+            with recording("the record of this run"):
+                folder = self.folder or args.output_dir
+                self._run = _Run(folder, args, state, model, optimizer, kwargs, [] if state.global_step else early)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        if self._run:
-            self._run.step_begins()
+        self._tell(lambda run: run.step_begins())
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        if self._run:
-            self._run.before_update(state)
+        self._tell(lambda run: run.before_update(state))
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        if self._run:
-            self._run.after_update()
+        self._tell(lambda run: run.after_update())
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self._run:
-            self._run.step_ends(state)
+        self._tell(lambda run: run.step_ends(state))
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not state.is_world_process_zero or logs is None:
             return
         if self._run is None:
             self._early.append({**logs, "step": state.global_step})
+        self._tell(lambda run: self._log(run, state, logs))
+
+    def _log(self, run: _Run, state: Any, logs: dict[str, Any]) -> None:
+        added = run.additions(logs)
+        if "train_loss" in logs and run.was_over():  # all is known, and no loss is new
+            self.summary = {key: run.folder.earlier[key] for key in SUMMARY if key in run.folder.earlier}
             return
-        added = self._run.additions(logs)
-        if "train_loss" in logs and not self._run.measured:  # the last entry, and no other
-            added, self.summary = self._run.end(state)
+        if "train_loss" in logs and not run.measured:  # the last entry, and no other
+            added, self.summary = run.end(state)
             added |= self.summary
         logs.update(added)
         if state.log_history:
             state.log_history[-1].update(added)
-        self._run.folder.log({**logs, "step": state.global_step})
+        run.folder.log({**logs, "step": state.global_step})
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        if self._run:
-            self._run.finish(state, self.summary)
+        self._tell(lambda run: run.close(self.summary))
+        if not self.waits:
+            self.finished()
+
+    def finished(self) -> None:
+        """All that the run is for has been saved."""
+        self._tell(lambda run: run.says(FINISHED))
 
     def failed(self, error: BaseException) -> None:
-        """Training has raised `error`."""
+        """Training, or saving what it has trained, has raised `error`."""
+        said = str(error).splitlines() or [""]
+        self._tell(lambda run: run.says(FAILED, error=without_secrets(f"{type(error).__name__}: {said[0]}")))
+
+    def forget(self) -> None:
+        """Another run begins, or an attempt at one."""
+        self.summary = {}
         if self._run:
-            self._run.fail(error)
+            self._run.stop_measuring()
+        self._run = None
+
+    def _tell(self, what: Callable[[_Run], None]) -> None:
+        """Let the run measure and record; where it cannot, it measures no more, and training goes on."""
+        if self._run is None:
+            return
+        told = False
+        with recording("the record of this run", "nothing more is measured"):
+            what(self._run)
+            told = True
+        if not told:
+            self._run.stop_measuring()
 
 
 def watch(trainer: Trainer) -> RunCallback:
@@ -120,7 +158,9 @@ def watch(trainer: Trainer) -> RunCallback:
 class _Run:
     """One call of `Trainer.train`, on the first process."""
 
-    def __init__(self, args: Any, state: Any, model: Any, optimizer: Any, loaders: dict, early: list[dict]) -> None:
+    def __init__(
+        self, folder: str, args: Any, state: Any, model: Any, optimizer: Any, loaders: dict, early: list[dict]
+    ) -> None:
         self.began = time.perf_counter()
         self.args, self.optimizer, self.ours = args, optimizer, unwrap(optimizer)
         self.matrices = hidden_matrices(model, optimizer, self.ours)
@@ -136,7 +176,7 @@ class _Run:
         self._started = False
         self._planned: set[int] = set()
         self._step_cost = self._drift_seconds = 0.0
-        self.folder = RunFolder(args.output_dir)
+        self.folder = RunFolder(folder)
         record = {
             "model": run_folder.describe_model(model),
             "data": {
@@ -223,10 +263,10 @@ class _Run:
         expected = (began - self.first_step) * steps
         if not self.matrices:
             return
-        resumed = state.global_step > 0 and self.folder.has_snapshots()
+        resumed = state.global_step > 0
         values = self.norms.measure()
         cost = (time.perf_counter() - began) * WARM_STEPS / COLD_STEPS
-        if not resumed:
+        if not (resumed and self.folder.has_snapshots()):
             self._store(state.global_step, values, [])
         allowed = max(FREE_SECONDS, SPECTRA_SHARE / 3 * expected)
         names = {matrix.name for matrix in self.matrices}
@@ -277,7 +317,10 @@ class _Run:
 
     def end(self, state: Any) -> tuple[dict[str, float], dict[str, float]]:
         """Measure a last time; what joins the last entry of the logs, and the summary."""
-        if self._started and self.matrices:
+        if not self._started:
+            self._started = True
+            self._measure_start(state)
+        if self.matrices:
             self._snapshot(state.global_step, self.spectra.known, last=True)
             self.folder.write_spectra(self.spectra.before, self.spectra.after)
         self.measured = True
@@ -300,27 +343,38 @@ class _Run:
             summary["measured_spectra"] = sum(len(m.weights()) for m in self.spectra.known if m.keeps_spectrum)
         return {key: value for key, value in self.pending.items() if key != "spectrum_drift"}, summary
 
-    def finish(self, state: Any, summary: dict[str, float]) -> None:
+    def was_over(self) -> bool:
+        """Whether a run was resumed that had come to its end."""
+        return not self._started and "optimizer_seconds" in self.folder.earlier
+
+    def close(self, summary: dict[str, float]) -> None:
+        """Write down what is known when training ends."""
+        if self.was_over():
+            self.folder.record = self.folder.earlier | self.folder.record
+            self.stop_measuring()
+            return
         drift = {} if self.drift is None else {"spectrum_drift": self.drift}
-        self.folder.record |= {"status": FINISHED, "steps": state.global_step, **drift, **summary}
-        self._close()
+        self.folder.record |= {**drift, **summary}
+        self._take_times()
+        self.folder.write_record()
 
-    def fail(self, error: BaseException) -> None:
-        if self.folder.record.get("status") != FINISHED:
-            said = str(error).splitlines() or [""]
-            self.folder.record |= {"status": FAILED, "error": without_secrets(f"{type(error).__name__}: {said[0]}")}
-            self._close()
+    def says(self, status: str, **more: Any) -> None:
+        """How the run ended."""
+        if "seconds" not in self.folder.record:
+            self._take_times()
+        self.folder.record |= {"status": status, **more}
+        self.folder.open = True  # a disk that was full may not be so any more
+        self.folder.write_record()
 
-    def _close(self) -> None:
+    def _take_times(self) -> None:
+        self.stop_measuring()
+        times, memory = self.times(), run_folder.peak_memory(self.args.device)
+        self.folder.record |= {"seconds": times["total"], "times": times, "peak_memory_bytes": memory}
+
+    def stop_measuring(self) -> None:
+        self.matrices, self._planned, self.measured, self.meter.on = [], set(), True, False
         if self.ours is not None:
             self.ours.observers = [observer for observer in self.ours.observers if observer is not self.meter]
-        times = self.times()
-        self.folder.record |= {
-            "seconds": times["total"],
-            "times": times,
-            "peak_memory_bytes": run_folder.peak_memory(self.args.device),
-        }
-        self.folder.write_record()
 
     def times(self) -> dict[str, float]:
         """Seconds since training began, and what they went to."""

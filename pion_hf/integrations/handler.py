@@ -21,6 +21,7 @@ from pion_hf.arguments import (
     resolve_options,
     warn_of_slow_bfloat16,
 )
+from pion_hf.integrations.run_folder import recording
 from pion_hf.optim import Inputs
 from pion_hf.optim.groups import kept_columns
 from pion_hf.optim.sharding import of_first
@@ -147,7 +148,9 @@ def announce(routing: Routing, groups: list[dict], args: Any) -> None:
         return
     rates = {group["rule"]: group["lr"] for group in groups}
     if args.output_dir:
-        routing.save(os.path.join(args.output_dir, "routing.json"), rates)
+        path = os.path.join(args.output_dir, "routing.json")
+        with recording(repr(path)):
+            routing.save(path, rates)
     if args.should_log:
         from rich.console import Console
 

@@ -14,6 +14,7 @@ from pion_hf.arguments import OPTIMIZER_CLASSES, PionOptions
 from pion_hf.integrations import model_card
 from pion_hf.integrations.callbacks import watch
 from pion_hf.integrations.checkpoints import CheckpointMixin
+from pion_hf.integrations.run_folder import recording
 
 logger = logging.get_logger(__name__)
 
@@ -49,13 +50,29 @@ class PionTrainerMixin(CheckpointMixin):
 
     def train(self, *args, **kwargs):
         """As `Trainer.train`; the returned metrics also hold what `RunCallback` sums up, `spectrum_drift` among it."""
+        self.run_callback.waits = True
+        self.run_callback.forget()
         try:
             output = super().train(*args, **kwargs)
         except BaseException as error:
             self.run_callback.failed(error)
             raise
+        self.run_callback.finished()
         output.metrics.update(self.run_callback.summary)
         return output
+
+    def train_from(self, checkpoint: str | None, trial: Any = None, *args, **kwargs):
+        """As `CheckpointMixin`'s; trials of a search each have their own folder."""
+        self.run_callback.folder = self._get_output_dir(trial)
+        return super().train_from(checkpoint, trial, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; where it fails after training, the run has not finished, and its record says so."""
+        try:
+            super().save_model(output_dir, _internal_call)
+        except BaseException as error:
+            self.run_callback.failed(error)
+            raise
 
     def run_summary(self) -> dict[str, Any]:
         """What a run says of itself: its optimizer, the steps it has taken, and what was measured."""
@@ -70,11 +87,12 @@ class PionTrainerMixin(CheckpointMixin):
         if os.path.exists(data) or os.path.isabs(data) or "://" in data:  # TRL would link to the hub's of that name
             kwargs["dataset_name"] = None
         path = Path(self.args.output_dir, "README.md")
-        if self.is_world_process_zero() and path.is_symlink():  # which theirs would write through
-            path.unlink()
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            model_card.extend(path, self.run_summary(), dataset_name=kwargs.get("dataset_name"))
+        with recording(repr(str(path))):
+            if self.is_world_process_zero() and path.is_symlink():  # which theirs would write through
+                path.unlink()
+            super().create_model_card(*args, **kwargs)
+            if self.is_world_process_zero():
+                model_card.extend(path, self.run_summary(), dataset_name=kwargs.get("dataset_name"))
 
 
 class PionTrainer(PionTrainerMixin, Trainer):
