@@ -235,7 +235,7 @@ def routing_table(
     if zeros is None and routing.zeros:
         warnings.warn(
             f"{len(routing.zeros)} matrices are zero, or hold a zero matrix, which no rotation can move: AdamW updates "
-            f"them: {listing(routing.zeros)}.",
+            f"them: {', '.join(routing.zeros)}.",
             stacklevel=2,
         )
     if not (factors or wanted or unwanted):

@@ -1,6 +1,7 @@
 """`python -m tests.field`: damaged and hostile inputs of every kind, and one table of what became of them.
 
-`--kind WORDS` tries some kinds only, `--name TEXT` some inputs, `--page FILE` puts the table into a page of the docs.
+`--kind WORDS` tries some kinds only, `--name TEXT` and `--every N` some inputs; `--page FILE` puts the table into a
+page of the docs, where the rows of other kinds stay as they are.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from pion_hf._version import __version__
 from tests.field import inputs, page
 from tests.field.trial import FAULTS, attempt
 from tests.field.world import World
@@ -21,14 +23,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.field", description=__doc__)
     parser.add_argument("--kind", default="", help="only kinds whose name holds this")
     parser.add_argument("--name", default="", help="only inputs whose name holds this")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth input")
     parser.add_argument("--page", type=Path, help="put the table into this page")
     parser.add_argument("--verbose", action="store_true", help="a line for every input")
     args = parser.parse_args()
-    chosen = [i for i in inputs.INPUTS if args.kind in i.kind and args.name in i.name]
+    chosen = [i for i in inputs.INPUTS if args.kind in i.kind and args.name in i.name][:: args.every]
     folder = Path(tempfile.mkdtemp(prefix="pion_hf-field-"))
     counts: dict[str, Counter] = {}
     try:
-        world = World.make(folder / "world")
+        world = World(folder / "world")
+        if not all(given.alone for given in chosen):
+            world.make()
         for number, given in enumerate(chosen):
             outcome = attempt(given, world, folder / str(number))
             counts.setdefault(given.kind, Counter())[outcome.verdict] += 1
@@ -38,9 +43,10 @@ def main() -> int:
             shutil.rmtree(folder / str(number), ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(page.table(counts))
+    rows = {kind: page.Row(__version__, count) for kind, count in counts.items()}
+    print(page.table(rows))
     if args.page:
-        page.write(args.page, "field", page.table(counts))
+        page.write(args.page, "field", page.table({**page.rows_in(args.page, "field"), **rows}))
     return int(any(count[verdict] for count in counts.values() for verdict in FAULTS))
 
 

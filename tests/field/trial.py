@@ -10,7 +10,7 @@ What an input does is one of these:
     wrong        taken, nothing said, and something else came of it
 
 A refusal of a command is `SystemExit` with text, which makes an exit status of 1; of a call in Python it is a
-`ValueError`, `OSError` or `RuntimeError`.
+`ValueError`, `TypeError`, `OSError` or `RuntimeError` whose text says so.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CLEAR, RIGHT, UNCLEAR, TRACEBACK, HANG, WRONG = "clear line", "as it should", "u
 VERDICTS = (CLEAR, RIGHT, UNCLEAR, TRACEBACK, HANG, WRONG)
 FAULTS = (UNCLEAR, TRACEBACK, HANG, WRONG)
 SECONDS = 120.0  # on a loaded machine
-REFUSALS = (ValueError, OSError, RuntimeError)
+REFUSALS = (ValueError, OSError, RuntimeError, TypeError)
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # What a line about an input says that is taken all the same; a line of a log or of a table says none of it.
 SAID = re.compile(r"warn|cannot|ignor|left out|damaged|missing|without|not |no |instead|wins|skip|never|is used", re.I)
@@ -43,7 +43,7 @@ class Input:
     """attempt: does it, in a new folder, and returns what came of it; `right` says whether that is as it should be.
 
     names: what a clear line names, one of them. right: None where the input must be refused, or something said of it.
-    call: a call in Python rather than a command.
+    call: a call in Python rather than a command. alone: needs nothing of the world.
     """
 
     kind: str
@@ -52,6 +52,7 @@ class Input:
     names: tuple[str, ...] = ()
     right: Callable[[Any, Any], bool] | None = None
     call: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import traceback
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from pion_hf.cli import main
 from pion_hf.cli.jobs import TRIAL
+from pion_hf.runs import LOG, MATRICES, SPECTRA
+from tests.field.pages import page_of
 from tests.gallery.stand_ins import CHATS, make_model, make_tokenizer, sentence, write_jsonl
 from tests.run_folders import write_run
 from tests.test_faults import everything, trainer_of
 
-STEPS = 4  # of the run that is resumed; checkpoints 2 and 4
+STEPS = 6  # of the run that is resumed, from the last of its checkpoints 2 and 4
+LAST = "checkpoint-4"
 RATES = (1e-3, 2e-3)  # of the comparison
 
 
@@ -32,22 +36,24 @@ class World:
 
     folder: Path
 
-    @classmethod
-    def make(cls, folder: Path) -> World:
+    def make(self) -> None:
         """Everything, in a process of its own: who forks for every input should not have computed anything."""
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                cls(folder)._make()
+                self._make()
                 status = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(status)
         if os.waitpid(pid, 0)[1]:
             raise RuntimeError("the undamaged inputs could not be made")
-        return cls(folder)
 
     def _make(self) -> None:
+        self.folder.mkdir()
+        os.chdir(self.folder)
         chance = random.Random(0)
         make_model("llama", self.model, make_tokenizer())
         self.chats.mkdir()
@@ -55,9 +61,13 @@ class World:
             write_jsonl(self.chats / f"{split}.jsonl", [CHATS["chats"](chance) for _ in range(count)])
         self.text.write_text("".join(sentence(chance, 12) + ".\n" for _ in range(100)), encoding="utf-8")
         write_run(self.run, layers=1, steps=4, snapshots=2)
+        shutil.copytree(self.run, self.bare, ignore=shutil.ignore_patterns(LOG, MATRICES, SPECTRA))
+        for run in (self.run, self.bare):
+            (self.folder / f"{run.name}.html").write_text(page_of(run), encoding="utf-8")
         trainer = trainer_of(self.finished, steps=STEPS)
         trainer.train()
         torch.save(everything(trainer), self.finished / "end.pt")
+        shutil.rmtree(self.finished / f"checkpoint-{STEPS}")
         main(["sft", "--config", str(self.recipe(self.folder, output_dir=str(self.folder / "trained")))])
         self._make_comparison()
 
@@ -77,6 +87,11 @@ class World:
     def run(self) -> Path:
         """The record of a run, made up."""
         return self.folder / "run"
+
+    @property
+    def bare(self) -> Path:
+        """The record without logs, snapshots and spectra."""
+        return self.folder / "bare"
 
     @property
     def finished(self) -> Path:
@@ -117,6 +132,15 @@ class World:
         return path
 
     @cached_property
+    def page(self) -> str:
+        """The page of the record."""
+        return (self.folder / "run.html").read_text(encoding="utf-8")
+
+    @cached_property
+    def bare_page(self) -> str:
+        return (self.folder / "bare.html").read_text(encoding="utf-8").replace("<h1>bare</h1>", "<h1>run</h1>")
+
+    @cached_property
     def trained(self) -> dict[str, Tensor]:
         """The weights that the recipe makes."""
         return load_file(self.folder / "trained" / "model.safetensors")
@@ -145,3 +169,7 @@ class World:
             )
             said = {"format": 1, "status": "finished", "arguments": trial.arguments, "seconds": 3.0, "started": "now"}
             (folder / TRIAL).write_text(json.dumps(said), encoding="utf-8")
+        from tests.field.commands import table
+
+        runs = shutil.copytree(self.comparison / "runs", self.folder / "shown")
+        (self.folder / "table.json").write_text(table(self, runs), encoding="utf-8")

@@ -173,12 +173,12 @@ TRANSFORMERS = [
         "semantic-segmentation",
         "semantic-segmentation/run_semantic_segmentation.py",
         f"{model('segformer')} --dataset_name={{data}}/masks {IMAGES}",
+        by_adamw={r"^decode_head\.": "the head, side by side for every size of features"},
     ),
     Case(
         "instance-segmentation",
         "instance-segmentation/run_instance_segmentation.py",
-        f"{model('mask2former')} --dataset_name={{data}}/instances --image_height=64 --image_width=64 "
-        f"--do_reduce_labels {IMAGES}",
+        f"{model('mask2former')} --dataset_name={{data}}/instances --image_height=64 --image_width=64 {IMAGES}",
         by_adamw=POSITIONS,
     ),
 ]

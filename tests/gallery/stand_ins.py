@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, XLNetTokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PAD, UNK, START, END, MASK = range(len(SPECIAL))
@@ -180,7 +181,7 @@ def make(folder: Path) -> Path:
     """Everything, in a new folder."""
     tokenizer = make_tokenizer()
     for name in MODELS:
-        make_model(name, folder / "models" / name, tokenizer)
+        make_model(name, folder / "models" / name, make_pieces() if name == "xlnet" else tokenizer)
     data = folder / "data"
     data.mkdir()
     chance = random.Random(0)
@@ -225,7 +226,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def make_pieces() -> XLNetTokenizer:
+    """XLNet's, which is read with no other model than this: the words, and single letters."""
+    special = ["<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>", "<eop>", "<eod>"]
+    words = dict.fromkeys([*(f"\N{LOWER ONE EIGHTH BLOCK}{word}" for word in WORDS.split()), *string.ascii_letters])
+    return XLNetTokenizer(vocab=[*((token, 0.0) for token in special), *((word, -5.0) for word in words)])
+
+
+def make_model(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """A checkpoint with weights that are random but seeded."""
     kind, architecture, changes, processor = MODELS[name]
     config = AutoConfig.for_model(kind, **changes)
