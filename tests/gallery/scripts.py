@@ -117,6 +117,7 @@ TRANSFORMERS = [
         "qa-beam-search",
         "question-answering/run_qa_beam_search.py",
         f"{model('xlnet')} {files('qa')} --max_seq_length=48 --doc_stride=16",
+        by_adamw={r"r_[rsw]_bias|seg_embed": "biases and embeddings of XLNet's attention"},
     ),
     Case(
         "qa-seq2seq",
