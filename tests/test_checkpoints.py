@@ -63,16 +63,16 @@ def test_damage_is_found_by_the_manifest(name, run, caplog, tried):
 
 
 @pytest.mark.parametrize("damage", [flip, cut, empty, Path.unlink])
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("name", ["config.json", *FILES[1:-1]])
 def test_damage_is_found_without_a_manifest(name, damage, run):
-    """All but a flipped bit of weights, which have no checksum."""
+    """All but a flipped bit of what has no checksum."""
     checkpoint = run / "checkpoint-4"
     (checkpoint / MANIFEST).unlink()
     assert fault_of(checkpoint) is None
     if damage is flip:  # of what is loaded, not of what fills the archive up
         (checkpoint / name).write_bytes((checkpoint / name).read_bytes().replace(b"_step_count", b"_step_counT"))
     damage(checkpoint / name)
-    if (name, damage) != ("model.safetensors", flip):
+    if (name, damage) not in [("model.safetensors", flip), ("config.json", flip), ("config.json", Path.unlink)]:
         assert fault_of(checkpoint).startswith("is damaged (")
         assert ("weights" if (name, damage) == ("model.safetensors", Path.unlink) else name) in fault_of(checkpoint)
 
@@ -93,6 +93,14 @@ def test_a_damaged_trainer_state_is_one_line(content, run):
         assert "\n" not in fault
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are of Unix")
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_a_pipe_is_not_waited_for(name, run):
+    (run / "checkpoint-4" / name).unlink()
+    os.mkfifo(run / "checkpoint-4" / name)
+    assert fault_of(run / "checkpoint-4") == f"is damaged ({name} is no file)"
+
+
 def change_state(key: str, value: float):
     def change(saved):
         entry = next(entry for entry in saved["state"].values() if key in entry)
@@ -107,7 +115,8 @@ def change_state(key: str, value: float):
         (change_state("momentum", float("nan")), "momentum of parameter .* is not finite"),
         (change_state("exp_avg_sq", float("inf")), "exp_avg_sq of parameter .* is not finite"),
         (change_state("step", -1), "is at step -1"),
-        (lambda saved: saved["state"].clear(), "holds no state after 4 steps"),
+        (lambda saved: saved["state"].clear(), "is not of 4 steps"),
+        (lambda saved: [entry.update(step=entry["step"] * 0 + 2) for entry in saved["state"].values()], "of 4 steps"),
         (lambda saved: saved.pop("state"), "is no state of an optimizer"),
     ],
 )
@@ -126,6 +135,10 @@ def test_impossible_schedules_and_weights_too(run):
     (checkpoint / MANIFEST).unlink()
     torch.save(torch.load(checkpoint / "scheduler.pt") | {"last_epoch": -3}, checkpoint / "scheduler.pt")
     assert fault_of(checkpoint) == "is damaged (scheduler.pt counts -3 steps)"
+    torch.save({}, checkpoint / "scheduler.pt")
+    assert fault_of(checkpoint) == "is damaged (scheduler.pt counts None steps)"
+    shutil.copy(run / "checkpoint-2" / "scheduler.pt", checkpoint)
+    assert fault_of(checkpoint) == "is damaged (scheduler.pt counts 2 steps of 4)"
     weights = load_file(checkpoint / "model.safetensors")
     next(iter(weights.values())).view(-1)[3] = float("nan")
     save_file(weights, checkpoint / "model.safetensors")

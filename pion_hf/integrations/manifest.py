@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.trainer import safe_globals
 from transformers.trainer_callback import TrainerState
 
+from pion_hf.files import read_bytes
 from pion_hf.runs import write_json
 
 STATE_NAME, MANIFEST = "trainer_state.json", "manifest.json"
@@ -64,13 +65,13 @@ def read_manifest(checkpoint: str | os.PathLike) -> dict[str, Any] | None:
         Damaged: it cannot be read.
     """
     try:
-        manifest = json.loads(Path(checkpoint, MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read_bytes(Path(checkpoint, MANIFEST)).decode("utf-8"))
         if manifest["format"] == FORMAT:
             files = {name: (entry["size"], entry["xxh3"]) for name, entry in manifest["files"].items()}
             return {**manifest, "files": files}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"is damaged ({MANIFEST} cannot be read: {error!r})") from None
     return None  # of another version
 
@@ -79,6 +80,9 @@ def fault_of(checkpoint: str | os.PathLike) -> str | None:
     """Why a run cannot go on from `checkpoint`, as the end of a sentence about it; None if it can."""
     folder = Path(checkpoint)
     try:
+        for path in folder.rglob("*"):
+            if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+                raise Damaged(f"is damaged ({path.name} is no file)")
         step = _step_of(folder)
         manifest = read_manifest(folder)
         for name, (size, digest) in manifest["files"].items() if manifest else ():
@@ -143,17 +147,18 @@ def _check_parts(folder: Path, step: int) -> None:
 
 def _look_into(folder: Path, step: int) -> None:
     """What can be told of files of which nothing is known."""
+    for path in (*folder.glob("*.json"), *folder.glob("*/*.json")):
+        _json(path)
     for path in _weights(folder):
         for name, value in _tensors(path):
             if value.is_floating_point() and value.itemsize > 1 and value.isnan().any():
                 raise Damaged(f"is damaged ({path.name}: {name} holds NaN)")
+    # Steps that a scaler of half-precision gradients has skipped count neither for the optimizer nor for the schedule.
+    least = 0 if (folder / "scaler.pt").exists() else step
     for path in (*folder.glob("optimizer.pt"), *folder.glob("optimizer.bin")):
-        _check_optimizer(path.name, _load(path), step)
+        _check_optimizer(path.name, _load(path), step, least)
     for path in folder.glob("scheduler.pt"):
-        scheduler = _load(path)
-        count = scheduler.get("last_epoch", 0) if isinstance(scheduler, dict) else None
-        if not isinstance(count, int) or count < 0:
-            raise Damaged(f"is damaged ({path.name} counts {count!r} steps)")
+        _check_schedule(path.name, _load(path), least)
     for path in (*folder.glob("rng_state*.pth"), *folder.glob("scaler.pt")):
         _load(path)
     for path in (*folder.glob("pytorch_model_fsdp_*"), *folder.glob("optimizer_[0-9]*")):
@@ -161,14 +166,21 @@ def _look_into(folder: Path, step: int) -> None:
             raise Damaged(f"was not saved to its end ({path.name}/.metadata is missing)")
 
 
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(read_bytes(path).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"is damaged ({path.name} cannot be read: {_first_line(error)})") from None
+
+
 def _weights(folder: Path) -> Iterator[Path]:
     """Files of weights; those that an index names must be there."""
     for index in folder.glob("*.index.json"):
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise Damaged(f"is damaged ({index.name} cannot be read: {error!r})") from None
-        for name in sorted(names):
+            names = sorted(set(_json(index)["weight_map"].values()))
+        except (LookupError, TypeError, AttributeError):
+            raise Damaged(f"is damaged ({index.name} names no weights)") from None
+        for name in names:
             if not (folder / name).is_file():
                 raise Damaged(f"is damaged ({name} is missing)")
     for pattern in ("*.safetensors", "*/adapter_model.safetensors", "*.bin"):
@@ -208,21 +220,32 @@ def _load(path: Path) -> Any:
         raise Damaged(f"is damaged ({path.name} cannot be read: {_first_line(error)})") from None
 
 
-def _check_optimizer(name: str, saved: Any, step: int) -> None:
+def _check_optimizer(name: str, saved: Any, step: int, least: int) -> None:
+    """step: those taken before the checkpoint. least: those that the optimizer knows of."""
     try:
-        state = saved["state"]
+        state, skipped = saved["state"], saved.get("skipped_steps", step)
         ours = any("rule" in group for group in saved["param_groups"])
         entries = [(param, key, value) for param, of in state.items() for key, value in of.items()]
-    except (LookupError, TypeError, AttributeError):
+        counts = [(param, float(value)) for param, key, value in entries if key == "step"]
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError):
         raise Damaged(f"is damaged ({name} is no state of an optimizer)") from None
-    if step and ours and not state:
-        raise Damaged(f"is damaged ({name} holds no state after {step:,} steps)")
+    for param, count in counts:
+        if not 0 <= count < float("inf"):
+            raise Damaged(f"is damaged ({name}: parameter {param} is at step {count:g})")
+    if ours and skipped < step and max((count for _, count in counts), default=0) + skipped < least:
+        raise Damaged(f"is damaged ({name} is not of {step:,} steps)")
     for param, key, value in entries:
-        if key == "step" and not 0 <= float(value) < float("inf"):
-            raise Damaged(f"is damaged ({name}: parameter {param} is at step {float(value):g})")
         whole = not isinstance(value, Tensor) or not value.is_floating_point() or value.itemsize == 1
         if not whole and not value.isfinite().all():
             raise Damaged(f"is damaged ({name}: {key} of parameter {param} is not finite)")
+
+
+def _check_schedule(name: str, saved: Any, least: int) -> None:
+    count = saved.get("last_epoch") if isinstance(saved, dict) else None
+    if not isinstance(count, int) or count < 0:
+        raise Damaged(f"is damaged ({name} counts {count!r} steps)")
+    if "lr_lambdas" in saved and count < least:  # others count evaluations
+        raise Damaged(f"is damaged ({name} counts {count:,} steps of {least:,})")
 
 
 def _first_line(error: Exception) -> str:
