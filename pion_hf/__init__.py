@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from pion_hf.initialization import spectral_init_
     from pion_hf.integrations.blend import Blend
     from pion_hf.integrations.callbacks import watch
-    from pion_hf.integrations.trainer import PionTrainer, PionTrainerMixin, PionTrainingArguments
+    from pion_hf.integrations.config import PionTrainingArguments
+    from pion_hf.integrations.trainer import PionTrainer, PionTrainerMixin
     from pion_hf.optim import Inputs, Pion, PionLora, RoutedAdamW, Teon, TeonLora
     from pion_hf.routing import param_groups, routing_table
 
@@ -43,7 +44,8 @@ __getattr__, __dir__ = attach(
         "spectral_init_": "pion_hf.initialization",
         "Blend": "pion_hf.integrations.blend",
         "watch": "pion_hf.integrations.callbacks",
-        **dict.fromkeys(("PionTrainer", "PionTrainerMixin", "PionTrainingArguments"), "pion_hf.integrations.trainer"),
+        "PionTrainingArguments": "pion_hf.integrations.config",
+        **dict.fromkeys(("PionTrainer", "PionTrainerMixin"), "pion_hf.integrations.trainer"),
         **dict.fromkeys(("Inputs", "Pion", "PionLora", "RoutedAdamW", "Teon", "TeonLora"), "pion_hf.optim"),
         **dict.fromkeys(("param_groups", "routing_table"), "pion_hf.routing"),
     },

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pion_hf.errors import listing
+from pion_hf.needs import require
 from pion_hf.optim.blocks import Layout
 from pion_hf.optim.sharding import whole
 
@@ -52,9 +53,10 @@ def lora_factors(model: nn.Module) -> list[Factor]:
 
     names = {id(p): name for name, p in model.named_parameters()}
     factors, frozen = [], []
-    for layer in model.modules():
-        if not isinstance(layer, LoraLayer):
-            continue
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if layers:
+        require("peft")
+    for layer in layers:
         for adapter, a, b, embedding in _pairs(layer):
             for own, partner, side in ((a, b, "A"), (b, a, "B")):
                 if not own.requires_grad:

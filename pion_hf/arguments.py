@@ -16,16 +16,19 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
-from transformers import TrainingArguments
-from transformers.training_args import OptimizerNames
-from transformers.utils import is_torch_bf16_gpu_available, logging
 
 import pion_hf.optim
 from pion_hf.errors import unknown
 from pion_hf.linalg.precision import bfloat16_speedup
+from pion_hf.needs import needed
 from pion_hf.optim.lora import FactorMethod
 from pion_hf.optim.pion import check_preset
 from pion_hf.schedules import SCHEDULES, check_options
+
+with needed("transformers"):
+    from transformers import TrainingArguments
+    from transformers.training_args import OptimizerNames
+    from transformers.utils import is_torch_bf16_gpu_available, logging
 
 logger = logging.get_logger(__name__)
 

@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from pion_hf.needs import needed
 from pion_hf.optim.blocks import Layout, split
+
+with needed("transformers"):
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.pytorch_utils import Conv1D
 
 # Fused projections of attention modules whose class does not say how they are put together.
 # Interleaved: head by head, (heads, 3, head_dim) output rows. Falcon and GPTBigCode do so without multi_query only.

@@ -18,6 +18,7 @@ FLOORS = {
     "_version": 0,
     "errors": 0,
     "lazy": 0,
+    "needs": 0,
     "files": 0,
     "redaction": 0,
     "linalg": 1,

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import copy
 import importlib
+import importlib.metadata
 import importlib.util
+import runpy
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import peft
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import pion_hf
 import pion_hf.optim
+from pion_hf import needs
+from pion_hf.adapters import lora_factors
 from pion_hf.integrations import hook
 from pion_hf.integrations.hook import when_imported
 
@@ -80,6 +88,96 @@ def test_every_public_name_is_there(package):
 
 def test_rooms_are_attributes():
     assert run("import pion_hf; print(pion_hf.optim.checks.__name__)") == "pion_hf.optim.checks\n"
+
+
+TRAINING_COMMANDS = """
+import contextlib, io, sys
+from pion_hf.cli import main
+for command in ("sft", "cpt", "grpo", "plan"):
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    assert said.getvalue().startswith(f"usage: pion-hf {command} "), said.getvalue()[:200]
+    assert "--optim_hold" in said.getvalue()
+print([name for name in ("datasets", "pandas", "pyarrow", "evaluate", "transformers.trainer") if name in sys.modules])
+"""
+
+
+def test_help_of_training_commands_loads_the_flags_alone():
+    assert run(TRAINING_COMMANDS) == "[]\n"
+
+
+# -- what is missing or too old ---------------------------------------------------------------------------------------
+
+
+def lowest_releases() -> dict[str, str]:
+    """Of setup.cfg."""
+    setup = configparser.ConfigParser()
+    setup.read(Path(pion_hf.__file__).parents[1] / "setup.cfg", encoding="utf-8")
+    wanted = map(Requirement, setup["options"]["install_requires"].split())
+    return {r.name: next(s.version for s in r.specifier if s.operator == ">=") for r in wanted}
+
+
+def test_the_oldest_releases_are_those_of_the_metadata():
+    lowest = lowest_releases()
+    assert {name: Version(lowest[name]) for name in needs.OLDEST} == {n: Version(v) for n, v in needs.OLDEST.items()}
+
+
+def pretend(monkeypatch, **releases: str | None) -> None:
+    def version(name: str) -> str:
+        found = releases[name] if name in releases else importlib.metadata.version(name)
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(needs, "version", version)
+
+
+@pytest.mark.parametrize("command", ["sft", "cpt", "grpo", "plan"])
+def test_a_command_names_the_release_that_is_needed(command, monkeypatch):
+    pretend(monkeypatch, trl="1.8.0")
+    with pytest.raises(
+        SystemExit, match=rf"^pion-hf {command}: pion_hf needs trl 1\.9 or newer, which is 1\.8\.0 here"
+    ):
+        pion_hf.cli.main([command, "--help"])
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("trl", "pion_hf.integrations.trl_config"),
+        ("trl", "pion_hf.integrations.trl"),
+        ("transformers", "pion_hf.arguments"),
+        ("transformers", "pion_hf.structure"),
+    ],
+)
+def test_what_is_too_old_or_missing_is_one_line(name, module, monkeypatch):
+    file = importlib.util.find_spec(module).origin
+    for release, said in (("0.5", "is 0.5 here"), (None, "is not installed")):
+        pretend(monkeypatch, **{name: release})
+        monkeypatch.setattr(needs, "find_spec", lambda _: None)
+        with pytest.raises(ImportError, match=rf"needs {name} \S+ or newer, which {said}: pip install"):
+            runpy.run_path(file)
+
+
+def test_peft_is_looked_at_where_there_are_adapters(monkeypatch, model):
+    pretend(monkeypatch, peft="0.17.1")
+    assert lora_factors(model) == []
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ImportError, match=r"needs peft 0\.18\.1 or newer, which is 0\.17\.1 here"):
+        lora_factors(adapted)
+
+
+def test_builds_before_a_release_count_as_it_and_unknown_ones_as_any(monkeypatch):
+    pretend(monkeypatch, torch="2.9.0a0+git1", transformers="5.0.0.dev0", trl=None)
+    needs.require("torch", "transformers", "trl")  # trl can be found, its metadata cannot
+
+
+def test_a_name_that_has_moved_says_which_release_is_there():
+    with (
+        pytest.raises(ImportError, match=r"what is installed, trl \d.*: cannot import name 'gone'"),
+        needs.needed("trl"),
+    ):
+        from trl import gone  # noqa: F401
 
 
 # -- registering as soon as transformers is there ---------------------------------------------------------------------

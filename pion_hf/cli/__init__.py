@@ -23,7 +23,7 @@ TRAINING = ("sft", "cpt", "grpo")  # of them, those that train by a recipe
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Dispatch to `pion_hf.cli.<command>.main`."""
+    """The command line `pion-hf COMMAND [ARGS...]`: `pion_hf.cli.<command>.main` with the rest of it."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
@@ -38,16 +38,25 @@ def main(argv: list[str] | None = None) -> None:
         from pion_hf.errors import unknown
 
         raise SystemExit(f"pion-hf: {unknown('command', name, COMMANDS)}")
-    command = import_module(f"pion_hf.cli.{name}").main
     if name == "run":  # a script's own errors keep their traceback
-        command(argv[1:])
+        import_module("pion_hf.cli.run").main(argv[1:])
         return
     try:
-        command(argv[1:])
+        _dispatch(name, argv[1:])
     except (ValueError, FileNotFoundError, ImportError) as error:
         if _is_of_user(error):
             raise
         raise SystemExit(f"pion-hf {name}: {error}") from error
+
+
+def _dispatch(name: str, argv: list[str]) -> None:
+    if name in (*TRAINING, "plan"):
+        from pion_hf.needs import OLDEST, require
+
+        require(*OLDEST)
+        if not {"-h", "--help"}.isdisjoint(argv):  # before the command is imported, which takes seconds more
+            import_module("pion_hf.cli.flags").parser(name).parse_args(["--help"])  # ends the process
+    import_module(f"pion_hf.cli.{name}").main(argv)
 
 
 def _is_of_user(error: Exception) -> bool:

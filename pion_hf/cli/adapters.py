@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import re
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import trl
 from peft import EvaConfig, PeftConfig, get_peft_model_state_dict
 from peft.tuners.lora.eva import initialize_lora_eva_weights, prepare_model_inputs_fn_language_modeling
 
+from pion_hf.cli.flags import INITIALISATIONS, ModelArguments
 from pion_hf.errors import unknown
 from pion_hf.integrations.trl import PionSFTTrainer
-
-# `pissa_niter_N` with any number N.
-INITIALISATIONS = ("default", "gaussian", "pissa", "pissa_niter_N", "olora", "orthogonal", "eva")
-
-
-@dataclass
-class ModelArguments(trl.ModelConfig):
-    """TRL's, and what its parser lacks."""
-
-    init_lora_weights: str | None = field(
-        default=None,
-        metadata={
-            "help": f"How a LoRA adapter starts, one of peft's ways: {', '.join(INITIALISATIONS)}. Those that change "
-            "the base model (pissa, olora) are converted when training ends, to load onto the unchanged one."
-        },
-    )
 
 
 def initialisation(word: str | bool) -> str | bool:

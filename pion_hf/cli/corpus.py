@@ -10,9 +10,8 @@ import glob
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import fsspec
@@ -27,15 +26,14 @@ from transformers.utils import logging
 from trl import get_dataset
 from trl.data_utils import get_dataset_column_names
 
-from pion_hf.integrations.trl import PionSFTConfig
+from pion_hf.cli.flags import STREAM_BUFFER, STREAM_HELD_OUT, CorpusArguments
+from pion_hf.integrations.trl_config import PionSFTConfig
 
 logger = logging.get_logger(__name__)
 
 # By the ending of a file (`.jsonl.gz` too), the word of `load_dataset` for it.
 FORMATS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 ENDINGS = ", ".join(FORMATS)
-STREAM_BUFFER = 1_000  # documents, as in `IterableDataset.shuffle`
-STREAM_HELD_OUT = 1_000  # documents of a stream that are evaluated: more would mean to read on for every evaluation
 
 Corpus = datasets.Dataset | datasets.IterableDataset
 
@@ -46,41 +44,6 @@ class NoText(ValueError):
 
 # What reading files can raise, at once or, from a stream, at any step.
 UNREADABLE = (DatasetsError, pyarrow.ArrowInvalid, CastError, UnicodeDecodeError, NoText)
-
-
-@dataclass
-class CorpusArguments:
-    """Documents, and how much of them."""
-
-    sample_by: Literal["document", "paragraph", "line"] = field(
-        default="document",
-        metadata={
-            "help": "What is one document in local .txt files: the whole file (document), or each of its paragraphs "
-            "or lines. In .jsonl and .parquet files it is a row."
-        },
-    )
-    validation_fraction: float | None = field(
-        default=None,
-        metadata={
-            "help": "Where the data have no dataset_test_split: hold out this share of the documents for evaluation. A "
-            "hash of its text decides on a document, whatever the seed: all copies of it are on one side. Of a stream, "
-            f"the first {STREAM_HELD_OUT:,} that are found in its files are evaluated."
-        },
-    )
-    max_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Train on this many tokens: sets max_steps, rounded down, by the tokens of a step (max_length x "
-            "per_device_train_batch_size x gradient_accumulation_steps x processes)."
-        },
-    )
-    shuffle_buffer: int | None = field(
-        default=None,
-        metadata={
-            "help": "Streaming: shuffle the files, and draw documents at random from a buffer of this many (default "
-            f"{STREAM_BUFFER:,}; 0: in the order of the files)."
-        },
-    )
 
 
 def set_budget(args: TrainingArguments, corpus_args: CorpusArguments) -> None:

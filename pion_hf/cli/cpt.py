@@ -1,23 +1,8 @@
-"""`pion-hf cpt`: continued pretraining on plain text, packed, with this package's optimizer and a report at the end.
-
-`dataset_name` is a folder of .txt, .jsonl or .parquet files, one such file, a folder that `save_to_disk` wrote, or a
-name at the hub. A row is a document, its text in the column `dataset_text_field` (default `text`); so is a .txt file
-(see `sample_by`). `dataset_streaming` reads while training, over and over, for `max_steps` or `max_tokens`; a run that
-is resumed reads again what it has trained on, without training, and goes on at the same row.
-
-Every flag of `trl sft` works, with two other defaults: `packing` is on, and `packing_strategy` is `wrapped`, which
-joins all documents, an end-of-text token after each, and cuts rows of `max_length`. So no text is lost, in training or
-evaluation, and the rows are equally long (the last of every 1,000 documents may be shorter), which makes losses
-comparable. A row may begin with the end of another document, which attention sees. TRL's `bfd_split` keeps documents
-apart, but only through position ids: without flash attention that takes one dense mask over the whole batch (nearly
-twice the time of a step on a CPU), and models whose masks ignore position ids (OPT, MPT, Mamba) see other documents all
-the same. TRL's own default, `bfd`, drops what is longer than `max_length`.
-"""
+"""`pion-hf cpt`: continued pretraining on plain text, or from scratch; `flags` says how text is read and cut."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -25,40 +10,19 @@ import transformers
 import trl
 from transformers.utils import logging
 
-from pion_hf.cli import training
-from pion_hf.cli.corpus import CorpusArguments, check_corpus, load_corpus, located, rows_to_train, set_budget
+from pion_hf.cli import flags, training
+from pion_hf.cli.corpus import check_corpus, load_corpus, located, rows_to_train, set_budget
 from pion_hf.cli.recipe import RecipeParser
 from pion_hf.cli.training import ReportingSFTTrainer, model_from_config, substituted, train
 from pion_hf.initialization import spectral_init_
-from pion_hf.integrations.trl import PionSFTConfig
+from pion_hf.integrations.trl_config import PionSFTConfig
 
 logger = logging.get_logger(__name__)
-
-DEFAULTS = {"packing": True, "packing_strategy": "wrapped"}
-
-
-@dataclass
-class ScratchArguments:
-    """Training from scratch."""
-
-    from_config: bool = field(
-        default=False,
-        metadata={"help": "Start from the config in model_name_or_path with fresh weights, drawn from seed."},
-    )
-    spectral_init: float | None = field(
-        default=None,
-        metadata={"help": "With from_config: rescale hidden matrices to a spectral norm of this times sqrt(out/in)."},
-    )
-
-
-ARGUMENTS = (*training.ARGUMENTS, ScratchArguments, CorpusArguments)
 
 
 def parser() -> RecipeParser:
     """Every flag of `pion-hf sft`, where to start from, and what to read."""
-    recipe_parser = RecipeParser(ARGUMENTS, prog="pion-hf cpt", description=__doc__)
-    recipe_parser.set_defaults(**DEFAULTS)
-    return recipe_parser
+    return flags.parser("cpt")
 
 
 def main(argv: list[str]) -> None:

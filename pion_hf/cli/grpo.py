@@ -1,9 +1,4 @@
-"""`pion-hf grpo`: TRL's GRPO script with this package's optimizer, rewards by rule, and a report at the end.
-
-Data are rows with a column `prompt`. The model's own answers are scored by `reward_funcs`: those of `pion_hf.rewards`
-(on data of examples/prepare_reasoning.py), TRL's, or any function by its import path; by `reward_model_name_or_path`;
-or by both. With `eval_strategy` the mean rewards on the evaluation data are measured before training and after it.
-"""
+"""`pion-hf grpo`: TRL's GRPO script with this package's optimizer, rewards by rule, and a report at the end."""
 
 from __future__ import annotations
 
@@ -11,29 +6,23 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-import trl
 from trl.data_utils import get_dataset_column_names
 from trl.import_utils import is_vllm_available
 from trl.scripts import grpo as trl_grpo
 from trl.trainer.utils import get_callable_name
 
-from pion_hf.cli import training
-from pion_hf.cli.adapters import ModelArguments, changes_base, initialisation
-from pion_hf.cli.outcome import ReportArguments, ReportMixin, wants_blend
+from pion_hf.cli import flags, training
+from pion_hf.cli.adapters import changes_base, initialisation
+from pion_hf.cli.flags import OWN, REWARDS
+from pion_hf.cli.outcome import ReportMixin, wants_blend
 from pion_hf.cli.recipe import RecipeParser
 from pion_hf.cli.training import readable, train
 from pion_hf.errors import unknown
-from pion_hf.integrations.trl import PionGRPOConfig
 
-# What `reward_funcs` knows by name: the function's import path, and the package that some need.
-OWN = {name: f"pion_hf.rewards.{name}" for name in ("reasoning_gym_reward", "answer_similarity_reward")}
-OF_TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
-REWARDS = {**OWN, **{name: f"trl.rewards.{name}" for name in OF_TRL}}
 PACKAGES = {
     **dict.fromkeys(OWN, "reasoning-gym"),
     "accuracy_reward": "math-verify",
@@ -41,19 +30,6 @@ PACKAGES = {
 }
 # What the trainer gives to reward functions besides the columns of the data.
 GIVEN = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
-
-
-@dataclass
-class RewardArguments(trl_grpo.GRPOScriptArguments):
-    """TRL's, with one more reward."""
-
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": f"Rewards, which are added up: {', '.join(REWARDS)}, or import paths of functions."},
-    )
-
-
-ARGUMENTS = (RewardArguments, PionGRPOConfig, ModelArguments, trl.DatasetMixtureConfig, ReportArguments)
 
 
 class RewardReport(ReportMixin):
@@ -78,7 +54,7 @@ class RewardReport(ReportMixin):
 
 def parser() -> RecipeParser:
     """Every flag of `trl grpo`, the optimizer's `--optim_*`, and the report's."""
-    return RecipeParser(ARGUMENTS, prog="pion-hf grpo", description=__doc__)
+    return flags.parser("grpo")
 
 
 def main(argv: list[str]) -> None:

@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 import trl.models
-import trl.trainer.utils
 from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
-from trl.data_utils import get_dataset_column_names
 
 # transformers 5.23: what it calls activation checkpointing was gradient checkpointing. By the new name, the old one.
 OLD_NAMES = {
@@ -31,7 +29,7 @@ CHECKPOINTING_OPTIONS = (
 )
 
 # TRL 1.15: the loss in tiles of tokens and vocabulary.
-TILED_LOSS = hasattr(trl.trainer.utils, "add_fused_lm_head")
+TILED_LOSS = Version(trl.__version__) >= Version("1.15")
 
 
 def know_new_names(parser: ArgumentParser) -> None:
@@ -70,6 +68,8 @@ def loss_bytes(tokens: int, head: Tensor, computed: torch.dtype) -> int:
 
 def with_text_column(dataset: Any, column: str) -> Any:
     """`dataset` with the text of `column` in `text`: TRL before 1.15 puts end-of-text tokens into no other column."""
+    from trl.data_utils import get_dataset_column_names  # datasets, not before there are data
+
     columns = get_dataset_column_names(dataset)
     if column == "text" or column not in columns:
         return dataset

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import TrainerCallback
 
+from pion_hf.cli.flags import ReportArguments
 from pion_hf.errors import unknown
 from pion_hf.evaluation import (
     Measures,
@@ -38,38 +38,6 @@ from pion_hf.runs import BEFORE, EVALUATION, read_json, write_json
 
 OTHER_ROWS = 128  # rows of `other_dataset` whose loss is measured
 SHOWN = 3  # questions that are printed with the answers before and after
-
-
-@dataclass
-class ReportArguments:
-    """What is measured before and after training, besides the evaluation loss."""
-
-    exact_match_samples: int = field(
-        default=0, metadata={"help": "Generate answers to this many evaluation examples, before and after (0: none)."}
-    )
-    max_new_tokens: int = field(default=32, metadata={"help": "Longest generated answer, in tokens."})
-    other_text_file: str | None = field(
-        default=None,
-        metadata={"help": "Text of another domain: its loss before and after shows what was forgotten."},
-    )
-    other_dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Chat data of another domain, a folder or a name at the hub: the loss of its answers before and "
-            "after, and with exact_match_samples the share that is still right."
-        },
-    )
-    other_dataset_split: str = field(default="test", metadata={"help": "Which split of other_dataset."})
-    blend: float = field(
-        default=1.0,
-        metadata={
-            "help": "The share of what training changed that the final model keeps: its weights become start + blend * "
-            "(trained - start). Around 0.8 it forgets much less and has learnt nearly as much."
-        },
-    )
-    blend_shares: list[float] | None = field(
-        default=None, metadata={"help": "Shares to measure too, in eval.json and a table: 0.4 0.6 0.8, say."}
-    )
 
 
 class ReportMixin:

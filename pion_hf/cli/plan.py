@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import peft
@@ -14,28 +14,16 @@ from rich.table import Table
 from transformers import PreTrainedModel, TrainingArguments
 
 from pion_hf.arguments import OPTIMIZER_CLASSES
-from pion_hf.cli import cpt, grpo
+from pion_hf.cli import flags
 from pion_hf.cli.configs import local_config
-from pion_hf.cli.corpus import CorpusArguments, set_budget
+from pion_hf.cli.corpus import set_budget
 from pion_hf.cli.curves import check_plot, learning_rate_curves, save_plot
+from pion_hf.cli.flags import FLAGS, CorpusArguments, PlanArguments
 from pion_hf.cli.memory import Memory, estimate, memory_table, quantized_bytes
-from pion_hf.cli.recipe import RecipeParser, named_keys
+from pion_hf.cli.recipe import named_keys
 from pion_hf.cli.training import check_model, model_from_config
 from pion_hf.integrations.handler import choose_form, groups_from
 from pion_hf.routing import Routing
-
-
-@dataclass
-class PlanArguments:
-    """What `pion-hf plan` writes besides the tables."""
-
-    routing_file: str | None = field(default=None, metadata={"help": "Also write the routing as JSON to this file."})
-    plot: str | None = field(
-        default=None,
-        metadata={
-            "help": "Also draw the learning rates of all groups over max_steps to this picture, as in rates.png."
-        },
-    )
 
 
 @dataclass(frozen=True)
@@ -143,10 +131,8 @@ def parse(argv: list[str]) -> tuple[TrainingArguments, trl.ModelConfig, PlanArgu
     Raises:
         ValueError, FileNotFoundError: as `RecipeParser.parse_recipe`.
     """
-    arguments = cpt.ARGUMENTS
-    if named_keys(argv) & (_flags(grpo.ARGUMENTS) - _flags(arguments)):
-        arguments = grpo.ARGUMENTS
-    parser = RecipeParser((*arguments, PlanArguments), prog="pion-hf plan", description=__doc__)
+    of = "grpo" if named_keys(argv) & (_flags(FLAGS["grpo"]) - _flags(FLAGS["cpt"])) else "cpt"
+    parser = flags.parser("plan", (*FLAGS[of], PlanArguments))
     # Nothing runs: a recipe for a GPU (bf16) can be planned where there is none.
     _, args, model_args, *rest, plan_args = parser.parse_recipe(["--use_cpu", "true", *argv], trains=False)
     if isinstance(rest[-1], CorpusArguments):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pion_hf.cli import flags
 from pion_hf.cli.recipe import RecipeParser
-from pion_hf.cli.training import ARGUMENTS, check, readable, train
+from pion_hf.cli.training import check, readable, train
 
 
 def parser() -> RecipeParser:
     """Every flag of `trl sft`, the optimizer's `--optim_*`, and the report's."""
-    return RecipeParser(ARGUMENTS, prog="pion-hf sft", description=__doc__)
+    return flags.parser("sft")
 
 
 def main(argv: list[str]) -> None:

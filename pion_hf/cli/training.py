@@ -17,15 +17,13 @@ from trl.data_utils import get_dataset_column_names
 from trl.scripts import sft as trl_sft
 
 from pion_hf.arguments import OPTIMIZER_CLASSES, warn_of_slow_bfloat16
-from pion_hf.cli.adapters import AdapterSFTTrainer, ModelArguments, check_adapter, set_initialisation
+from pion_hf.cli.adapters import AdapterSFTTrainer, check_adapter, set_initialisation
+from pion_hf.cli.flags import FLAGS, ModelArguments, ReportArguments
 from pion_hf.cli.older import with_text_column
-from pion_hf.cli.outcome import ReportArguments, ReportMixin, check_report
+from pion_hf.cli.outcome import ReportMixin, check_report
 from pion_hf.integrations.handler import refuse_wrappers
-from pion_hf.integrations.trl import PionSFTConfig
+from pion_hf.integrations.trl_config import PionSFTConfig
 from pion_hf.routing import FOR_ADAPTERS, refuse_adapters
-
-# The dataclasses of every training command, in the order of `train`'s arguments.
-ARGUMENTS = (trl.ScriptArguments, PionSFTConfig, ModelArguments, trl.DatasetMixtureConfig, ReportArguments)
 
 
 class ReportingSFTTrainer(ReportMixin, AdapterSFTTrainer):
@@ -99,7 +97,7 @@ def _check_columns(dataset: Any, name: str | None, text_field: str) -> None:
 
 def check(parsed: Sequence[Any]) -> None:
     """Raise ValueError or FileNotFoundError for what can be told of a command's arguments before anything is loaded."""
-    _, training_args, model_args, _, report_args = parsed[: len(ARGUMENTS)]
+    _, training_args, model_args, _, report_args = parsed[: len(FLAGS["sft"])]
     check_model(training_args, model_args)
     check_report(training_args, report_args)
 

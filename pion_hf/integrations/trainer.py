@@ -1,34 +1,24 @@
-"""`Trainer` and `TrainingArguments` with this package's optimizer as the default and its options as typed fields."""
+"""transformers' `Trainer` with what this package measures, records and keeps."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.utils import logging
 
 from pion_hf.arguments import OPTIMIZER_CLASSES, PionOptions
 from pion_hf.integrations import model_card
 from pion_hf.integrations.callbacks import watch
 from pion_hf.integrations.checkpoints import CheckpointMixin
+from pion_hf.integrations.config import PionByDefault, PionTrainingArguments
 from pion_hf.integrations.run_folder import recording
 
+__all__ = ["PionByDefault", "PionTrainer", "PionTrainerMixin", "PionTrainingArguments"]
+
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class PionByDefault(PionOptions):
-    """Mix into any `TrainingArguments`: `optim="pion"` by default, and the optimizer's options as `optim_*` fields."""
-
-    optim: str = field(default="pion", metadata={"help": "The optimizer: pion, or any name transformers knows."})
-
-
-@dataclass
-class PionTrainingArguments(PionByDefault, TrainingArguments):
-    """transformers' `TrainingArguments` with `PionByDefault`."""
 
 
 class PionTrainerMixin(CheckpointMixin):
