@@ -253,9 +253,7 @@ def _nothing_to_update(optim: str, routes: list[Route], *, by_adamw: bool, exclu
             hint = "set lora_a='rotate' or lora_b='orthogonal'"
         return ValueError(f"every LoRA factor is left to AdamW: {hint}, or train with adamw_torch.")
     if any(r.role == "zero" for r in routes):
-        hint = (
-            "Those that there are are zero, which no rotation can move: initialise them, or use AdamW for this model."
-        )
+        hint = "All there are are zero, which no rotation can move: initialise them, or use AdamW for this model."
     elif not any(r.role == "matrix" for r in routes):
         hint = "Use AdamW for this model: it trains no weight of an nn.Linear in a hidden layer."
     elif excluded:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers.models
@@ -36,14 +35,14 @@ def model_classes() -> tuple[dict[str, type], list[str]]:
 def build(kind: type) -> PreTrainedModel:
     """With two layers in the place of many, as it is by default where that does not fit. Raises the first error."""
     first = None
-    for change in (_two_layers, lambda config: None):
+    for changes in ((_complete, _two_layers), (_complete,), ()):
         for labels in (LABELS, None):
             try:
                 config = kind.config_class()
                 if labels:
                     config.num_labels = labels
-                _without_downloads(config)
-                change(config)
+                for change in changes:
+                    change(config)
                 with torch.device("meta"):
                     return kind(config)
             except Exception as error:
@@ -67,10 +66,18 @@ def _two_layers(config: PreTrainedConfig) -> None:
             values[key] = value[:2]
 
 
-def _without_downloads(config: Any) -> None:
-    """A backbone of transformers in the place of one of timm, and what some configs cannot do without."""
-    if getattr(config, "use_timm_backbone", False):
-        config.use_timm_backbone = False
-        config.backbone_config = ResNetConfig(out_features=["stage2", "stage3", "stage4"])
-    if hasattr(config, "prediction_length"):
-        config.prediction_length = config.prediction_length or 8
+def _complete(config: PreTrainedConfig) -> None:
+    """A backbone of transformers in the place of one of timm, and sizes that some configs leave open."""
+    values = vars(config)
+    for key, value in list(values.items()):
+        if type(value).__name__.startswith("Timm"):
+            values[key] = ResNetConfig(out_features=["stage2", "stage3", "stage4"])
+        elif isinstance(value, PreTrainedConfig):
+            _complete(value)
+    if "use_timm_backbone" in values:
+        values.update(use_timm_backbone=False, backbone=None)
+    width, heads = values.get("hidden_size"), values.get("num_attention_heads")
+    sizes = {"vocab_size": 97, "context_length": 8, "prediction_length": 8, "num_key_value_heads": heads}
+    if isinstance(width, int) and isinstance(heads, int):
+        sizes["head_dim"] = width // heads
+    values.update({key: size for key, size in sizes.items() if key in values and values[key] is None})

@@ -105,17 +105,18 @@ def test_layers_of_a_form_that_is_not_known_are_pointed_out():
 
 def with_zeros():
     model = llama()
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight.zero_()
-        model.model.layers[0].self_attn.o_proj.weight.zero_()
+    for name, p in model.named_parameters():
+        if name in ZEROS:
+            nn.init.zeros_(p)
     return model
 
 
-ZEROS = ["model.layers.0.self_attn.o_proj.weight", "model.layers.1.mlp.down_proj.weight"]
+ZEROS = [f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")]
+ZEROS += [f"model.layers.1.{name}.weight" for name in ("self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")]
 
 
 def test_matrices_that_are_zero_at_the_start_go_to_adamw_and_are_all_named():
-    with pytest.warns(UserWarning, match="2 matrices are zero.*AdamW") as said:
+    with pytest.warns(UserWarning, match="6 matrices are zero.*AdamW") as said:
         routing = routing_table(with_zeros())
     assert len(said) == 1
     assert all(name in str(said[0].message) for name in ZEROS)
@@ -126,7 +127,15 @@ def test_matrices_that_are_zero_at_the_start_go_to_adamw_and_are_all_named():
         assert routing_table(llama(), zeros=ZEROS).zeros == ZEROS
         assert not routing_table(with_zeros(), zeros=[]).zeros
         assert not routing_table(with_zeros(), "muon").zeros  # whose steps a zero matrix can take
-        assert not routing_table(with_zeros(), exclude="o_proj|down_proj").zeros
+        assert not routing_table(with_zeros(), exclude="[qov]_proj|mlp").zeros
+
+
+def test_a_model_of_nothing_but_zeros_is_refused_with_the_reason():
+    model = llama()
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    with pytest.raises(ValueError, match="All there are are zero"):
+        routing_table(model)
 
 
 def trained(model, optimizer, steps):
