@@ -68,12 +68,11 @@ def template_options(row: dict[str, Any]) -> dict[str, Any]:
     return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
 
 
-def ends_of_answers(model: nn.Module, tokenizer: Any, row: dict[str, Any]) -> list[int]:
+def ends_of_answers(model: nn.Module, tokenizer: Any, prompt: list[dict], **options: Any) -> list[int]:
     """Tokens that end an answer: those of the model's generation config, the tokenizer's, and the one that follows the
-    assistant's words where the chat template writes them, as it does in training."""
-    ((prompt, _),) = prompts_and_answers([row])
+    assistant's words where the chat template (with its `options`) writes them, as it does in training."""
     chat = [*prompt, {"role": "assistant", "content": "ANSWER"}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, **template_options(row))
+    text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
     _, found, rest = text.rpartition("ANSWER")
     following = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"][:1] if found else []
     special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
@@ -105,15 +104,23 @@ def _padded_left(tokenizer: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def generate_answers(
-    model: nn.Module, tokenizer: Any, rows: Sequence[dict[str, Any]], *, batch_size: int = 16, max_new_tokens: int = 32
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 32,
+    template_kwargs: dict[str, Any] | None = None,
 ) -> list[str]:
     """The answers that `model` generates greedily to chat `rows`, in their order.
 
     Prompts are rendered as in training (see `template_options`); an answer ends with any of `ends_of_answers`.
+
+    template_kwargs: what training gives the chat template for every row, as GRPO's `chat_template_kwargs`.
     """
     prompts = [prompt for prompt, _ in prompts_and_answers(rows)]
-    options = [template_options(row) for row in rows]
-    ends = ends_of_answers(model, tokenizer, rows[0]) if prompts else []
+    options = [{**template_options(row), **(template_kwargs or {})} for row in rows]
+    ends = ends_of_answers(model, tokenizer, prompts[0], **options[0]) if prompts else []
     answers = [""] * len(prompts)
     with evaluating(model), _padded_left(tokenizer):
         order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])))

@@ -151,7 +151,7 @@ def test_the_templates_of_models_say_what_ends_an_answer(tokenizer, template, en
     tokenizer.chat_template = file.read_text(encoding="utf-8")
     special = sorted(set(re.findall(r"<[|a-z/][^<>\s'\"{}]*>", tokenizer.chat_template)))
     tokenizer.add_special_tokens({"bos_token": "<begin>", "additional_special_tokens": special})
-    ids = ends_of_answers(nn.Identity(), tokenizer, chat_rows(1)[0])
+    ids = ends_of_answers(nn.Identity(), tokenizer, chat_rows(1)[0]["prompt"])
     assert tokenizer.convert_ids_to_tokens(ids) == ["<end>", end]
 
 
@@ -166,6 +166,9 @@ def test_tools_and_options_of_the_template_reach_the_prompts_as_in_training(toke
     student = Student(tokenizer, {})
     generate_answers(student, tokenizer, [plain, own], max_new_tokens=2)
     assert sorted(student.seen) == sorted(["<user>0+3=<end><assistant>", "add!<user>1+0=<end><assistant>"])
+    student.seen.clear()
+    generate_answers(student, tokenizer, [plain], max_new_tokens=2, template_kwargs={"mode": "?"})
+    assert student.seen == ["?<user>0+3=<end><assistant>"]
     assert [tokenizer.decode(ids) for ids, _ in answer_tokens(tokenizer, [plain, own])] == [
         "<user>0+3=<end><assistant>3<end>",
         "add!<user>1+0=<end><assistant>1<end>",

@@ -176,9 +176,10 @@ class ReportMixin:
 
     def answers(self, rows: list[dict]) -> tuple[list[str], dict[str, float]]:
         """What the model answers to chat rows, and the share of them that it answers as they do."""
-        tokens = self.report_arguments.max_new_tokens
+        options = {"max_new_tokens": self.report_arguments.max_new_tokens}
+        options["template_kwargs"] = getattr(self, "chat_template_kwargs", None)  # GRPO's
         with self.accelerator.autocast():
-            answers = generate_answers(self.model, self.processing_class, rows, max_new_tokens=tokens)
+            answers = generate_answers(self.model, self.processing_class, rows, **options)
         return answers, {"exact_match": exact_match(answers, rows)}
 
     def examples(self) -> list[dict[str, str]]:
