@@ -94,7 +94,7 @@ def test_the_magnitudes_of_dora_do_not_decay():
 
 def test_layers_of_a_form_that_is_not_known_are_pointed_out():
     model = transformers.XLNetLMHeadModel(
-        transformers.XLNetConfig(vocab_size=97, d_model=WIDTH, n_layer=2, n_head=4, d_inner=32)
+        transformers.XLNetConfig(vocab_size=97, d_model=WIDTH, n_layer=2, n_head=4, d_inner=4 * WIDTH)
     )
     with pytest.warns(UserWarning, match=r"AdamW updates [\d,]+ of the [\d,]+ weights in this model's layers"):
         routing_table(model)
