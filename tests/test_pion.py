@@ -1,6 +1,7 @@
 """Pion: reference trajectories, the spectrum, options, and what it refuses."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -468,3 +469,23 @@ def test_a_group_that_is_refused_in_part_is_refused():
 def test_flags_are_true_or_false(options):
     with pytest.raises(ValueError, match=rf"{next(iter(options))} must be True or False, got"):
         Pion([nn.Parameter(torch.eye(4))], **options)
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        (None, "got None"),
+        (3, "got 3"),
+        ("weights", "got 'weights'"),
+        ([1, 2], "got int among them"),
+        ([{"lr": 1.0}], "got None"),
+        ([("a", nn.Parameter(torch.ones(2, 2))), ("a", nn.Parameter(torch.ones(2, 2)))], "of one name: 'a'"),
+        ([{"params": [nn.Parameter(torch.ones(2, 2))], "param_names": ["a", "b"]}], "1 params and 2 param_names"),
+        ([(nn.Parameter(torch.ones(2, 2)), "a")], "got (Parameter, str) among"),
+        ([nn.Parameter(torch.ones(2, 2))] * 2, "more than once"),
+    ],
+    ids=str,
+)
+def test_what_are_no_parameters_is_said(params, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Pion(params)

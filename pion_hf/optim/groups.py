@@ -33,16 +33,16 @@ def as_groups(params: Iterable, *, owner: str) -> list[dict]:
     with and without weight decay.
 
     Raises:
-        ValueError: there is nothing in it.
+        ValueError: there is nothing in it, or something else.
     """
-    params = [params] if isinstance(params, (Tensor, dict)) else list(params)
+    params = _listed(params, owner)
     if not params:
         raise ValueError("the optimizer was given no parameters.")
     given = [dict(group) for group in params] if isinstance(params[0], dict) else [{"params": params}]
     for group in given:
-        if not isinstance(group.get("params"), (Tensor, type(None))):
-            group["params"] = list(group["params"])
-    tensors = [_tensor(p) for group in given if "rule" not in group for p in group.get("params") or ()]
+        group["params"] = _listed(group.get("params"), owner)
+        _check_params(group, owner)
+    tensors = [_tensor(p) for group in given if "rule" not in group for p in group["params"]]
     if sum(p.ndim == 2 for p in tensors) > 1 and any(p.ndim < 2 for p in tensors):
         warnings.warn(
             f"{owner} was given a model's tensors without groups, or in groups without a rule: those of embeddings and "
@@ -51,6 +51,30 @@ def as_groups(params: Iterable, *, owner: str) -> list[dict]:
             stacklevel=4,
         )
     return given
+
+
+def _listed(params: Iterable, owner: str) -> list:
+    if isinstance(params, (Tensor, dict)):
+        return [params]
+    if not isinstance(params, Iterable) or isinstance(params, str):
+        raise ValueError(f"params of {owner} are tensors, (name, tensor) pairs or groups with params, got {params!r}.")
+    return list(params)
+
+
+def _check_params(group: dict, owner: str) -> None:
+    """Raises ValueError for what are no tensors, and for a tensor or a name that is there twice."""
+    params, names = group["params"], group.get("param_names")
+    for p in params:
+        if not isinstance(_tensor(p), Tensor) or (isinstance(p, tuple) and not isinstance(p[0], str)):
+            found = f"({', '.join(type(x).__name__ for x in p)})" if isinstance(p, tuple) else type(p).__name__
+            raise ValueError(f"params of {owner} are tensors or (name, tensor) pairs, got {found} among them.")
+    if names is not None and len(names) != len(params):
+        raise ValueError(f"a group of {owner} has {len(params)} params and {len(names)} param_names.")
+    names = [p[0] for p in params if isinstance(p, tuple)] if names is None else names
+    if len(set(names)) < len(names):
+        raise ValueError(f"a group of {owner} has params of one name: {max(names, key=list(names).count)!r}.")
+    if len({id(_tensor(p)) for p in params}) < len(params):
+        raise ValueError(f"a group of {owner} holds a parameter more than once.")
 
 
 def divide(group: dict, rule: str) -> Iterator[dict]:
@@ -87,7 +111,7 @@ def follow_zeros(saved: list[dict], groups: list[dict]) -> None:
 
 
 def _tensor(param: Tensor | tuple[str, Tensor]) -> Tensor:
-    return param[1] if isinstance(param, tuple) else param
+    return param[1] if isinstance(param, tuple) and len(param) == 2 else param
 
 
 def named_parameters(group: dict) -> Iterator[tuple[str, Tensor]]:

@@ -79,7 +79,7 @@ GIVEN: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "a group of None": (lambda: [{"params": None}], ("params",)),
     "vectors only": (lambda: [nn.Parameter(torch.ones(3))], ("matrix",)),
     "a scalar only": (lambda: [nn.Parameter(torch.ones(()))], ("matrix",)),
-    "the same one twice": (twice, ("more than one", "duplicate", "twice")),
+    "the same one twice": (twice, ("more than once",)),
     "a tensor that is no leaf": (lambda: [matrix() * 2], ("leaf",)),
     "whole numbers": (lambda: [nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)], ("dtype",)),
     "complex numbers": (lambda: [nn.Parameter(torch.ones(3, 3, dtype=torch.complex64))], ("complex",)),

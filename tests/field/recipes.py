@@ -228,6 +228,12 @@ def yes(world: World, result: bool) -> bool:
     return result
 
 
+def names(key: str, value: Any) -> tuple[str, ...]:
+    """A key, the option that it is, or the file or folder that it names."""
+    named = (value,) if isinstance(value, str) and key.endswith(("name", "path", "file", "dir", "dataset")) else ()
+    return tuple(filter(None, (key, key.removeprefix("optim_"), *named)))
+
+
 def told(value: Any) -> str:
     return repr(value)[:40]
 
@@ -242,7 +248,7 @@ INPUTS = [
     *(Input("recipes: unknown keys", k, partial(of_keys, {k: v}), (k,)) for k, v in MISSPELT.items()),
     *(Input("recipes: unknown keys", key, partial(of_keys, {key: 1}), (key,)) for key in (*RENAMED, *GONE)),
     *(
-        Input("recipes: values", f"{k}: {told(v)}", partial(of_keys, {**BESIDE.get(k, {}), k: v}), (k,))
+        Input("recipes: values", f"{k}: {told(v)}", partial(of_keys, {**BESIDE.get(k, {}), k: v}), names(k, v))
         for k, values in WRONG_TYPES.items()
         for v in values
     ),
