@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from pion_hf.cli import TRAINING
 from pion_hf.errors import unknown
+from pion_hf.needs import OLDEST, require
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,6 +91,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     """Run what is not finished yet, then show everything."""
     args = parse(argv)
+    require(*OLDEST)
     from pion_hf.cli.comparison import compare  # takes seconds, not before the flags are right
 
     compare(args)
