@@ -182,6 +182,25 @@ def test_what_fails_after_a_checkpoint_leaves_it(run, monkeypatch):
     assert is_complete(run / "checkpoint-4")
 
 
+class TooLarge(PionTrainer):
+    """On a machine with memory for two rows."""
+
+    def training_step(self, model, inputs, *args):
+        if len(inputs["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return super().training_step(model, inputs, *args)
+
+
+def test_a_run_whose_batch_size_was_found_goes_on_with_it(tmp_path):
+    found, resumed = (trainer_of(tmp_path, steps=4, trainer_class=TooLarge, auto_find_batch_size=True) for _ in "12")
+    for trainer, checkpoint in ((found, None), (resumed, str(tmp_path / "checkpoint-2"))):
+        trainer._train_batch_size = 4  # what was asked for
+        assert trainer.train(resume_from_checkpoint=checkpoint).global_step == 4
+        assert trainer._train_batch_size < 3
+        assert not unwrap(trainer.optimizer).observers
+    assert same_bits(everything(resumed), everything(found))
+
+
 # -- gradients that are not finite ------------------------------------------------------------------------------------
 
 

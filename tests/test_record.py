@@ -116,3 +116,14 @@ def test_a_command_saves_before_it_measures(blend, recipe, tmp_path, monkeypatch
 
 def read_run_status(folder: Path) -> str:
     return json.loads((folder / "run.json").read_text())["status"]
+
+
+def test_a_trial_of_a_search_has_its_own_folder(tmp_path, monkeypatch):
+    """A search itself needs optuna."""
+    trainer = trainer_of(tmp_path, steps=2)
+    for name in ("run-0", "run-1"):
+        monkeypatch.setattr(trainer, "_get_output_dir", lambda trial, name=name: str(tmp_path / name))
+        trainer.train()
+        assert read_run(tmp_path / name).status == "finished"
+        assert is_complete(tmp_path / name / "checkpoint-2")
+    assert not (tmp_path / "run.json").exists()

@@ -181,11 +181,21 @@ class CheckpointMixin:
     # -- loading ----------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """As the Trainer's, but adapters keep their dtype: peft loads half-precision ones as float32."""
+        """As the Trainer's, but adapters keep their dtype: peft loads half-precision ones as float32.
+
+        Raises:
+            ValueError: the weights are of other shapes.
+        """
         target = _without_compiler(self.model if model is None else model)
         dtypes = {name: p.dtype for name, p in target.named_parameters()}
-        with _by_plain_names(target):
-            super()._load_from_checkpoint(resume_from_checkpoint, target)
+        try:
+            with _by_plain_names(target):
+                super()._load_from_checkpoint(resume_from_checkpoint, target)
+        except RuntimeError as error:
+            which = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
+            if which is None:
+                raise
+            raise ValueError(f"{resume_from_checkpoint} holds the weights of another model: {which}") from error
         for name, p in target.named_parameters():
             if p.dtype != dtypes.get(name, p.dtype):
                 p.data = p.data.to(dtypes[name])

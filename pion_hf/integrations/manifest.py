@@ -162,12 +162,15 @@ def _look_into(folder: Path, step: int) -> None:
         for name, value in _tensors(path):
             if value.is_floating_point() and value.itemsize > 1 and value.isnan().any():
                 raise Damaged(f"is damaged ({path.name}: {name} holds NaN)")
+    named = folder.name.removeprefix("checkpoint-")
+    if named.isdecimal() and int(named) != step:
+        raise Damaged(f"is damaged ({STATE_NAME} counts {step:,} steps)")
     # Steps that a scaler of half-precision gradients has skipped count neither for the optimizer nor for the schedule.
     least = 0 if (folder / "scaler.pt").exists() else step
     for path in (*folder.glob("optimizer.pt"), *folder.glob("optimizer.bin")):
         _check_optimizer(path.name, _load(path), step, least)
     for path in folder.glob("scheduler.pt"):
-        _check_schedule(path.name, _load(path), least)
+        _check_schedule(path.name, _load(path), range(least, step + 1))
     for path in (*folder.glob("rng_state*.pth"), *folder.glob("scaler.pt")):
         _load(path)
     for path in (*folder.glob("pytorch_model_fsdp_*"), *folder.glob("optimizer_[0-9]*")):
@@ -249,12 +252,12 @@ def _check_optimizer(name: str, saved: Any, step: int, least: int) -> None:
             raise Damaged(f"is damaged ({name}: {key} of parameter {param} is not finite)")
 
 
-def _check_schedule(name: str, saved: Any, least: int) -> None:
+def _check_schedule(name: str, saved: Any, possible: range) -> None:
     count = saved.get("last_epoch") if isinstance(saved, dict) else None
     if not isinstance(count, int) or count < 0:
         raise Damaged(f"is damaged ({name} counts {count!r} steps)")
-    if "lr_lambdas" in saved and count < least:  # others count evaluations
-        raise Damaged(f"is damaged ({name} counts {count:,} steps of {least:,})")
+    if "lr_lambdas" in saved and count not in possible:  # others count evaluations
+        raise Damaged(f"is damaged ({name} counts {count:,} steps of {possible[-1]:,})")
 
 
 def _first_line(error: Exception) -> str:
