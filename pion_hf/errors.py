@@ -15,6 +15,11 @@ def listing(names: Sequence[str]) -> str:
     return ", ".join(names[:LISTED]) + more
 
 
+def first_line(error: BaseException) -> str:
+    """Of what it says, or its name if it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
     """A `ValueError` for `name`, with the nearest of `known` and, if it is short, the whole list."""
     known = [str(k) for k in known]

@@ -114,6 +114,7 @@ class Routing:
 
     def table(self, learning_rates: dict[str, float]) -> Any:
         """The rows as a `rich.table.Table`."""
+        from rich.markup import escape
         from rich.table import Table
 
         stacked = bool(self.stacks.stacks)
@@ -125,13 +126,13 @@ class Routing:
             table.add_column(column, justify="right")
         for row in self.rows(learning_rates):
             lr = "" if row["lr"] is None else f"{row['lr']:g}"
-            table.add_row(row["role"], row["rule"], *(f"{row[c]:,}" for c in counts), lr)
+            table.add_row(escape(row["role"]), row["rule"], *(f"{row[c]:,}" for c in counts), lr)
         if self.frozen:
             table.add_row("(frozen)", "-", *("" for _ in counts[:-1]), f"{self.frozen:,}", "")
         if stacked:
             table.caption = f"Stacks of {self.stack} consecutive layers."
             if self.stacks.alone:
-                table.caption += f" Left over, each alone: {listing(self.stacks.alone)}."
+                table.caption += escape(f" Left over, each alone: {listing(self.stacks.alone)}.")
         return table
 
     def save(self, path: str | os.PathLike, learning_rates: dict[str, float]) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import sysconfig
-import traceback
 from importlib import import_module
-from pathlib import Path
 
 from pion_hf._version import __version__
 
@@ -20,6 +18,7 @@ COMMANDS = {
     "compare": "the same recipe with every optimizer, learning rate and seed: a table of who learns and who forgets",
 }
 TRAINING = ("sft", "cpt", "grpo")  # of them, those that train by a recipe
+INTERRUPTED = 130  # the exit status, as shells have it
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,15 +37,18 @@ def main(argv: list[str] | None = None) -> None:
         from pion_hf.errors import unknown
 
         raise SystemExit(f"pion-hf: {unknown('command', name, COMMANDS)}")
-    if name == "run":  # a script's own errors keep their traceback
-        import_module("pion_hf.cli.run").main(argv[1:])
-        return
     try:
         _dispatch(name, argv[1:])
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        if _is_of_user(error):
+    except KeyboardInterrupt:
+        print(f"pion-hf {name}: interrupted.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        from pion_hf.cli import faults
+
+        # A script's own errors keep their traceback, as those of any other code of the user's.
+        if name == "run" or faults.is_of_user(error) or os.environ.get(faults.TRACEBACK):
             raise
-        raise SystemExit(f"pion-hf {name}: {error}") from error
+        raise SystemExit(f"pion-hf {name}: {faults.one_line(error, argv)}") from error
 
 
 def _dispatch(name: str, argv: list[str]) -> None:
@@ -57,15 +59,3 @@ def _dispatch(name: str, argv: list[str]) -> None:
         if not {"-h", "--help"}.isdisjoint(argv):  # before the command is imported, which takes seconds more
             import_module("pion_hf.cli.flags").parser(name).parse_args(["--help"])  # ends the process
     import_module(f"pion_hf.cli.{name}").main(argv)
-
-
-def _is_of_user(error: Exception) -> bool:
-    """Whether code of the user's own (a reward, a model's) took part: then its place matters more than the words."""
-    return not all(_is_of_library(frame.filename) for frame in traceback.extract_tb(error.__traceback__))
-
-
-def _is_of_library(file: str) -> bool:
-    path = Path(file)
-    if file.startswith("<") or not {"site-packages", "dist-packages"}.isdisjoint(path.parts):
-        return True
-    return any(path.is_relative_to(home) for home in (Path(__file__).parent.parent, sysconfig.get_path("stdlib")))

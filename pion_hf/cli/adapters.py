@@ -10,6 +10,7 @@ from typing import Any
 from peft import EvaConfig, PeftConfig, get_peft_model_state_dict
 from peft.tuners.lora.eva import initialize_lora_eva_weights, prepare_model_inputs_fn_language_modeling
 
+from pion_hf.arguments import PionOptions, option_types, parse_optim_args, resolve_options
 from pion_hf.cli.flags import INITIALISATIONS, ModelArguments
 from pion_hf.errors import unknown
 from pion_hf.integrations.trl import PionSFTTrainer
@@ -41,6 +42,20 @@ def check_adapter(model_args: ModelArguments) -> None:
     initialisation(model_args.init_lora_weights)
     if not model_args.use_peft:
         raise ValueError("init_lora_weights is for LoRA adapters: set use_peft too, or leave it out")
+
+
+def check_start(args: PionOptions, model_args: ModelArguments) -> None:
+    """Raise ValueError, before anything is loaded, for adapters that rotations of this package could not train."""
+    if "lora_a" not in option_types(args.optim.value) or model_args.init_lora_weights is None:
+        return
+    _, methods = resolve_options(args.optim.value, args.given_options(), parse_optim_args(args.optim_args))
+    rotates = {"lora_a": "rotate"} | methods
+    if initialisation(model_args.init_lora_weights) == "orthogonal" and "rotate" in rotates.values():
+        factor = next(name for name, method in rotates.items() if method == "rotate")
+        raise ValueError(
+            "init_lora_weights='orthogonal' gives factors of half their rank, and a rotation can never fill the rest: "
+            f"start otherwise ('gaussian', say), or let the factor grow (optim_{factor}: orthogonal)"
+        )
 
 
 def set_initialisation(config: PeftConfig, word: str | bool) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from pion_hf.cli import INTERRUPTED
 from pion_hf.cli.contest import MISSING, read_result, remarks, rows, standings, table, title
 from pion_hf.cli.grid import (
     Trial,
@@ -32,7 +33,6 @@ from pion_hf.runs import RECORD, write_json
 
 RESULTS, FRONTIER, PAGE = "compare.json", "frontier.png", "report.html"
 FORMAT = 1  # of it
-INTERRUPTED = 130  # the exit status, as shells have it
 PLAIN_WIDTH = 240  # of tables where no terminal gives one
 DPI = 200
 
@@ -60,9 +60,11 @@ def compare(args: argparse.Namespace) -> None:
                 _run(grid, output_dir, args, console)
             except KeyboardInterrupt:
                 interrupted = True
+    record = make_record(args.recipe, recipe, grid, output_dir)
     if interrupted:
         console.out("Interrupted: the same command goes on.", highlight=False)
-    show(make_record(args.recipe, recipe, grid, output_dir), output_dir, console)
+    if not interrupted or any(run["status"] != MISSING for run in record["runs"]):
+        show(record, output_dir, console)
     if interrupted:
         raise SystemExit(INTERRUPTED)
 
@@ -133,7 +135,8 @@ def _run(grid: list[Trial], output_dir: Path, args: argparse.Namespace, console:
 
     before = signal.signal(signal.SIGTERM, terminated)
     done = sum(is_finished(output_dir / trial.folder) for trial in grid)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+    what, left = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[left]}")
+    columns = (what, BarColumn(), MofNCompleteColumn(), left)
     running: list[Trial] = []
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

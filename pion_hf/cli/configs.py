@@ -24,8 +24,14 @@ def local_config(name: str, *, revision: str = "main", trust_remote_code: bool =
 
 
 def _packaged(name: str) -> str | None:
-    for suffix in ("", "-Instruct", "-Base"):
-        folder = PACKAGED / name.removesuffix(suffix).replace("/", "--")
-        if name.count("/") == 1 and (folder / "config.json").is_file():
+    parts = Path(name).parts
+    prepared = parts[:1] == ("models",) and len(parts) == 2  # where examples leave a model for the recipes
+    known = {folder.name.casefold(): folder for folder in PACKAGED.iterdir() if (folder / "config.json").is_file()}
+    if prepared:
+        known = {name.partition("--")[2]: folder for name, folder in known.items()}
+    wanted = (parts[-1] if prepared else name.replace("/", "--")).casefold() if parts else ""
+    for suffix in ("", "-instruct", "-base"):
+        folder = known.get(wanted.removesuffix(suffix))
+        if folder is not None:
             return str(folder)
     return None

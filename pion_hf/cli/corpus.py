@@ -27,6 +27,7 @@ from trl import get_dataset
 from trl.data_utils import get_dataset_column_names
 
 from pion_hf.cli.flags import STREAM_BUFFER, STREAM_HELD_OUT, CorpusArguments
+from pion_hf.errors import first_line
 from pion_hf.integrations.trl_config import PionSFTConfig
 
 logger = logging.get_logger(__name__)
@@ -243,7 +244,7 @@ def _load(script_args: trl.ScriptArguments, corpus_args: CorpusArguments) -> dic
         return load_dataset(name, **options)
     except OSError as error:
         if not path.exists():
-            reason = f"is no file or folder here and not at the hub: {str(error).splitlines()[0]}"
+            reason = f"is no file or folder here and not at the hub: {first_line(error)}"
         elif isinstance(error, FileNotFoundError):
             reason = f"is a folder without data files ({ENDINGS})"
         else:

@@ -14,6 +14,7 @@ from pion_hf.cli import flags, training
 from pion_hf.cli.corpus import check_corpus, load_corpus, located, rows_to_train, set_budget
 from pion_hf.cli.recipe import RecipeParser
 from pion_hf.cli.training import ReportingSFTTrainer, model_from_config, substituted, train
+from pion_hf.errors import first_line
 from pion_hf.initialization import spectral_init_
 from pion_hf.integrations.trl_config import PionSFTConfig
 
@@ -67,7 +68,7 @@ def _tokenizer(name: str, args: PionSFTConfig) -> transformers.PreTrainedTokeniz
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     except OSError as error:
-        raise ValueError(f"no tokenizer at {name!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"no tokenizer at {name!r}: {first_line(error)}") from None
     if tokenizer.eos_token is None and args.eos_token is None:
         raise ValueError(f"the tokenizer of {name!r} has no end-of-text token to part documents by: set eos_token")
     # Documents longer than the model's context are cut later: nothing to warn of.
@@ -87,7 +88,7 @@ def check(parsed: Sequence[Any]) -> None:
     if scratch_args.from_config and (model_args.load_in_8bit or model_args.load_in_4bit):
         raise ValueError("from_config draws fresh weights, there are none to quantize: leave out load_in_8bit/4bit")
     check_corpus(script_args, args, dataset_args, corpus_args)
-    training.check(parsed)
+    training.check(parsed, reads_files=True)
 
 
 def _warn_of_cuts(args: PionSFTConfig) -> None:

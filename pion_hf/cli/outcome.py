@@ -13,13 +13,14 @@ import transformers
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from transformers import TrainerCallback
 
 from pion_hf.cli.flags import ReportArguments
-from pion_hf.errors import unknown
+from pion_hf.errors import first_line, unknown
 from pion_hf.evaluation import (
     Measures,
     answer_tokens,
@@ -236,7 +237,7 @@ class ReportMixin:
         table.add_column("before", justify="right")
         table.add_column("after", justify="right")
         for row in table_rows(self.measured["before"], self.measured["after"]):
-            table.add_row(f"{row['domain']}: {row['measure']}", row["before"], row["after"])
+            table.add_row(escape(f"{row['domain']}: {row['measure']}"), row["before"], row["after"])
         summary = self.run_callback.summary
         if "spectrum_drift" in summary:
             measured, rotated = summary["measured_spectra"], summary["rotated_matrices"]
@@ -246,7 +247,7 @@ class ReportMixin:
             )
         if "optimizer_share" in summary:
             table.add_row("share of the training time in the optimizer", "", f"{summary['optimizer_share']:.0%}")
-        table.add_row("checkpoint", "", str(self.args.output_dir))
+        table.add_row("checkpoint", "", escape(str(self.args.output_dir)))
         return table
 
 
@@ -266,7 +267,7 @@ def blend_table(blends: dict[float, Measures]) -> Table:
     table.add_column("share", justify="right")
     rows = {share: table_rows({}, measures) for share, measures in sorted(blends.items())}
     for row in next(iter(rows.values())):
-        table.add_column(f"{row['domain']}: {row['measure']}", justify="right")
+        table.add_column(escape(f"{row['domain']}: {row['measure']}"), justify="right")
     for share, measured in rows.items():
         table.add_row(f"{share:g}", *(row["after"] for row in measured))
     return table
@@ -336,7 +337,7 @@ def _other_rows(report: ReportArguments) -> list[dict]:
     try:
         splits = load_dataset(name)
     except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(f"other_dataset: cannot load {name!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"other_dataset: cannot load {name!r}: {first_line(error)}") from None
     if split not in splits:
         raise ValueError(f"other_dataset_split: {unknown(f'split of {name!r}', split, splits)}")
     rows = list(islice(splits[split], max(OTHER_ROWS, report.exact_match_samples)))

@@ -249,6 +249,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no recipe {str(path)!r}")
     try:
         recipe = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:

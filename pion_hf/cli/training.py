@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,13 +19,17 @@ from trl.data_utils import get_dataset_column_names
 from trl.scripts import sft as trl_sft
 
 from pion_hf.arguments import OPTIMIZER_CLASSES, warn_of_slow_bfloat16
-from pion_hf.cli.adapters import AdapterSFTTrainer, check_adapter, set_initialisation
+from pion_hf.cli.adapters import AdapterSFTTrainer, check_adapter, check_start, set_initialisation
 from pion_hf.cli.flags import FLAGS, ModelArguments, ReportArguments
 from pion_hf.cli.older import with_text_column
 from pion_hf.cli.outcome import ReportMixin, check_report
+from pion_hf.errors import first_line
 from pion_hf.integrations.handler import refuse_wrappers
 from pion_hf.integrations.trl_config import PionSFTConfig
 from pion_hf.routing import FOR_ADAPTERS, refuse_adapters
+
+OF_DATA = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")  # endings
+PREPARED = "models"  # where the examples leave models for the recipes
 
 
 class ReportingSFTTrainer(ReportMixin, AdapterSFTTrainer):
@@ -71,16 +77,17 @@ def train(
     try:
         with substituted(trl, trainer_name, trainer):
             script.main(script_args, training_args, model_args, dataset_args)
-    except KeyError as error:  # TRL's script looks a split up without a check
-        for name, split in splits.items():
-            if error.args == (split,) and not trainers:
-                raise ValueError(f"the dataset has no split {split!r}: set {name}") from error
-        raise
-    except OSError as error:  # a name that is no folder here is looked for at the hub
+    except Exception as error:
         if trainers:
             raise
+        for name, split in splits.items():  # TRL's script looks one up without a check
+            if isinstance(error, KeyError) and error.args == (split,):
+                raise ValueError(f"the dataset has no split {split!r}: set {name}") from error
         names = f"the data ({script_args.dataset_name}) or the model ({model_args.model_name_or_path})"
-        raise ValueError(f"cannot load {names}: {str(error).splitlines()[0]}") from error
+        if isinstance(error, OSError) and error.errno is None:  # what is no folder here is looked for at the hub
+            raise ValueError(f"cannot load {names}: {first_line(error)}") from error
+        error.add_note(names)
+        raise
     trainers[0].create_model_card(dataset_name=script_args.dataset_name)  # after peft's, which comes with saving
     trainers[0].finish()
 
@@ -95,11 +102,32 @@ def _check_columns(dataset: Any, name: str | None, text_field: str) -> None:
         )
 
 
-def check(parsed: Sequence[Any]) -> None:
-    """Raise ValueError or FileNotFoundError for what can be told of a command's arguments before anything is loaded."""
-    _, training_args, model_args, _, report_args = parsed[: len(FLAGS["sft"])]
+def check(parsed: Sequence[Any], *, reads_files: bool = False) -> None:
+    """Raise ValueError or FileNotFoundError for what can be told of a command's arguments before anything is loaded.
+
+    reads_files: whether `dataset_name` may be a file; `datasets` reads folders of them.
+    """
+    script_args, training_args, model_args, dataset_args, report_args = parsed[: len(FLAGS["sft"])]
     check_model(training_args, model_args)
+    check_place("model_name_or_path", model_args.model_name_or_path)
+    if not dataset_args.datasets:
+        check_place("dataset_name", script_args.dataset_name)
+        if not reads_files and os.path.isfile(script_args.dataset_name or ""):
+            raise ValueError(f"dataset_name: {script_args.dataset_name!r} is a file: name the folder that it lies in")
+    check_place("other_dataset", report_args.other_dataset)
     check_report(training_args, report_args)
+
+
+def check_place(key: str, name: str | None) -> None:
+    """Raise FileNotFoundError for what can only be a file or folder here, not a name at the hub, and is not there."""
+    if not name or os.path.exists(name) or "://" in name:
+        return
+    path = Path(name)
+    if path.parts[0] == PREPARED:
+        by = "examples/prepare_smollm2.py" if path.name.startswith("smollm2") else "an example of this package"
+        raise FileNotFoundError(f"{key}: there is no folder {name!r}: {by} makes it")
+    if name[0] in "./~" or name.count("/") > 1 or not {*path.suffixes}.isdisjoint(OF_DATA):
+        raise FileNotFoundError(f"{key}: there is no file or folder {name!r}")
 
 
 @contextlib.contextmanager
@@ -132,6 +160,7 @@ def check_model(training_args: PionSFTConfig, model_args: ModelArguments) -> Non
         refuse_wrappers(training_args)
         if model_args.use_peft:
             refuse_adapters(training_args.optim.value)
+            check_start(training_args, model_args)
         elif training_args.optim.value in FOR_ADAPTERS:
             raise ValueError(f"optim={training_args.optim.value!r} trains LoRA adapters: set use_peft too")
 
@@ -150,7 +179,7 @@ def model_from_config(
     try:
         config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=remote)
     except OSError as error:
-        raise ValueError(f"no model config at {name!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"no model config at {name!r}: {first_line(error)}") from None
     dtype = config.dtype if dtype in (None, "auto") else dtype
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32, **options)
 

@@ -236,6 +236,8 @@ def _optimizer(summary: dict[str, Any], folder: Path) -> Iterator[str]:
     said = [f"{frozen:,} parameters were frozen."] if frozen else []
     if (folder / "routing.json").is_file():
         said.append("Every parameter and its rule: [routing.json](routing.json).")
+    if (folder / "training_args.bin").is_file():
+        said.append("To read training_args.bin takes the package pion_hf; the model itself needs transformers alone.")
     if said:
         yield " ".join(said)
 
