@@ -11,7 +11,7 @@ import pytest
 
 import pion_hf
 from pion_hf import files
-from pion_hf.cli import compare, curves, jobs
+from pion_hf.cli import comparison, curves, jobs
 from pion_hf.cli.grid import Trial
 from pion_hf.integrations import model_card, run_folder
 from pion_hf.integrations.run_folder import RunFolder
@@ -217,11 +217,11 @@ def test_what_a_comparison_writes_goes_through_no_link(tmp_path, planted, monkey
         write_run(folder)
         planted(folder, ("trial.json",))
         jobs.settle(job, keep_models=False)
-    monkeypatch.setattr(compare, "DPI", 20)
+    monkeypatch.setattr(comparison, "DPI", 20)
     monkeypatch.setattr(page, "SECTIONS", page.SECTIONS[:1])
     monkeypatch.setattr(run_folder, "versions", dict)
-    record = compare.make_record(Path("r.yaml"), trial.recipe, [trial], output)
+    record = comparison.make_record(Path("r.yaml"), trial.recipe, [trial], output)
     assert record["runs"][0]["status"] == "finished"
-    compare.show(record, output, compare.Console(quiet=True))
+    comparison.show(record, output, comparison.Console(quiet=True))
     written = [output / name for name in OF_A_COMPARISON] + [folder / name for name in OF_A_TRIAL]
     assert [path for path in written if path.is_symlink() or not path.is_file()] == []

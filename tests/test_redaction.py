@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pion_hf.cli.compare import make_record
+from pion_hf.cli.comparison import make_record
 from pion_hf.cli.grid import Trial
 from pion_hf.cli.jobs import check_folder, settle, start
 from pion_hf.cli.recipe import SECRETS, read_recipe
