@@ -24,6 +24,7 @@ from pion_hf.needs import needed
 from pion_hf.optim.lora import FactorMethod
 from pion_hf.optim.pion import check_preset
 from pion_hf.schedules import SCHEDULES, check_options
+from pion_hf.values import check_ranges, fit_fields
 
 with needed("transformers"):
     from transformers import TrainingArguments
@@ -168,8 +169,10 @@ class PionOptions:
 
     def __post_init__(self) -> None:
         """Check before a model is loaded what would otherwise fail, or be ignored, when the optimizer is built."""
-        for name in ("learning_rate", "weight_decay"):  # YAML reads 1e-3 as text
-            setattr(self, name, _convert(name, getattr(self, name), float))
+        if self.bf16 == "auto":
+            self.bf16 = None
+        fit_fields(self)
+        check_ranges(vars(self))
         targets = self.optim_target_modules
         if isinstance(targets, str) and targets.startswith("[") and targets.endswith("]"):
             self.optim_target_modules = _convert("optim_target_modules", _literal(targets), list[str])
@@ -188,13 +191,14 @@ class PionOptions:
             super().__post_init__()
         except json.JSONDecodeError as error:
             raise ValueError(f"{error.doc!r} is not JSON: {error}") from None
+        fit_fields(self)  # mappings were JSON strings until now
         schedule = self.lr_scheduler_type.value
         if schedule in SCHEDULES:  # its options were a JSON string until now
             check_options(schedule, self.lr_scheduler_kwargs, self.max_steps if self.max_steps > 0 else None)
 
     def _choose_precision(self) -> None:
         """Where `bf16` is left open (None, as in TRL's configs, or "auto") the hardware decides, and it is said."""
-        is_open = self.bf16 in (None, "auto")
+        is_open = self.bf16 is None
         on_cpu = self.use_cpu or not torch.accelerator.is_available()
         if is_open:
             self.bf16 = not self.fp16 and (bfloat16_speedup() > 1 if on_cpu else is_torch_bf16_gpu_available())
@@ -274,6 +278,7 @@ def resolve_options(optim: str, *sources: dict[str, Any]) -> tuple[dict[str, Any
             if key not in types:
                 raise _not_an_option(key, optim, types)
             merged[key] = _convert(key, value, types[key])
+    check_ranges({f"optim_{key}": value for key, value in merged.items()}, lambda key: key.removeprefix("optim_"))
     if merged.get("preset") is not None:
         check_preset(merged["preset"], merged)
     groups = {key: merged.pop(key) for key in (*GROUP_OPTIONS, *STACK_OPTIONS, *LORA_OPTIONS) if key in merged}

@@ -21,6 +21,7 @@ FLOORS = {
     "needs": 0,
     "files": 0,
     "redaction": 0,
+    "values": 1,
     "linalg": 1,
     "optim": 2,
     "schedules": 2,

@@ -224,7 +224,7 @@ WRONG_OPTIONS = [
     ({"decay_fraction": True}, "decay_fraction must be a number, got True"),
     ({"decay_fraction": None}, "decay_fraction must be a number, got None"),
     ({"decay_fraction": float("nan")}, "decay_fraction must be a number, got nan"),
-    ({"min_lr_ratio": "1e-2"}, "YAML reads 1e-2 as text: write 0.01"),
+    ({"min_lr_ratio": "0.01x"}, "min_lr_ratio must be a number, got '0.01x'"),
     ({"min_lr_ratio": None}, "min_lr_ratio must be a number, got None"),
     ({"min_lr_ratio": -0.1}, "lr_scheduler_kwargs: min_lr_ratio must be in [0, 1]"),
     ({"adamw_min_lr_ratio": 2}, "adamw_min_lr_ratio must be in [0, 1]"),
@@ -234,6 +234,11 @@ WRONG_OPTIONS = [
     ({"matrix_warmup_steps": float("inf")}, "matrix_warmup_steps must be a whole number"),
     ({"matrix_warmup_steps": 11}, "matrix_warmup_steps is 11, but the training has only 10 steps: shorten"),
 ]
+
+
+def test_text_for_a_number_says_how_to_write_it_where_nobody_converts_it():
+    with pytest.raises(ValueError, match="YAML reads 1e-2 as text: write 0.01"):
+        scheduled("teon_wsd", 10, 2, "teon", "adamw", min_lr_ratio="1e-2")
 
 
 @pytest.mark.parametrize(("options", "message"), WRONG_OPTIONS)

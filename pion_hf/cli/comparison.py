@@ -171,7 +171,9 @@ def _told(result: dict[str, Any]) -> str:
 def _left(grid: list[Trial], output_dir: Path, jobs: int) -> str:
     """How long the rest will take, by the mean of what is finished."""
     over = [
-        read_trial(output_dir / trial.folder)["seconds"] for trial in grid if is_finished(output_dir / trial.folder)
+        read_trial(output_dir / trial.folder).get("seconds") or 0.0
+        for trial in grid
+        if is_finished(output_dir / trial.folder)
     ]
     if not over:
         return ""

@@ -6,7 +6,6 @@ All of it is plain data (`compare.json`), so that a table can be made again from
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,7 @@ from rich.table import Table
 from pion_hf.cli.grid import Trial
 from pion_hf.cli.jobs import is_finished, read_trial
 from pion_hf.evaluation import PROGRESS
-from pion_hf.runs import EVALUATION, FAILED, FINISHED, RECORD, read_run
+from pion_hf.runs import EVALUATION, FAILED, FINISHED, RECORD, read_evaluation, read_run
 
 DIVERGED, MISSING = "diverged", "not run"  # beside FINISHED and FAILED
 TASK = "task"
@@ -35,16 +34,18 @@ def read_result(trial: Trial, folder: Path) -> dict[str, Any]:
     """What is known of a run: `status`, and if it is over the figures of its eval.json and run.json."""
     told = {"contender": trial.contender, "learning_rate": trial.learning_rate, "seed": trial.seed}
     said = read_trial(folder)
-    if said is None or said["status"] not in (FINISHED, FAILED):
+    if said is None or said.get("status") not in (FINISHED, FAILED):
         return {**told, "status": MISSING}
     run = read_run(folder) if (folder / RECORD).is_file() else None
-    told |= {"folder": folder.name, "process_seconds": said["seconds"]}
+    told |= {"folder": folder.name, "process_seconds": said.get("seconds") or 0.0}
     if run is not None:
         told |= {key: run.record[key] for key in RECORDED if key in run.record}
     if not is_finished(folder):
         lost = run is not None and not all(math.isfinite(v) for key in DIVERGING for v in run.series(key)[1])
         return {**told, "status": DIVERGED if lost else FAILED, "error": said.get("error", f"no {EVALUATION}")}
-    measured = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+    measured = read_evaluation(folder) or {}
+    if not measured.get("before") or TASK not in (measured.get("after") or {}):
+        raise ValueError(f"{str(folder)!r} is damaged: {EVALUATION} says nothing of before and after training")
     after = measured["after"]
     lost = any(value is None for values in after.values() for value in values.values())  # not finite
     told |= {"status": DIVERGED if lost else FINISHED, "before": measured["before"], "after": after}

@@ -42,13 +42,14 @@ def one_line(error: Exception, argv: Sequence[str]) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
     line = _words(error)
-    if not ours or not isinstance(error, (ValueError, ImportError, RuntimeError, OSError)) or _number(error):
+    clear = isinstance(error, ImportError) or (ours and isinstance(error, (ValueError, RuntimeError, OSError)))
+    if not clear or _number(error):
         read = getattr(error, "__notes__", None) or [a for a in argv if not a.startswith("-") and os.path.exists(a)]
         if read:
             line += f" (reading {', '.join(read)})"
         if isinstance(error, OSError):
             line += WAYS_OUT.get(error.errno, "")
-        elif not isinstance(error, (ValueError, ImportError)):
+        elif not isinstance(error, ValueError):
             line += f"; {TRACEBACK}=1 shows where"
     line = " ".join(line.split())
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"

@@ -28,10 +28,11 @@ from pion_hf.cli import child
 from pion_hf.cli.grid import Trial, write_recipe
 from pion_hf.files import is_part
 from pion_hf.redaction import without_secrets
-from pion_hf.runs import EVALUATION, FAILED, FINISHED, RUNNING, SPECTRA, read_json, write_json
+from pion_hf.runs import EVALUATION, FAILED, FINISHED, NUMBER, RUNNING, SPECTRA, check_fields, read_json, write_json
 
 TRIAL, RECIPE, OUTPUT, LOCK = "trial.json", "recipe.yaml", "train.log", ".lock"
 FORMAT = 1  # of trial.json
+TRIAL_FIELDS = {"status": str, "seconds": NUMBER, "error": str, "arguments": {}}  # see `check_fields`
 POLL = 0.2  # seconds
 TAIL = 16384  # bytes of a log, among which its last line is
 
@@ -53,20 +54,23 @@ def read_trial(folder: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: it is damaged.
     """
-    return read_json(folder / TRIAL)
+    said = read_json(folder / TRIAL)
+    if said is not None:
+        check_fields(f"{str(folder)!r} is damaged: {TRIAL}", said, TRIAL_FIELDS)
+    return said
 
 
 def is_finished(folder: Path) -> bool:
     """Whether a run is over and has been measured."""
     said = read_trial(folder)
-    return said is not None and said["status"] == FINISHED and (folder / EVALUATION).is_file()
+    return said is not None and said.get("status") == FINISHED and (folder / EVALUATION).is_file()
 
 
 def check_folder(trial: Trial, folder: Path) -> None:
     """Raise ValueError for a folder that holds something else than this run."""
     said = read_trial(folder) if folder.is_dir() else None
     if said is not None:
-        known, wanted = without_secrets(said.get("arguments", {})), without_secrets(trial.arguments)
+        known, wanted = without_secrets(said.get("arguments") or {}), without_secrets(trial.arguments)
         differing = [key for key in {**known, **wanted} if known.get(key) != wanted.get(key)]
         if differing:
             raise ValueError(

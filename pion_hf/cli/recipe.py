@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import inspect
 import os
+import typing
 from collections.abc import Callable, Collection, Mapping
 from itertools import chain
 from pathlib import Path
@@ -34,6 +35,7 @@ from pion_hf.cli import older
 from pion_hf.cli.configs import local_config
 from pion_hf.errors import unknown
 from pion_hf.schedules import SCHEDULES
+from pion_hf.values import OPTION, check_ranges, fit
 
 logger = logging.get_logger(__name__)
 
@@ -127,11 +129,14 @@ class RecipeParser(TrlParser):
         """
         argv = _split_config_flag(argv)
         argv, (path, recipe) = (argv, named) if named else _named_recipe(argv)
+        recipe = self._fitting(path, recipe)
         self._check_recipe(path, recipe)
         self._check_flags(argv)
         os.environ.update({name: str(value) for name, value in (recipe.get("env") or {}).items()})  # as TRL
         self.set_defaults_with_config(**{key: value for key, value in recipe.items() if key != "env"})
         parsed = self.parse_args_into_dataclasses(argv)
+        for args in parsed:
+            check_ranges(vars(args))
         _check_trust(parsed, argv, trains)
         _check_parsed(parsed, lambda key: f"{path}: {key}" if key in recipe else key)
         return parsed
@@ -166,6 +171,17 @@ class RecipeParser(TrlParser):
         actions = {a.dest: a for a in self._actions if not isinstance(a, argparse._HelpAction)}
         return {**actions, **{new: actions[old] for new, old in older.OLD_NAMES.items() if old in actions}}
 
+    def _fitting(self, path: str, recipe: dict[str, Any]) -> dict[str, Any]:
+        """The recipe with its values as their fields want them; text is argparse's to convert, the rest it never does."""
+        hints = {name: hint for of in self.dataclass_types for name, hint in typing.get_type_hints(of).items()}
+        known = {k: v for k, v in recipe.items() if k in hints and not isinstance(v, str) and not k.startswith(OPTION)}
+        try:
+            fitting = {**recipe, **{key: fit(key, value, hints[key]) for key, value in known.items()}}
+            check_ranges(fitting)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return fitting
+
     def _check_recipe(self, path: str, recipe: dict[str, Any]) -> None:
         actions = self._by_key()
         for key, value in recipe.items():
@@ -179,7 +195,6 @@ class RecipeParser(TrlParser):
             choices = actions[key].choices
             if choices is not None and value is not None and value not in choices:
                 raise ValueError(f"{path}: {unknown(f'value of {key}', value, choices)}")
-            _check_number(f"{path}: {key}", actions[key], value)
         if "datasets" in actions:
             _check_mixture(f"{path}: datasets", recipe.get("datasets") or [])
         for key, known in MAPPINGS.items():
@@ -192,16 +207,6 @@ class RecipeParser(TrlParser):
 def _flag_or_auto(value: str | bool) -> bool | None:
     """A flag whose third value, None, leaves the choice to the hardware."""
     return None if value == "auto" else string_to_bool(value)
-
-
-def _check_number(where: str, action: argparse.Action, value: Any) -> None:
-    """Raise ValueError for a value that argparse would take as it is, for text alone is converted."""
-    wanted = {int: "a whole number", float: "a number"}.get(action.type)
-    if wanted is None or action.nargs is not None or value is None or isinstance(value, str):
-        return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or (action.type is int and not float(value).is_integer()):
-        raise ValueError(f"{where} must be {wanted}, got {value!r}")
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -30,6 +30,7 @@ from pion_hf.integrations.updates import Meter
 from pion_hf.linalg.spectrum import numerical_zero
 from pion_hf.redaction import without_secrets
 from pion_hf.runs import FAILED, FINISHED
+from pion_hf.values import fit_fields
 
 logger = logging.get_logger(__name__)
 
@@ -149,6 +150,7 @@ class RunCallback(TrainerCallback):
 
 def watch(trainer: Trainer) -> RunCallback:
     """Log and record what `trainer` does (`RunCallback`); before other callbacks, so that trackers see it too."""
+    fit_fields(trainer.args)
     callbacks = trainer.callback_handler.callbacks
     callback = next((known for known in callbacks if isinstance(known, RunCallback)), None) or RunCallback()
     callbacks[:] = [callback, *(other for other in callbacks if other is not callback)]

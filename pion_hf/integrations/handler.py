@@ -26,6 +26,7 @@ from pion_hf.optim import Inputs
 from pion_hf.optim.groups import kept_columns
 from pion_hf.optim.sharding import of_first
 from pion_hf.routing import LORA_FORMS, Routing, param_groups, routing_table
+from pion_hf.values import fit_fields
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +37,7 @@ def optimizer_of(args: Any, model: nn.Module | None) -> tuple[type, dict[str, An
     if model is None:
         raise ValueError(f"optim={optim!r} routes a model's parameters by their modules: it needs the model.")
     refuse_wrappers(args)
+    fit_fields(args)  # of transformers' own class, which takes text for a number
     warn_of_slow_bfloat16(args)
     optim, options, group_options = choose_form(args, model)
     routing, groups = groups_from(args, model, optim, group_options)
