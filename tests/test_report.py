@@ -374,6 +374,14 @@ def test_what_another_user_may_not_read_is_not_called_damaged(run, tmp_path, mon
     assert f"{SPECTRA} cannot be read: Permission denied." in page._draw([read_run(run)])[1][-1]
 
 
+@pytest.mark.usefixtures("one_picture")
+def test_secrets_that_an_older_version_wrote_are_not_shown(run, tmp_path):
+    change_record(run, arguments={"hub_token": "SESAME", "model_init_kwargs": {"password": "SESAME"}, "max_steps": 7})
+    text = written([run], tmp_path / "page.html").text
+    assert "SESAME" not in text
+    assert "max_steps=7" in text
+
+
 def test_no_folder_of_that_name(tmp_path):
     with pytest.raises(SystemExit, match="there is no folder"):
         main(["report", str(tmp_path / "none")])

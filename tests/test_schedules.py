@@ -237,7 +237,7 @@ WRONG_OPTIONS = [
 
 
 def test_text_for_a_number_says_how_to_write_it_where_nobody_converts_it():
-    with pytest.raises(ValueError, match="YAML reads 1e-2 as text: write 0.01"):
+    with pytest.raises(ValueError, match=r"YAML reads 1e-2 as text: write 0\.01"):
         scheduled("teon_wsd", 10, 2, "teon", "adamw", min_lr_ratio="1e-2")
 
 

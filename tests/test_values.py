@@ -100,7 +100,7 @@ model_init_kwargs: {rope_theta: 1e6, revision: main}
 bf16: false
 """
 MEANT = {
-    **{"learning_rate": 1e-3, "adam_epsilon": 1e-8, "max_steps": 4, "seed": 7, "warmup_steps": 2, "use_cpu": True},
+    **{"learning_rate": 1e-3, "adam_epsilon": 1e-8, "max_steps": 4, "seed": 7, "warmup_steps": 2.0, "use_cpu": True},
     **{"packing": False, "run_name": "7", "max_grad_norm": 1, "num_train_epochs": 1.0, "bf16": False},
     **{"eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no"},
     **{"lr_scheduler_kwargs": {"min_lr": 1e-4}},

@@ -172,7 +172,7 @@ class RecipeParser(TrlParser):
         return {**actions, **{new: actions[old] for new, old in older.OLD_NAMES.items() if old in actions}}
 
     def _fitting(self, path: str, recipe: dict[str, Any]) -> dict[str, Any]:
-        """The recipe with its values as their fields want them; text is argparse's to convert, the rest it never does."""
+        """The recipe with its values as their fields want them; text is converted by argparse, nothing else is."""
         hints = {name: hint for of in self.dataclass_types for name, hint in typing.get_type_hints(of).items()}
         known = {k: v for k, v in recipe.items() if k in hints and not isinstance(v, str) and not k.startswith(OPTION)}
         try:

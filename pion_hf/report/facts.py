@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from pion_hf.integrations.model_card import NUMBER_FORMATS
 from pion_hf.linalg.spectrum import spectral_drift
+from pion_hf.redaction import without_secrets
 from pion_hf.report.figures import diverged
 from pion_hf.report.looks import numbered
 from pion_hf.runs import FAILED, RUNNING, Run
@@ -226,7 +227,7 @@ def memory(count: float | None) -> str:
 
 
 def _part(run: Run, key: str) -> dict[str, Any]:
-    return run.record.get(key) or {}
+    return without_secrets(run.record.get(key) or {})  # an older version may have written some
 
 
 def _data(run: Run) -> str:
