@@ -178,6 +178,11 @@ class PionOptions:
             self.optim_target_modules = _convert("optim_target_modules", _literal(targets), list[str])
         names = OptimizerNames._value2member_map_
         if self.optim not in names:
+            if self.optim in OPTIMIZER_CLASSES:
+                raise ValueError(
+                    f"optim={self.optim!r} could not be added to this transformers: a warning of pion_hf.register() "
+                    "said why, and what is left."
+                )
             raise unknown("optimizer", self.optim, names)
         optim, given = OptimizerNames(self.optim).value, self.given_options()
         if optim in OPTIMIZER_CLASSES:

@@ -8,6 +8,7 @@ import pickle
 import re
 import sys
 import warnings
+from enum import Enum
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from pion_hf import Pion, PionTrainingArguments, register
+from pion_hf import arguments as arguments_room
 from pion_hf.integrations import registry
 from pion_hf.integrations.handler import refuse_wrappers
 from pion_hf.integrations.registry import OPTIMIZER_NAMES
@@ -94,6 +96,12 @@ def test_another_enum_is_a_warning_and_no_half_a_member(monkeypatch):
     monkeypatch.setattr(transformers.training_args, "OptimizerNames", object())
     with pytest.warns(UserWarning, match="What is left"):
         register()
+
+
+def test_asking_for_a_name_that_could_not_be_added_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(arguments_room, "OptimizerNames", Enum("OptimizerNames", {"ADAMW_TORCH": "adamw_torch"}))
+    with pytest.raises(ValueError, match=r"optim='pion' could not be added .* pion_hf\.register\(\) said why"):
+        PionTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
 
 
 def test_an_optional_argument_of_a_later_release_is_passed_on(monkeypatch):
