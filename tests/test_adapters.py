@@ -233,7 +233,9 @@ def test_factors_of_experts_are_those_of_each_expert(optim):
             views[side] = [merge_rows(v).squeeze(0) for v in split(r.parameter.detach(), Layout.parse(r.layout))]
         for e, (a, b) in enumerate(zip(views["A"], views["B"], strict=True)):
             assert a.shape[0] == b.shape[0] == 4
-            torch.testing.assert_close(wrapper.scaling["default"] * b.T @ a, delta[e])
+            product = wrapper.scaling["default"] * b.T @ a
+            # peft before 0.21 takes a parameter `(experts, out, in)` for `(experts, in, out)`: its factors change places.
+            torch.testing.assert_close(product, delta[e] if delta[e].shape == product.shape else delta[e].T)
 
 
 def test_experts_train_and_each_rotated_factor_keeps_its_spectrum():

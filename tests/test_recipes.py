@@ -17,7 +17,7 @@ from accelerate.commands.launch import launch_command_parser
 from datasets import load_dataset
 from trl.data_utils import is_conversational
 
-from pion_hf.cli import cpt, grpo, main, sft
+from pion_hf.cli import cpt, grpo, main, older, sft
 from pion_hf.cli.recipe import GONE, LOADER_OPTIONS, RENAMED, read_recipe
 from pion_hf.values import check_ranges
 from tests.conftest import write_jsonl
@@ -82,7 +82,8 @@ def test_readmes_name_every_recipe_and_say_what_plan_estimates(readme):
     paths = [path for path in RECIPES if path.is_relative_to(readme.parent)]
     assert commands == {(path.parent.name, str(path.relative_to(ROOT))) for path in paths}
     table = script("benchmarks/recipes.py").table(readme.parent)
-    assert table in text, "python examples/benchmarks/recipes.py --write brings it up to date"
+    # Older releases have another loss, which takes other memory.
+    assert table in text or not older.TILED_LOSS, "python examples/benchmarks/recipes.py --write brings it up to date"
 
 
 @pytest.mark.parametrize("name", ["sft/full", "sft/lora", "cpt/pion", "cpt/teon"])
@@ -95,6 +96,7 @@ def test_recipes_for_large_models_train_a_small_one(name, checkpoint, chat_data,
     flags = ["--config", str(ROOT / "recipes" / "smollm2-1.7b" / f"{name}.yaml"), "--use_cpu", "--max_steps", "2"]
     flags += ["--model_name_or_path", str(checkpoint), "--output_dir", str(tmp_path / "run"), "--max_length", "64"]
     flags += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--dtype", "float32"]
+    flags += ["--bf16", "false"]  # before TRL 1.13 the loss of an evaluation in it has steps of 1/32 on a CPU
     if name.startswith("sft"):
         flags += ["--dataset_name", str(chat_data), "--dataset_test_split", "test"]
         flags += ["--other_dataset", str(chat_data), "--other_dataset_split", "test"]

@@ -70,6 +70,7 @@ def train(
                     kwargs[split] = with_text_column(kwargs[split], column)
         if model_args.init_lora_weights is not None:
             set_initialisation(kwargs["peft_config"], model_args.init_lora_weights)
+        transformers.set_seed(training_args.seed)  # adapters are drawn by it: TRL does so from 1.15 on
         trainers.append(make_trainer(report=report_args, **kwargs))
         return trainers[-1]
 
