@@ -234,7 +234,7 @@ def test_factors_of_experts_are_those_of_each_expert(optim):
         for e, (a, b) in enumerate(zip(views["A"], views["B"], strict=True)):
             assert a.shape[0] == b.shape[0] == 4
             product = wrapper.scaling["default"] * b.T @ a
-            # peft before 0.21 takes a parameter `(experts, out, in)` for `(experts, in, out)`: its factors change places.
+            # peft before 0.19 takes a parameter `(experts, out, in)` for `(experts, in, out)`: its factors are swapped.
             torch.testing.assert_close(product, delta[e] if delta[e].shape == product.shape else delta[e].T)
 
 
