@@ -1,5 +1,6 @@
 """In which precision products run that may be rounded."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -50,6 +51,21 @@ def test_the_measurement_is_of_the_processor_wherever_it_is_made(monkeypatch):
     assert found == bfloat16_speedup() > 0
     assert set(dtypes) == {("cpu", torch.float32), ("cpu", torch.bfloat16)}
     assert len(dtypes) <= 16  # once
+
+
+@pytest.mark.usefixtures("measured_anew")
+def test_the_first_product_and_a_busy_machine_decide_nothing(monkeypatch):
+    """A first product makes its kernel; processes of one machine find the same, or a resumed run is another one."""
+    clock, made = [0.0], set()
+
+    def product(x, y):
+        clock[0] += (1.0 if x.dtype == torch.float32 else 0.5) if x.dtype in made else 20.0 / x.itemsize
+        made.add(x.dtype)
+
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(precision.time, "process_time", lambda: clock[0])
+    monkeypatch.setattr(precision.time, "perf_counter", itertools.count(step=10).__next__)
+    assert bfloat16_speedup() == 2
 
 
 def test_what_was_chosen_is_used_and_double_precision_kept():
