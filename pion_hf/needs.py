@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packaging.version import Version
 
 # As in setup.cfg, which a test compares. (What is installed of this package's own metadata may be older than its code.)
 OLDEST = {
@@ -25,7 +30,7 @@ def needed(*names: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        found = ", ".join(f"{name} {_installed(name)}" for name in names)
+        found = ", ".join(f"{name} {_release(name) or 'of an unknown release'}" for name in names)
         raise ImportError(f"pion_hf does not work with what is installed, {found}: {error}") from error
 
 
@@ -37,18 +42,22 @@ def require(*names: str) -> None:
     from packaging.version import Version
 
     for name in names:
-        oldest = OLDEST[name]
-        installed = _installed(name)
-        if installed is None and find_spec(name) is not None:  # code without metadata, of no known version
-            continue
+        oldest, found = OLDEST[name], _release(name)
+        if found is None and name not in sys.modules and find_spec(name) is None:
+            said = "is not installed"
         # What comes before a release counts as the release: GPU vendors' images have such builds of torch.
-        if installed is None or Version(Version(installed).base_version) < Version(oldest):
-            found = "is not installed" if installed is None else f"is {installed} here"
-            raise ImportError(f"pion_hf needs {name} {oldest} or newer, which {found}: pip install '{name}>={oldest}'")
+        elif found is not None and Version(found.base_version) < Version(oldest):
+            said = f"is {found} here"
+        else:
+            continue
+        raise ImportError(f"pion_hf needs {name} {oldest} or newer, which {said}: pip install '{name}>={oldest}'")
 
 
-def _installed(name: str) -> str | None:
+def _release(name: str) -> Version | None:
+    """Of what is imported, else of what is installed; None where nothing says."""
+    from packaging.version import InvalidVersion, Version
+
     try:
-        return version(name)
-    except PackageNotFoundError:
+        return Version(getattr(sys.modules.get(name), "__version__", None) or metadata.version(name))
+    except (metadata.PackageNotFoundError, InvalidVersion):
         return None

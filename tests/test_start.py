@@ -14,11 +14,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from transformers import Trainer
 
 import pion_hf
 import pion_hf.optim
@@ -123,13 +125,16 @@ def test_the_oldest_releases_are_those_of_the_metadata():
 
 
 def pretend(monkeypatch, **releases: str | None) -> None:
-    def version(name: str) -> str:
-        found = releases[name] if name in releases else importlib.metadata.version(name)
-        if found is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return found
+    """That these are installed, and not imported yet; None: neither."""
+    installed = importlib.metadata.version
 
-    monkeypatch.setattr(needs, "version", version)
+    def version(name: str) -> str:
+        if name in releases and releases[name] is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return releases.get(name) or installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(needs, "sys", SimpleNamespace(modules={}))
 
 
 @pytest.mark.parametrize("command", ["sft", "cpt", "grpo", "plan"])
@@ -170,6 +175,12 @@ def test_peft_is_looked_at_where_there_are_adapters(monkeypatch, model):
 def test_builds_before_a_release_count_as_it_and_unknown_ones_as_any(monkeypatch):
     pretend(monkeypatch, torch="2.9.0a0+git1", transformers="5.0.0.dev0", trl=None)
     needs.require("torch", "transformers", "trl")  # trl can be found, its metadata cannot
+
+
+def test_what_is_imported_counts_more_than_what_is_installed(monkeypatch):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
+    with pytest.raises(ImportError, match=r"needs transformers 5\.0 or newer, which is 4\.57\.1 here"):
+        Trainer.get_optimizer_cls_and_kwargs(SimpleNamespace(optim="pion"), None)
 
 
 def test_a_name_that_has_moved_says_which_release_is_there():

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from pion_hf.integrations.hook import when_imported
+from pion_hf.needs import require
 from pion_hf.optim import REGISTERED
 
 OPTIMIZER_NAMES = tuple(REGISTERED)
@@ -112,6 +113,7 @@ def _own_names_first(lookup: Callable) -> Callable:
     @functools.wraps(lookup)
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None, *others: Any, **named: Any) -> tuple[Any, Any]:
         if args.optim in OPTIMIZER_NAMES:
+            require("transformers")
             from pion_hf.integrations.handler import optimizer_of
 
             return optimizer_of(args, model)
