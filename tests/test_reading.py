@@ -144,10 +144,10 @@ def test_mixed_gradients_are_read_once() -> None:
     for p in params:
         p.grad = torch.randn_like(p)
     with Waits(optimizer) as waits:
-        assert optimizer._gradients_are_finite()
+        assert optimizer._look() == (True, [])
     assert waits.count == 1
     params[1].grad[3, 3] = torch.inf
-    assert not optimizer._gradients_are_finite()
+    assert optimizer._look() == (False, [])
 
 
 @pytest.mark.parametrize("name", RULES)

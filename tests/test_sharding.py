@@ -27,6 +27,7 @@ from pion_hf.linalg.sketch import sketch_of
 from pion_hf.linalg.sketch import test_matrix as random_test_matrix
 from pion_hf.optim import MatrixOptimizer, precision, sharding
 from pion_hf.optim.batches import REST, Block
+from pion_hf.optim.fingerprints import fingerprint
 from tests.distributed_worker import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:keep. no inputs of (experts|unused) were seen")
@@ -383,6 +384,38 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(tried):
         assert found["skipped"] == STEPS
         assert_equal(found["weights"], expected)
     tried("NaN or Inf in one shard: skipped by all processes", STEPS, "steps")
+
+
+def rewrite() -> dict[str, Any]:
+    """In a process: weights that are written between steps."""
+    mesh, found = init_device_mesh("cpu", (dist.get_world_size(),)), {}
+    for case in ("pion", "pion bfloat16"):
+        model, optimizer = start(case, mesh=mesh)
+        for number in range(STEPS):
+            if number == HALF_WAY:
+                for p in model.values():
+                    p.data.mul_(-0.5)
+            step(model, optimizer, number)
+        found[case] = masters(model, optimizer)
+        for p in optimizer.param_groups[0]["params"]:
+            if "fingerprint" in optimizer.state[p]:
+                assert optimizer.state[p]["fingerprint"] == fingerprint(sharding.whole(p.detach()))
+    return found
+
+
+def test_processes_see_together_what_others_write():
+    expected = {}
+    for case in ("pion", "pion bfloat16"):
+        model, optimizer = start(case)
+        for number in range(STEPS):
+            if number == HALF_WAY:
+                for p in model.values():
+                    p.data.mul_(-0.5)
+            step(model, optimizer, number)
+        expected[case] = masters(model, optimizer)
+    for found in launch(rewrite, 2):
+        for case, weights in expected.items():
+            assert_equal(found[case], weights)
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from pion_hf.optim import blocks, elementwise, sharding
-from pion_hf.optim.base import MatrixOptimizer, working_dtype
+from pion_hf.optim.base import MatrixOptimizer
 from pion_hf.optim.batches import KEPT
 from pion_hf.optim.groups import kept_columns, named_parameters
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Update
+from pion_hf.optim.rewritten import working_dtype
 
 KEY = f"{KEPT}.0"  # as of the first of a parameter's matrices: all of them have its inputs
 

@@ -15,15 +15,17 @@ from pion_hf.errors import unknown
 from pion_hf.linalg.precision import full_float32
 from pion_hf.linalg.reading import LateReader
 from pion_hf.linalg.rotation import Generator
-from pion_hf.optim import blocks, elementwise, groups, precision, sharding
+from pion_hf.optim import blocks, elementwise, gradients, groups, precision, sharding
 from pion_hf.optim.batches import KEPT, REST, Batch, Block, Plan, is_apart, unshared
-from pion_hf.optim.checks import check_common, check_flag, check_parameter, check_words
+from pion_hf.optim.checks import check_common, check_finite, check_flag, check_parameter, check_size, check_words
+from pion_hf.optim.fingerprints import FINGERPRINT
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Observer, SelfCheck, Update
-from pion_hf.optim.saved import CALLED, OWN, check_saved
+from pion_hf.optim.rewritten import StateOfWeights, no_rest, working_dtype
+from pion_hf.optim.saved import CALLED, OWN, check_saved, options_of_state
 
 
-class MatrixOptimizer(torch.optim.Optimizer):
+class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
     """Updates matrices by a rule of its own and everything else by torch's AdamW.
 
     A subclass sets `matrix_rules`, checks its options in `check_options`, and overrides `update`, unless its rules are
@@ -37,6 +39,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     A step whose gradients are not all finite is skipped before any state is touched; `skipped_steps` counts.
     After its first step it checks that every matrix was moved; `observers` see what a step does (see `observing`).
+
+    Weights may be written by others between steps: state that describes one (`of_weights`) is then made anew from it as
+    it is, and averages of gradients stay (see `fingerprints`).
     """
 
     matrix_rules: tuple[str, ...] = ()
@@ -56,7 +61,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if not (inputs is None or isinstance(inputs, Inputs)):
             raise ValueError(f"inputs must be a pion_hf.Inputs of the model, got {inputs!r}")
         check_flag("share_work", share_work)
-        self.skipped_steps = 0
+        self.skipped_steps = self.skipped_in_a_row = 0
         self.inputs = inputs
         self.share_work = share_work
         self.observers: list[Observer] = [SelfCheck()]
@@ -65,6 +70,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._forms: dict[tuple[int, torch.Size, torch.dtype], dict[str, Tensor]] = {}
         self._readers: defaultdict[tuple, LateReader] = defaultdict(LateReader)
         self._updating: tuple = ()  # the key of the batch
+        self._options: dict[int, dict[str, Any]] = {}  # by the group's index, those that its state is of
+        self._rewritten: Counter[Tensor] = Counter()  # see `rewritten`
         super().__init__(groups.as_groups(params, owner=type(self).__name__), defaults)
         if not any(group["rule"] in self.matrix_rules for group in self.param_groups):
             raise ValueError(
@@ -88,30 +95,32 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 del self.param_groups[before:]
                 raise
             return
-        rule = param_group["rule"]
-        self._check_rule(rule)
         for key in param_group:
             if key not in groups.STRUCTURAL_KEYS and key not in self.defaults:
                 raise unknown(f"option of {type(self).__name__}", key, self.defaults)
         param_group.setdefault("layout", "")
-        layout = blocks.Layout.parse(param_group["layout"])
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
         try:
-            check_common(group)
-            check_words(group, type(self))
-            for name, p in groups.named_parameters(group):
-                check_parameter(name, p)
-                if rule != "adamw":
-                    try:
-                        for view in blocks.split(sharding.stand_in(p), layout):
-                            self._check_keep(*blocks.merge_rows(view).shape[-2:], group)
-                    except ValueError as error:
-                        raise ValueError(f"parameter {name}, rule {rule!r}: {error}") from None
-            self.check_options(group)
+            self._check_group(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _check_group(self, group: dict) -> None:
+        rule, layout = group["rule"], blocks.Layout.parse(group["layout"])
+        self._check_rule(rule)
+        check_common(group)
+        check_words(group, type(self))
+        for name, p in groups.named_parameters(group):
+            check_parameter(name, p)
+            if rule != "adamw":
+                try:
+                    check_size(p)
+                    for view in blocks.split(sharding.stand_in(p), layout):
+                        self._check_keep(*blocks.merge_rows(view).shape[-2:], group)
+                except ValueError as error:
+                    raise ValueError(f"parameter {name}, rule {rule!r}: {error}") from None
+        self.check_options(group)
 
     def _check_rule(self, rule: str) -> None:
         rules = (*self.matrix_rules, "adamw")
@@ -138,8 +147,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if self._is_asked_for_state():
             self._lay_out_state()
             return loss
-        if not self._gradients_are_finite():
+        finite, rewritten = self._look()
+        if not finite:
             self.skipped_steps += 1
+            self.skipped_in_a_row += 1
             if self.skipped_steps == 1:
                 warnings.warn(
                     "A gradient is not finite: this step is skipped, weights and optimizer state are untouched. "
@@ -147,12 +158,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     stacklevel=2,
                 )
             return loss
+        self.skipped_in_a_row = 0
         with full_float32():
+            self._follow(rewritten)
+            for index in range(len(self.param_groups)):  # what is wrong with one is said before any has moved
+                self._prepare(index)
             for index, group in enumerate(self.param_groups):
                 if group["rule"] in self.elementwise_rules:
                     self._elementwise_step(group)
                 else:
                     self._matrix_step(index)
+            self._take_fingerprints()
         self.observers = [observer for observer in self.observers if observer.step_done()]
         if self.inputs is not None:
             self.inputs.close()
@@ -214,8 +230,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def check_matrix(self, name: str, matrix: Tensor, group: dict) -> None:
         """Called once per matrix, `(E, m, n)`, before its first step; raises ValueError if the rule cannot take it."""
-        if not torch.isfinite(matrix).all():
-            raise ValueError(f"{name} holds values that are not finite: load or initialise it before training.")
+        check_finite(name, matrix)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and `skipped_steps`."""
@@ -242,14 +257,23 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Of copying and pickling: who watches the model or the steps stays behind."""
-        return {**super().__getstate__(), "share_work": self.share_work, "skipped_steps": self.skipped_steps}
+        if self.inputs is not None and self.inputs.open:
+            warnings.warn(
+                "The copy of an optimizer whose `keep` has not seen all inputs yet has none to see them by: give it "
+                "`inputs`, a pion_hf.Inputs of its model, or copy the optimizer after its first step.",
+                stacklevel=4,
+            )
+        own = ("share_work", "skipped_steps", "skipped_in_a_row")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of loading, copying and unpickling: what is not state starts anew."""
         super().__setstate__(state)
         self._plans, self._forms = {}, {}
         self._readers, self._updating = defaultdict(LateReader), ()
+        self._options, self._rewritten = {}, Counter()
         self.__dict__.setdefault("skipped_steps", 0)
+        self.__dict__.setdefault("skipped_in_a_row", 0)
         self.__dict__.setdefault("inputs", None)
         self.__dict__.setdefault("share_work", False)
         self.__dict__.setdefault("observers", [])
@@ -264,7 +288,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return False
         params = [p for group in self.param_groups for p in group["params"]]
         still = not any(sharding.local(p.grad).any() for p in params if p.grad is not None)
-        return sharding.agree(still, params, shared=self.share_work)
+        (agreed,) = sharding.agree(torch.tensor([still], device=params[0].device), params, shared=self.share_work)
+        return agreed
 
     def _lay_out_state(self) -> None:
         """State at step 0 for every parameter with a gradient: a form to load into; a first step makes its own."""
@@ -277,6 +302,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 else:
                     forms = self._forms_of(index, p)
                     self.state[p].update({key: sharding.zeros(form, p) for key, form in forms.items()}, step=0)
+                    if self._describes(forms):
+                        self.state[p][FINGERPRINT] = torch.zeros((), dtype=torch.int64, device=p.device)
 
     def _forms_of(self, index: int, p: Tensor) -> dict[str, Tensor]:
         """`_state_forms` of a parameter of a group."""
@@ -285,25 +312,41 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._forms[kind] = self._state_forms(p.shape, p.dtype, self.param_groups[index])
         return self._forms[kind]
 
-    def _gradients_are_finite(self) -> bool:
-        by_kind, params = defaultdict(list), []
-        for group in self.param_groups:
-            for name, p in groups.named_parameters(group):
-                params.append(p)
-                if p.grad is None:
-                    continue
-                if p.grad.is_sparse:
-                    raise ValueError(f"the gradient of {name} is sparse: use nn.Embedding(sparse=False).")
-                grad = sharding.local(p.grad)
-                by_kind[grad.device, grad.dtype].append(grad)
-        finite = _are_finite(list(by_kind.values()))
-        return sharding.agree(finite, params, shared=self.share_work)
+    def _look(self) -> tuple[bool, list[Tensor]]:
+        """Whether the gradients are finite, and the parameters that others have written: a GPU is waited for once.
+
+        Raises:
+            ValueError: a sparse gradient, one on some of several processes only, or weights that are not finite.
+        """
+        named = [pair for group in self.param_groups for pair in groups.named_parameters(group)]
+        for name, p in named:
+            if p.grad is not None and p.grad.is_sparse:
+                raise ValueError(f"the gradient of {name} is sparse: use nn.Embedding(sparse=False).")
+        params = [p for _, p in named]
+        usual, (known, same) = gradients.are_usual(params), self._with_fingerprints()
+        answers = torch.cat((usual[None], same.to(usual.device)))
+        usual, *same = sharding.agree(answers, params, shared=self.share_work)
+        finite = usual or gradients.bring_down(named, shared=self.share_work)
+        if not finite:
+            gradients.refuse_weights(named, shared=self.share_work)
+        return finite, [p for p, is_same in zip(known, same, strict=True) if not is_same]
+
+    def _prepare(self, index: int) -> None:
+        """All that can go wrong with a group's step, before it."""
+        group = self.param_groups[index]
+        options = options_of_state(group)
+        if self._options.get(index, options) != options:
+            self._check_group(group)
+            self._plans.pop(index, None)
+            self._forms = {kind: forms for kind, forms in self._forms.items() if kind[0] != index}
+        if group["rule"] not in self.elementwise_rules:
+            plan = self._plans.get(index)
+            if plan is None or not plan.fits(group["params"]) or any(p not in self.state for p in plan.params):
+                self._plans[index] = self._make_plan(index)
+        self._options[index] = options
 
     def _matrix_step(self, index: int) -> None:
-        group = self.param_groups[index]
-        plan = self._plans.get(index)
-        if plan is None or not plan.fits(group["params"]) or any(p not in self.state for p in plan.params):
-            plan = self._plans[index] = self._make_plan(index)
+        group, plan = self.param_groups[index], self._plans[index]
         for p in plan.params:
             self.state[p]["step"] += 1
         for batches, states in plan.rounds(self.state):
@@ -356,7 +399,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     self.state[p] = unshared(self.state[p])
                 continue
             views = blocks.split(sharding.stand_in(p), layout)
-            if not self.state[p].get("step"):
+            if not self._fits(index, name, p):
                 fresh.add(p)
                 self._begin_matrix(position, name, p, views, group)
             for i, view in enumerate(views):
@@ -383,8 +426,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 entries[KEPT] = self.kept_inputs(name, matrices, group).repeat(len(view), 1, 1)
             state.update({f"{key}.{i}": sharding.placed(value, p, key) for key, value in entries.items()})
         if p.dtype in precision.HALF:
-            rest = torch.empty(p.shape, dtype=precision.REST_DTYPES[p.dtype], device="meta")
-            state[REST] = sharding.zeros(rest, p)
+            state[REST] = no_rest(p)
         state["step"] = 0
 
     def keep_of(self, group: dict) -> int:
@@ -442,20 +484,3 @@ def buffer(state: dict[str, Tensor], key: str, like: Tensor) -> Tensor:
 def average(state: dict[str, Tensor], key: str, value: Tensor, beta: float) -> Tensor:
     """`average <- beta average + (1 - beta) value`, starting from zero; kept in `state[key]`."""
     return buffer(state, key, value).lerp_(value, 1 - beta)
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Rotations are formed in float32 at least, whatever the weight is stored in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _are_finite(kinds: list[list[Tensor]]) -> bool:
-    """Whether all entries are finite, and their squares too: those of larger ones would stay in second moments.
-
-    kinds: tensors of one device and dtype each. All are summed before one value is read, for which a GPU is waited.
-    """
-    norms = []
-    for grads in kinds:
-        dtype = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
-        norms.append(torch.stack(torch._foreach_norm(grads, dtype=dtype)).sum())
-    return not norms or sum(norm.to(norms[0].device) for norm in norms).isfinite().item()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pion_hf.optim import blocks, precision
+from pion_hf.optim.fingerprints import FINGERPRINT
 
 # Elements of the matrices updated together, where a group's `batch_elements` does not say: bounds the extra memory of a
 # step (a few times as many floats). A batch saves calls, and a CPU divides its products among cores, which it does not
@@ -175,7 +176,7 @@ class Batch:
         found = {}
         for key in state[self.first.param]:
             name, _, index = key.partition(".")
-            if name in ("step", REST) or (index and int(index) != self.first.index):
+            if name in ("step", REST, FINGERPRINT) or (index and int(index) != self.first.index):
                 continue
             packed, parts = self._packed.get(name, (None, ()))
             kept = [self._stored(b, state, name) if index else state[b.param][name] for b in self.blocks]

@@ -82,6 +82,18 @@ def check_common(group: dict) -> None:
         check_range("betas", beta, lambda v: 0 <= v < 1, "two numbers in [0, 1)")
 
 
+def check_finite(name: str, matrix: Tensor) -> None:
+    """Raises ValueError for a matrix that holds NaN or infinities."""
+    if not torch.isfinite(matrix).all():
+        raise ValueError(f"{name} holds values that are not finite: load or initialise it before training.")
+
+
+def check_size(p: Tensor) -> None:
+    """Raises ValueError for a matrix without entries."""
+    if not p.numel():
+        raise ValueError(f"it is empty ({' x '.join(map(str, p.shape))}): leave it out.")
+
+
 def check_parameter(name: str, p: Tensor) -> None:
     """Raises ValueError for a parameter that no optimizer here can take."""
     if p.is_complex():

@@ -21,8 +21,11 @@ def step(group: dict, state: dict[Tensor, dict[str, Tensor]]) -> None:
     """One step of the group's parameters that have a gradient."""
     params = [p for p in group["params"] if p.grad is not None]
     for p in params:
-        if not state[p]:
+        if AVERAGES[0] not in state[p]:
+            state[p].clear()  # of another rule
             state[p].update(begin(p))
+        elif state[p][AVERAGES[0]].dtype != p.dtype:  # they were converted since, which torch's own step does not take
+            state[p].update({key: state[p][key].to(p.dtype) for key in AVERAGES})
     states = [state[p] for p in params]
     adamw(
         [sharding.local(p) for p in params],

@@ -101,6 +101,11 @@ class Inputs:
             self._unseen.append(name)
         return found
 
+    @property
+    def open(self) -> bool:
+        """Whether it still sees."""
+        return bool(self._handles)
+
     def close(self) -> None:
         """See nothing more, and forget what was seen; warn of matrices that were asked for in vain."""
         if self._unseen:

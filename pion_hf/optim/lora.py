@@ -110,6 +110,7 @@ class PionLora(_Factors):
 
     matrix_rules = ("pion_lora",)
     per_block_state = frozenset({"basis", "values", "reach"})
+    of_weights = frozenset({"basis", "values"})
 
     def __init__(
         self,
@@ -182,6 +183,12 @@ class PionLora(_Factors):
                 "gaussian for A), or freeze it (requires_grad_(False))."
             )
 
+    def described(self, weights: Tensor, kept: Tensor | None, group: dict) -> dict[str, Tensor]:
+        if group["method"] != "rotate" or group["metric"] != "ambient":
+            return {}
+        basis = singular_basis(weights if kept is None else without(weights, kept))
+        return {"basis": basis.rows, "values": basis.values}
+
     def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
         return {} if group["method"] == "rotate" else _reach(position, matrices, group)
 
@@ -224,7 +231,7 @@ def _rotated(
     basis = None
     if group["metric"] == "ambient":
         if (step - 1) % BASIS_REFRESH == 0:
-            state["basis"], state["values"] = singular_basis(weight)
+            state["basis"], state["values"] = singular_basis(weight)  # less what it keeps, as in `described`
         basis = Basis(state["basis"], state["values"])
     a = generator_of(weight, direction, side="in", basis=basis, tolerance=group["rank_tolerance"])
     # In the lie metric the weight is the upper half of the generator's factor: their product is in its Gram matrix.

@@ -88,6 +88,7 @@ class Pion(MatrixOptimizer):
 
     matrix_rules = ("pion",)
     per_block_state = frozenset({"basis", "values", "lie_in", "lie_out", "lie_in_sq", "lie_out_sq"})
+    of_weights = frozenset({"basis", "values"})
     keeps_by_itself = True
 
     def __init__(
@@ -187,6 +188,12 @@ class Pion(MatrixOptimizer):
     def keeps_spectrum(self, group: dict) -> bool:
         return group["rule"] == "pion"
 
+    def described(self, weights: Tensor, kept: Tensor | None, group: dict) -> dict[str, Tensor]:
+        if group["metric"] != "ambient":
+            return {}
+        basis = singular_basis(_free_part(weights, _fixed_directions(weights, kept)))
+        return {"basis": basis.rows, "values": basis.values}
+
     def most_kept(self, m: int, n: int) -> int:
         """A rotation needs a plane, on either side."""
         return min(m, n) - 2
@@ -206,7 +213,7 @@ class Pion(MatrixOptimizer):
             )
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
-        sides, fixed = _sides(group["side"], step), _fixed_directions(weight, state)
+        sides, fixed = _sides(group["side"], step), _fixed_directions(weight, state.get(KEPT))
         if group["momentum"] == "lie":
             generators = _lie_momentum_generators(weight, grad, state, group=group, sides=sides)
         else:
@@ -214,7 +221,7 @@ class Pion(MatrixOptimizer):
             free = _free_part(weight, fixed)
             if group["metric"] == "ambient":
                 if (step - 1) % BASIS_REFRESH == 0:
-                    state["basis"], state["values"] = singular_basis(free)
+                    state.update(self.described(weight, state.get(KEPT), group))
                 stepped = self._move_long_side(weight, free, fixed, direction, state, side=sides[0], group=group)
                 if stepped is not None:
                     return stepped
@@ -335,12 +342,11 @@ def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int
     )
 
 
-def _fixed_directions(weight: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _fixed_directions(weight: Tensor, kept: Tensor | None) -> dict[str, Tensor]:
     """By side, what rotations leave as it is for outputs of kept inputs to stay; nothing where nothing is kept.
 
     Of inputs these themselves, of outputs what the weight makes of them: orthonormal columns `(b, n, j)`, `(b, m, j)`.
     """
-    kept = state.get(KEPT)
     if kept is None:
         return {}
     # Directions that the inputs did not show are zero, and come last.

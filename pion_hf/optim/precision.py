@@ -22,6 +22,12 @@ def join(weight: Tensor, rest: Tensor) -> Tensor:
     return (high + rest).view(torch.float32)
 
 
+def drop_impossible_(weight: Tensor, rest: Tensor) -> None:
+    """Of a `rest` that may belong to another weight, what would make NaN of a zero; all else is below its rounding."""
+    if weight.dtype == torch.bfloat16:
+        rest.view(torch.int16).masked_fill_(weight == 0, 0)
+
+
 def part(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`(weight, rest)` of a float32 `master`, the weight rounded to nearest; `join` gives back every bit of it."""
     if dtype == torch.float16:

@@ -28,6 +28,12 @@ ADAMW_OPTIONS = ("betas", "eps", "weight_decay")
 HALF_OF_REST = {**{rest: half for half, rest in REST_DTYPES.items()}, torch.bfloat16: torch.bfloat16}
 
 
+def options_of_state(group: dict[str, Any]) -> dict[str, Any]:
+    """Those that decide what the state of a group's parameters holds, and how it is used."""
+    decide = (*RULES_IN_NUMBERS, "stacks")
+    return {key: value for key, value in group.items() if key in decide or isinstance(value, (str, bool))}
+
+
 def check_saved(
     saved: dict[str, Any], groups: list[dict[str, Any]], options: Iterable[str], elementwise: Container[str]
 ) -> None:

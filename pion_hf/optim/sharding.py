@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pion_hf.optim import blocks
 from pion_hf.optim.batches import REST, Batch, Block, Plan, Unit, batches_of
+from pion_hf.optim.fingerprints import FINGERPRINT, Part, fingerprints
 from pion_hf.optim.precision import REST_DTYPES
 
 if TYPE_CHECKING:
@@ -128,27 +129,52 @@ def summed(x: Tensor) -> Tensor:
     return x
 
 
-def agree(yes: bool, params: list[Tensor], *, shared: bool) -> bool:
-    """Whether all processes that update these parameters together say yes. Alone, that is `yes`.
+def fingerprints_of(params: list[Tensor]) -> Tensor:
+    """The fingerprints of all of each parameter, `(len(params),)`: a collective, where some are sharded."""
+    return _over_shards(fingerprints([_part(p) for p in params]), params, dist.ReduceOp.SUM)
 
-    shared: they share the work without sharding.
+
+def _part(p: Tensor) -> Part:
+    if not isinstance(p, DTensor):
+        return Part(p, tuple(p.shape))
+    dim, rank, ranks = _cut(p).dim, dist.get_rank(_group(p)), dist.get_world_size(_group(p))
+    return Part(p.to_local(), tuple(p.shape), dim, sum(chunks(p.shape[dim], ranks)[:rank]))
+
+
+def largest(values: Tensor, params: list[Tensor]) -> Tensor:
+    """`values`, one of each parameter, the largest of all processes that share it: a collective, as above."""
+    return _over_shards(values, params, dist.ReduceOp.MAX)
+
+
+def _over_shards(values: Tensor, params: list[Tensor], op: dist.ReduceOp) -> Tensor:
+    for group in dict.fromkeys(_group(p) for p in params if isinstance(p, DTensor)):
+        own = [i for i, p in enumerate(params) if isinstance(p, DTensor) and _group(p) == group]
+        dist.all_reduce(of_group := values[own], op, group=group)
+        values[own] = of_group
+    return values
+
+
+def agree(yes: Tensor, params: list[Tensor], *, shared: bool) -> list[bool]:
+    """To which questions all processes that update these parameters together say yes; alone, the answers `yes`, `(k,)`.
+
+    It waits for the device once. shared: they share the work without sharding.
 
     Raises:
         ValueError: a parameter has a gradient on some of them only.
     """
     sharded = next((p for p in params if is_sharded(p)), None)
     if sharded is None and not (shared and _several()):
-        return yes
+        return [True] * len(yes) if yes.all().item() else yes.tolist()
     pattern = zlib.crc32(bytes(p.grad is not None for p in params))
-    answers = torch.tensor([yes, pattern, -pattern], dtype=torch.int64, device=params[0].device)
+    answers = torch.cat((yes.long(), torch.tensor([pattern, -pattern], device=yes.device)))
     dist.all_reduce(answers, dist.ReduceOp.MIN, group=None if sharded is None else _group(sharded))
-    everyone, least, most = answers.tolist()
+    *everyone, least, most = answers.tolist()
     if least != -most:
         raise ValueError(
             "parameters have a gradient on some processes and none on others: a matrix that only some use in a step (a "
             "branch that depends on the data) cannot be updated by all. Use it on every process, or freeze it."
         )
-    return bool(everyone)
+    return [bool(answer) for answer in everyone]
 
 
 def _cut(p: DTensor) -> Shard:
@@ -469,7 +495,7 @@ class SharedPlan(_PlanOfSeveral):
 
 def _entries(state: dict) -> list[str]:
     """The names of a parameter's tensors, in the order in which they are sent."""
-    return sorted(key for key, value in state.items() if isinstance(value, Tensor))
+    return sorted(key for key, value in state.items() if isinstance(value, Tensor) and key != FINGERPRINT)
 
 
 def _updated(state: dict, forms: dict[str, Tensor]) -> list[Tensor]:

@@ -1,0 +1,138 @@
+"""State that describes a weight, for as long as the weight is the one that it describes.
+
+Masters' low bits, singular bases and such are of the weight that the last step has left. Others write weights too:
+pruning masks, averages, restarts, `load_state_dict`, a merge. What they have written is told by its fingerprint, which
+is kept and saved with the state.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from pion_hf.errors import listing
+from pion_hf.optim import blocks, groups, precision, sharding
+from pion_hf.optim.batches import KEPT, REST
+from pion_hf.optim.checks import check_finite
+from pion_hf.optim.fingerprints import FINGERPRINT
+
+# A matrix that others have written so often is named: something writes at every step.
+OFTEN = 3
+
+
+class StateOfWeights:
+    """Mixed into `MatrixOptimizer`: a matrix that others have written gets its state made anew from what it is now.
+
+    Averages of gradients stay.
+    """
+
+    of_weights: frozenset[str] = frozenset()
+    """Entries that `described` gives. What half precision drops (`REST`) is of the weight under every rule."""
+
+    _rewritten: Counter[Tensor]
+    """How often others have written a parameter."""
+
+    def described(self, weights: Tensor, kept: Tensor | None, group: dict) -> dict[str, Tensor]:
+        """What state says of `weights`, `(b, m, n)` in working precision, until others than the rule write them.
+
+        kept: the directions of their inputs that stay, if there are any.
+        """
+        return {}
+
+    def _describes(self, entries: Iterable[str]) -> bool:
+        """Whether some of these entries of state describe a weight."""
+        return any(key == REST or key.partition(".")[0] in self.of_weights for key in entries)
+
+    def _take_fingerprints(self) -> None:
+        """Of all weights that state describes, as the step has left them."""
+        params = [p for group in self.param_groups for p in group["params"] if self._describes(self.state.get(p, ()))]
+        for p, value in zip(params, sharding.fingerprints_of(params) if params else (), strict=True):
+            self.state[p][FINGERPRINT] = value.to(p.device)
+
+    def _with_fingerprints(self) -> tuple[list[Tensor], Tensor]:
+        """The parameters whose fingerprint is known, and whether each still has it."""
+        params = [p for group in self.param_groups for p in group["params"] if FINGERPRINT in self.state.get(p, ())]
+        if not params:
+            return [], torch.empty(0, dtype=torch.bool, device=self.param_groups[0]["params"][0].device)
+        found = sharding.fingerprints_of(params)
+        return params, found == torch.stack([self.state[p][FINGERPRINT].to(found.device) for p in params])
+
+    def _follow(self, rewritten: list[Tensor]) -> None:
+        """After others have written these parameters."""
+        places = {p: (name, group) for group in self.param_groups for name, p in groups.named_parameters(group)}
+        for p in rewritten:
+            self._rebuild(*places[p], p)
+        self._rewritten.update(rewritten)
+        often = [places[p][0] for p in rewritten if self._rewritten[p] == OFTEN]
+        if often:
+            warnings.warn(
+                f"Something else than the optimizer writes {listing(often)} between steps, and has done so {OFTEN} "
+                "times: each time what is kept beside the weights (the bits below their precision, singular "
+                "directions) is made anew from them, which costs accuracy and time. This is said once.",
+                stacklevel=4,
+            )
+
+    def _rebuild(self, name: str, group: dict, p: Tensor) -> None:
+        """State of a parameter that describes its weight, from the weight as it is.
+
+        Raises:
+            ValueError: the weight is not finite.
+        """
+        if p.dtype in precision.HALF:
+            self.state[p][REST] = no_rest(p)
+        self._describe(name, group, p)
+
+    def _describe(self, name: str, group: dict, p: Tensor) -> None:
+        """The entries that `described` gives, of all matrices of a parameter."""
+        state = self.state[p]
+        for i, view in enumerate(blocks.split(sharding.whole(p.detach()), blocks.Layout.parse(group["layout"]))):
+            matrices = blocks.merge_rows(view).to(working_dtype(p.dtype))
+            check_finite(name, matrices)
+            kept = state.get(f"{KEPT}.{i}")
+            found = self.described(matrices, None if kept is None else sharding.whole(kept), group)
+            state.update({f"{key}.{i}": sharding.placed(value, p, key) for key, value in found.items()})
+
+    def _fits(self, index: int, name: str, p: Tensor) -> bool:
+        """Whether the state of a parameter has begun and is of the form and the options that it has now.
+
+        It is made to, where these were changed since; only averages that are not there make it begin anew.
+        """
+        state, forms = self.state[p], self._forms_of(index, p)
+        if not state.get("step"):
+            return False
+        held = {key: value for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
+        averages = {key: form for key, form in forms.items() if not self._describes([key])}
+        if any(key not in held or held[key].shape != form.shape for key, form in averages.items()):
+            warnings.warn(
+                f"The optimizer state of {name} is not of the options and the shape that it has now: it begins anew.",
+                stacklevel=5,
+            )
+            return False
+        for key, value in held.items():
+            if key in averages:
+                state[key] = value.to(p.device, averages[key].dtype)
+            elif key not in forms and not (key == FINGERPRINT and self._describes(forms)):
+                del state[key]
+        if REST in forms:
+            kinds = forms[REST].dtype, sharding.CARRIED.get(forms[REST].dtype)
+            if REST not in state or state[REST].dtype not in kinds:
+                state[REST] = no_rest(p)
+            elif FINGERPRINT not in state:  # saved before there were any: it may be of another weight
+                precision.drop_impossible_(sharding.local(p), sharding.local(state[REST]))
+        if any(key not in state or state[key].dtype != form.dtype for key, form in forms.items() if key != REST):
+            self._describe(name, self.param_groups[index], p)
+        return True
+
+
+def no_rest(p: Tensor) -> Tensor:
+    """What a half-precision weight drops that is its own master: nothing."""
+    return sharding.zeros(torch.empty(p.shape, dtype=precision.REST_DTYPES[p.dtype], device="meta"), p)
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Rotations are formed in float32 at least, whatever the weight is stored in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
