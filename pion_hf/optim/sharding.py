@@ -131,11 +131,11 @@ def summed(x: Tensor) -> Tensor:
 
 def fingerprints_of(params: list[Tensor]) -> Tensor:
     """The fingerprints of all of each parameter, `(len(params),)`: a collective, where some are sharded."""
-    return _over_shards(fingerprints([_part(p) for p in params]), params, dist.ReduceOp.SUM)
+    return _over_shards(fingerprints([_part(p) for p in params]), params, "SUM")
 
 
 def _part(p: Tensor) -> Part:
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return Part(p, tuple(p.shape))
     dim, rank, ranks = _cut(p).dim, dist.get_rank(_group(p)), dist.get_world_size(_group(p))
     return Part(p.to_local(), tuple(p.shape), dim, sum(chunks(p.shape[dim], ranks)[:rank]))
@@ -143,13 +143,14 @@ def _part(p: Tensor) -> Part:
 
 def largest(values: Tensor, params: list[Tensor]) -> Tensor:
     """`values`, one of each parameter, the largest of all processes that share it: a collective, as above."""
-    return _over_shards(values, params, dist.ReduceOp.MAX)
+    return _over_shards(values, params, "MAX")
 
 
-def _over_shards(values: Tensor, params: list[Tensor], op: dist.ReduceOp) -> Tensor:
-    for group in dict.fromkeys(_group(p) for p in params if isinstance(p, DTensor)):
-        own = [i for i, p in enumerate(params) if isinstance(p, DTensor) and _group(p) == group]
-        dist.all_reduce(of_group := values[own], op, group=group)
+def _over_shards(values: Tensor, params: list[Tensor], op: str) -> Tensor:
+    """`values` of what processes hold of these parameters, reduced to those of the whole."""
+    for group in dict.fromkeys(_group(p) for p in params if is_sharded(p)):
+        own = [i for i, p in enumerate(params) if is_sharded(p) and _group(p) == group]
+        dist.all_reduce(of_group := values[own], getattr(dist.ReduceOp, op), group=group)
         values[own] = of_group
     return values
 
