@@ -35,7 +35,7 @@ def adapters(folder: Path, steps: int, callbacks: tuple) -> Trainer:
     return trainer_of(folder, steps=steps, callbacks=callbacks, trainer_class=Adapters, save_total_limit=1)
 
 
-def of_rewards(folder: Path, steps: int, callbacks: tuple) -> Trainer:
+def of_rewards(folder: Path, steps: int, callbacks: tuple, *, prompts: int = 10, **options: Any) -> Trainer:
     """Answers are drawn: from the same numbers as without a kill."""
     from pion_hf.integrations.trl import PionGRPOTrainer
 
@@ -52,8 +52,9 @@ def of_rewards(folder: Path, steps: int, callbacks: tuple) -> Trainer:
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
+        **options,
     )
-    rows = [{"prompt": f"{i}+{i}="} for i in range(10)]
+    rows = [{"prompt": f"{i}+{i}="} for i in range(prompts)]
     return PionGRPOTrainer(
         model=toy_llama(),
         reward_funcs=lambda completions, **kwargs: [float(len(set(text))) for text in completions],
@@ -172,6 +173,20 @@ def test_chains_of_kills_and_signals(kind, tmp_path, monkeypatch, tried):
         killed = chain(kind, tmp_path / str(seed), 6, draw.randint(1, 3), draw, SIGNALS)
         assert same_bits(torch.load(tmp_path / str(seed) / "end.pt"), wanted), killed
     tried("chains of kills and signals: weights, state and steps of a run without", 8, "chains")
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_rewards_go_on_with_the_prompts_of_a_run_that_was_not_resumed(accumulated, tmp_path):
+    """Beyond the first epoch: TRL permutes rows by a generator that no checkpoint holds."""
+    straight, resumed = (
+        of_rewards(tmp_path, 5, (), prompts=5, gradient_accumulation_steps=accumulated, save_strategy=strategy)
+        for strategy in ("steps", "no")
+    )
+    straight.args.save_total_limit = None
+    straight.train()
+    assert straight.state.epoch > 2
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same_bits(everything(resumed), everything(straight))
 
 
 def hold(folder: str, connection: Any) -> None:
