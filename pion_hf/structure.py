@@ -155,10 +155,8 @@ class Structure:
         """Rows of q, k and v; one matrix where neither class nor shapes say how they lie."""
         # The vision part of a model has other heads than the text part: an attention's own config comes first.
         config = getattr(owner, "config", None) or self.config
-        heads = _attribute(config, "num_attention_heads") or _attribute(config, "num_heads")
-        if not isinstance(heads, int | None):  # one number for every stage
-            heads = getattr(owner, "num_heads", None)
-        kv = _attribute(config, "num_key_value_heads") or heads
+        heads = _number(config, "num_attention_heads") or _number(config, "num_heads") or _number(owner, "num_heads")
+        kv = _number(config, "num_key_value_heads") or heads
         kind = type(owner).__name__
         if kind == "CodeGenAttention" and out % (CODEGEN_SHARDS * 3) == 0:
             return Layout(transposed, interleaved=(CODEGEN_SHARDS, 3))
@@ -168,7 +166,7 @@ class Structure:
             kv = 1
         elif kind in INTERLEAVED_QKV and not hasattr(owner, "q_attn"):
             return Layout(transposed, interleaved=(heads, 3) if heads and out % (3 * heads) == 0 else None)
-        dim = getattr(owner, "head_dim", None) or _attribute(config, "head_dim") or (heads and width // heads)
+        dim = _number(owner, "head_dim") or _number(config, "head_dim") or (heads and width // heads)
         if heads and dim and out == (heads + 2 * kv) * dim:
             return Layout(transposed, rows=(heads * dim, kv * dim, kv * dim))
         if out == 3 * width:
@@ -292,11 +290,11 @@ def _parent(path: str) -> tuple[str, str]:
     return owner, child
 
 
-def _attribute(config: Any, name: str) -> Any:
-    if config is None:
-        return None
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, name, None)
+def _number(owner: Any, name: str) -> int | None:
+    """Of a module, or of the text part of a config; None where there is one for each layer or stage."""
+    owner = owner.get_text_config() if hasattr(owner, "get_text_config") else owner
+    value = getattr(owner, name, None)
+    return value if isinstance(value, int) else None
 
 
 def _parameters_of(model: nn.Module, getter: str) -> set[int]:

@@ -380,6 +380,17 @@ def test_a_config_outside_transformers_is_read_too():
     assert [r.layout for r in routing_table(Own()).matrices] == ["rows=32,8,8"]
 
 
+@pytest.mark.parametrize(("heads", "kv"), [((4, 8), 4), (4, [4, 2]), ((4, 8), None)])
+def test_heads_by_stage_or_layer_are_no_number_of_heads(heads, kv):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = transformers.PreTrainedConfig(num_heads=heads, num_key_value_heads=kv)
+            self.attention = nn.ModuleDict({"qkv": nn.Linear(32, 96), "qkv_proj": nn.Linear(32, 80)})
+
+    assert [r.layout for r in routing_table(Own()).matrices] == ["rows=32,32,32", ""]
+
+
 def test_frozen_parameters_are_counted_and_never_routed():
     model = llama()
     model.model.embed_tokens.requires_grad_(False)
