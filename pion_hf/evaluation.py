@@ -68,13 +68,19 @@ def template_options(row: dict[str, Any]) -> dict[str, Any]:
     return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
 
 
-def ends_of_answers(model: nn.Module, tokenizer: Any, prompt: list[dict], **options: Any) -> list[int]:
-    """Tokens that end an answer: those of the model's generation config, the tokenizer's, and the one that follows the
-    assistant's words where the chat template (with its `options`) writes them, as it does in training."""
+def around_answer(tokenizer: Any, prompt: list[dict], **options: Any) -> tuple[str, str]:
+    """What the chat template, with its `options`, writes between what opens the assistant's turn and the answer (an
+    empty thought, say), and behind the answer: training teaches the model to write both."""
+    opening = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
     chat = [*prompt, {"role": "assistant", "content": "ANSWER"}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
-    _, found, rest = text.rpartition("ANSWER")
-    following = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"][:1] if found else []
+    before, found, after = tokenizer.apply_chat_template(chat, tokenize=False, **options).rpartition("ANSWER")
+    return (before[len(opening) :] if before.startswith(opening) else "", after) if found else ("", "")
+
+
+def ends_of_answers(model: nn.Module, tokenizer: Any, after: str) -> list[int]:
+    """Tokens that end an answer: those of the model's generation config, the tokenizer's, and the one that the chat
+    template writes `after` an answer."""
+    following = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"][:1]
     special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id]
@@ -114,13 +120,15 @@ def generate_answers(
 ) -> list[str]:
     """The answers that `model` generates greedily to chat `rows`, in their order.
 
-    Prompts are rendered as in training (see `template_options`); an answer ends with any of `ends_of_answers`.
+    Prompts are rendered as in training (see `template_options`); an answer ends with any of `ends_of_answers`, and is
+    what stands between the two texts of `around_answer`.
 
     template_kwargs: what training gives the chat template for every row, as GRPO's `chat_template_kwargs`.
     """
     prompts = [prompt for prompt, _ in prompts_and_answers(rows)]
     options = [{**template_options(row), **(template_kwargs or {})} for row in rows]
-    ends = ends_of_answers(model, tokenizer, prompts[0], **options[0]) if prompts else []
+    around = [around_answer(tokenizer, prompt, **own) for prompt, own in zip(prompts, options, strict=True)]
+    ends = ends_of_answers(model, tokenizer, around[0][1]) if prompts else []
     answers = [""] * len(prompts)
     with evaluating(model), _padded_left(tokenizer):
         order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])))
@@ -141,8 +149,10 @@ def generate_answers(
             generated = produced[:, inputs["input_ids"].shape[1] :].tolist()
             generated = [list(itertools.takewhile(lambda token: token not in ends, tokens)) for tokens in generated]
             texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
-            for i, text in zip(batch, texts, strict=True):
-                answers[i] = text
+            openings = [tokenizer(around[i][0], add_special_tokens=False)["input_ids"] for i in batch]
+            openings = tokenizer.batch_decode(openings, skip_special_tokens=True)
+            for i, text, opening in zip(batch, texts, openings, strict=True):
+                answers[i] = text.removeprefix(opening)
     return answers
 
 

@@ -22,6 +22,7 @@ from pion_hf.cli.outcome import ReportMixin
 from pion_hf.cli.training import ReportingSFTTrainer
 from pion_hf.evaluation import (
     answer_tokens,
+    around_answer,
     ends_of_answers,
     exact_match,
     generate_answers,
@@ -151,8 +152,23 @@ def test_the_templates_of_models_say_what_ends_an_answer(tokenizer, template, en
     tokenizer.chat_template = file.read_text(encoding="utf-8")
     special = sorted(set(re.findall(r"<[|a-z/][^<>\s'\"{}]*>", tokenizer.chat_template)))
     tokenizer.add_special_tokens({"bos_token": "<begin>", "additional_special_tokens": special})
-    ids = ends_of_answers(nn.Identity(), tokenizer, chat_rows(1)[0]["prompt"])
+    _, after = around_answer(tokenizer, chat_rows(1)[0]["prompt"])
+    ids = ends_of_answers(nn.Identity(), tokenizer, after)
     assert tokenizer.convert_ids_to_tokens(ids) == ["<end>", end]
+
+
+def test_what_the_template_writes_before_an_answer_is_no_part_of_it(tokenizer):
+    """As Qwen3's, which writes an empty thought before the last answer, and so teaches it."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "{{ message['content'] }}",
+        "{{ '<system>[]\\n' if loop.last and message['role'] == 'assistant' }}{{ message['content'] }}",
+    )
+    rows = chat_rows(3)
+    texts = [tokenizer.apply_chat_template(r["prompt"], tokenize=False, add_generation_prompt=True) for r in rows]
+    written = ["<system>[]\n3", "1", "<system>[]\n["]  # as taught, without, and wrong
+    student = Student(tokenizer, dict(zip(texts, written, strict=True)))
+    assert generate_answers(student, tokenizer, rows, max_new_tokens=6) == ["3", "1", "["]
 
 
 @pytest.mark.parametrize("as_text", [False, True])
