@@ -332,6 +332,7 @@ def test_recipes_that_are_none(content, message, tmp_path):
 def test_missing_recipe(tmp_path):
     assert f"there is no recipe '{tmp_path}/none.yaml'" in fails("sft", "--config", f"{tmp_path}/none.yaml")
     assert "--config needs the path of a recipe" in fails("plan", "--config")
+    assert "--config names one recipe, and is given twice" in fails("sft", "--config", "a.yaml", "--config=b.yaml")
 
 
 def test_plan_of_what_is_not_there(recipe, tmp_path):

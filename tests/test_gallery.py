@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+import trl
 
+from pion_hf._version import __version__
 from tests.field.page import markdown, write
 from tests.gallery.scripts import CASES, Case, transformers_scripts, trl_scripts
 
@@ -50,9 +53,10 @@ def rows() -> Iterator[list[list[str]]]:
     rows: list[list[str]] = []
     yield rows
     table = markdown(["case", "script", "model", "optim", "tensors by rule", "hidden, by AdamW"], rows)
-    print(f"\n{table}")
+    told = f"With pion_hf {__version__}, transformers {transformers.__version__}, TRL {trl.__version__}:\n\n{table}"
+    print(f"\n{told}")
     if PAGE:
-        write(Path(PAGE), "gallery", table)
+        write(Path(PAGE), "gallery", told)
 
 
 def run(script: Path, argv: list[str], folder: Path, home: Path) -> tuple[dict[str, Any] | None, str]:

@@ -239,6 +239,8 @@ def _named_recipe(argv: list[str]) -> tuple[list[str], tuple[str, dict[str, Any]
     position = argv.index("--config")
     if position + 1 >= len(argv):
         raise ValueError("--config needs the path of a recipe")
+    if argv.count("--config") > 1:
+        raise ValueError("--config names one recipe, and is given twice")
     path = Path(argv[position + 1])
     secrets = yaml.safe_load(os.environ.pop(SECRETS, "{}"))
     return argv[:position] + argv[position + 2 :], (str(path), {**read_recipe(path), **secrets})

@@ -101,7 +101,7 @@ LINES: dict[str, tuple[str, ...]] = {
 
 
 def line(words: str, world: World, folder: Path) -> None:
-    recipe = world.recipe(folder)
+    recipe = world.recipe(folder, **({"max_length": ...} if words.startswith("grpo") else {}))
     main(words.format(recipe=recipe, run=world.run, model=world.model).split())
 
 
