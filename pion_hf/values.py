@@ -108,11 +108,11 @@ def fit(key: str, value: Any, wanted: Any) -> Any:
     Raises:
         ValueError: a number, a flag or a word was wanted, and this is none.
     """
-    union = typing.get_origin(wanted) in (Union, types.UnionType)
-    kinds = [kind for kind in (typing.get_args(wanted) if union else (wanted,)) if kind is not type(None)]
+    kinds = _kinds(wanted)
+    plain = [kind for kind in kinds if kind in (bool, int, float)]
     if value is None or not kinds:
         return value
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and not plain:
         return numbers_in(value)
     words = next(filter(None, map(_words_of, kinds)), None)
     if words and isinstance(value, bool) and bool not in kinds:
@@ -123,15 +123,37 @@ def fit(key: str, value: Any, wanted: Any) -> Any:
     entry = next((typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is list), None)
     if isinstance(value, (list, tuple)) and entry is not None:
         return [fit(key, v, entry) for v in value]
-    plain = [kind for kind in kinds if kind in (bool, int, float)]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if words or len(plain) != len(kinds):
         if number and len(kinds) == 1 and entry in (int, float):
             return [fit(key, value, entry)]
-        return str(value) if number and str in kinds and not plain and not words else value
+        return str(value) if number and kinds == [str] else value
     if bool in plain:
         return _flag(key, value) if len(plain) == 1 else value
     return _number(key, value, whole=float not in plain)
+
+
+def check_form(key: str, value: Any, wanted: Any) -> None:
+    """Raise ValueError for a value whose form is not its field's: a list for text, a flag for keys and values.
+
+    Text is not looked at, nor is what is none of JSON's: others convert it, or take it.
+    """
+    kinds = {typing.get_origin(kind) or kind for kind in _kinds(wanted)}
+    given = next((kind for kind in (bool, int, float, list, dict) if isinstance(value, kind)), None)
+    suits = {bool: {bool}, int: {int, float, str, bool}, float: {int, float, str}, list: {list}, dict: {dict}}
+    forms = {dict: "hold keys and values", list: "be a list", str: "be text (in quotes)"}
+    form = next((forms[kind] for kind in forms if kind in kinds), None)
+    if given is None or form is None or not kinds <= {*forms, bool, int, float} or kinds & suits[given]:
+        return
+    numbers = given in (int, float) and any(typing.get_args(kind)[:1] in ((int,), (float,)) for kind in _kinds(wanted))
+    if not numbers:
+        raise ValueError(f"{key} must {form}, got {value!r}")
+
+
+def _kinds(wanted: Any) -> list[Any]:
+    """The types of a union, or the one; without None."""
+    union = typing.get_origin(wanted) in (Union, types.UnionType)
+    return [kind for kind in (typing.get_args(wanted) if union else (wanted,)) if kind is not type(None)]
 
 
 def _words_of(kind: Any) -> list[Any]:

@@ -124,6 +124,40 @@ def test_a_recipe_means_what_it_says(command, tmp_path):
     assert type(model_args.lora_r) is type(report_args.exact_match_samples) is int
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("learning_rate: {a: b}", "learning_rate must be a number, got {'a': 'b'}"),
+        ("learning_rate: 2026-01-01", "learning_rate must be a number, got datetime.date(2026, 1, 1)"),
+        ("learning_rate: .nan", "learning_rate must be at least 0, got nan"),
+        ("max_steps: null", "max_steps has no value: leave it out for the default, -1"),
+        ("eval_strategy: yes", "True is not a known value of eval_strategy. Known: no, steps, epoch."),
+        ("dataset_name: [a]", "dataset_name must be text (in quotes), got ['a']"),
+        ("output_dir: no", "output_dir must be text (in quotes), got False"),
+        ("other_text_file: no", "other_text_file must be text (in quotes), got False"),
+        ("model_init_kwargs: no", "model_init_kwargs must hold keys and values, got False"),
+        ("lr_scheduler_kwargs: [1]", "lr_scheduler_kwargs must hold keys and values, got [1]"),
+        ("lora_target_modules: no", "lora_target_modules must be a list, got False"),
+        ("datasets: no", "datasets must be a list, got False"),
+        ("env: no", "env must hold variables and their values, got False"),
+        ("env: {SECRET: [hunter2]}", "env: the variable SECRET must have a text or a number"),
+    ],
+)
+def test_values_of_another_form_are_named(text, said, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model_name_or_path: m\nbf16: false\n{text}\n")
+    line = fails("sft", "--config", str(path), "--use_cpu")
+    assert f"recipe.yaml: {said}" in line
+    assert "hunter2" not in line
+
+
+def test_null_is_a_value_where_the_field_has_it(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("max_length: null\ndata_seed: ~\nresume_from_checkpoint: true\nbf16: null\nreport_to: none\n")
+    _, args, *_ = sft.parser().parse_recipe(["--config", str(path), "--use_cpu", "--output_dir", str(tmp_path)])
+    assert (args.max_length, args.data_seed, args.resume_from_checkpoint) == (None, None, True)
+
+
 def test_arguments_in_python_mean_what_they_say():
     given = {k: v for k, v in yaml.safe_load(WRITTEN).items() if k not in ("packing", "model_init_kwargs")}
     args = PionTrainingArguments(**{**BASE, **given, "remove_unused_columns": "no"})

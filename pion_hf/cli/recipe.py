@@ -35,7 +35,7 @@ from pion_hf.cli import older
 from pion_hf.cli.configs import local_config
 from pion_hf.errors import unknown
 from pion_hf.schedules import SCHEDULES
-from pion_hf.values import OPTION, check_ranges, fit
+from pion_hf.values import OPTION, check_form, check_ranges, fit
 
 logger = logging.get_logger(__name__)
 
@@ -97,6 +97,8 @@ MAPPINGS = {
     "dataset_kwargs": ("skip_prepare_dataset",),
     "gradient_checkpointing_kwargs": CHECKPOINTING_OPTIONS,
 }
+# Fields of text that take a flag as well.
+FLAGS_TOO = {"resume_from_checkpoint", "fsdp"}
 # What the Trainer gives a scheduler itself.
 GIVEN_TO_SCHEDULERS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 
@@ -174,9 +176,17 @@ class RecipeParser(TrlParser):
     def _fitting(self, path: str, recipe: dict[str, Any]) -> dict[str, Any]:
         """The recipe with its values as their fields want them; text is converted by argparse, nothing else is."""
         hints = {name: hint for of in self.dataclass_types for name, hint in typing.get_type_hints(of).items()}
-        known = {k: v for k, v in recipe.items() if k in hints and not isinstance(v, str) and not k.startswith(OPTION)}
+        fitting = dict(recipe)
         try:
-            fitting = {**recipe, **{key: fit(key, value, hints[key]) for key, value in known.items()}}
+            for key, value in recipe.items():
+                if key not in hints or isinstance(value, str) or key.startswith(OPTION):
+                    continue
+                optional = type(None) in typing.get_args(hints[key]) or self.get_default(key) is None
+                if value is None and not optional:
+                    raise ValueError(f"{key} has no value: leave it out for the default, {self.get_default(key)!r}")
+                if key not in FLAGS_TOO:
+                    check_form(key, value, hints[key])
+                fitting[key] = fit(key, value, hints[key])
             check_ranges(fitting)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -186,8 +196,11 @@ class RecipeParser(TrlParser):
         actions = self._by_key()
         for key, value in recipe.items():
             if key == "env":
-                if not isinstance(value or {}, Mapping):
+                if not isinstance({} if value is None else value, Mapping):
                     raise ValueError(f"{path}: env must hold variables and their values, got {value!r}")
+                bare = [name for name, of in (value or {}).items() if of is None or isinstance(of, (list, dict))]
+                if bare:
+                    raise ValueError(f"{path}: env: the variable {bare[0]} must have a text or a number")
                 continue
             if key not in actions:
                 raise ValueError(f"{path}: {_unknown_key('key', key, actions)}")
