@@ -138,7 +138,7 @@ def test_a_recipe_means_what_it_says(command, tmp_path):
         ("model_init_kwargs: no", "model_init_kwargs must hold keys and values, got False"),
         ("lr_scheduler_kwargs: [1]", "lr_scheduler_kwargs must hold keys and values, got [1]"),
         ("lora_target_modules: no", "lora_target_modules must be a list, got False"),
-        ("datasets: no", "datasets must be a list, got False"),
+        ("datasets: no", "datasets must be a list of mappings, each with a path, got False"),
         ("env: no", "env must hold variables and their values, got False"),
         ("env: {SECRET: [hunter2]}", "env: the variable SECRET must have a text or a number"),
     ],

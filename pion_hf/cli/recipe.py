@@ -97,8 +97,8 @@ MAPPINGS = {
     "dataset_kwargs": ("skip_prepare_dataset",),
     "gradient_checkpointing_kwargs": CHECKPOINTING_OPTIONS,
 }
-# Fields of text that take a flag as well.
-FLAGS_TOO = {"resume_from_checkpoint", "fsdp"}
+# Fields of text that take a flag as well, and one with a check of its own.
+OF_ANY_FORM = {"resume_from_checkpoint", "fsdp", "datasets"}
 # What the Trainer gives a scheduler itself.
 GIVEN_TO_SCHEDULERS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 
@@ -184,7 +184,7 @@ class RecipeParser(TrlParser):
                 optional = type(None) in typing.get_args(hints[key]) or self.get_default(key) is None
                 if value is None and not optional:
                     raise ValueError(f"{key} has no value: leave it out for the default, {self.get_default(key)!r}")
-                if key not in FLAGS_TOO:
+                if key not in OF_ANY_FORM:
                     check_form(key, value, hints[key])
                 fitting[key] = fit(key, value, hints[key])
             check_ranges(fitting)
@@ -209,7 +209,8 @@ class RecipeParser(TrlParser):
             if choices is not None and value is not None and value not in choices:
                 raise ValueError(f"{path}: {unknown(f'value of {key}', value, choices)}")
         if "datasets" in actions:
-            _check_mixture(f"{path}: datasets", recipe.get("datasets") or [])
+            mixture = recipe.get("datasets")
+            _check_mixture(f"{path}: datasets", [] if mixture is None else mixture)
         for key, known in MAPPINGS.items():
             if isinstance(recipe.get(key), Mapping):
                 _check_mapping(f"{path}: {key}", recipe[key], known)
