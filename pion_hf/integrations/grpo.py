@@ -19,6 +19,8 @@ class PionGRPOTrainer(PionTrainerMixin, GRPOTrainer):
     `num_iterations` above 1, or `steps_per_generation` other than `gradient_accumulation_steps`).
     """
 
+    train_sampler: Sampler | None = None
+
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(_GoesOn(self))
