@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pion_hf.cli import sft
 from pion_hf.cli.comparison import make_record
 from pion_hf.cli.grid import Trial
 from pion_hf.cli.jobs import check_folder, settle, start
@@ -82,3 +83,13 @@ def test_runs_get_the_secrets_that_no_file_of_a_comparison_holds(tmp_path, monke
             assert "SESAME" not in path.read_text(encoding="utf-8"), path
     assert (folder / "recipe.yaml").read_text().startswith("# Not written, since they are secrets or hold some: hub_to")
     assert "SESAME" not in str(os.listdir(output))
+
+
+def test_a_run_adds_what_it_was_told_to_its_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        os, "environ", {**os.environ, SECRETS: yaml.safe_dump({"hub_token": "SESAME", "env": {"A": "1"}})}
+    )
+    (tmp_path / "recipe.yaml").write_text(f"output_dir: {tmp_path}\nbf16: false\nreport_to: none\nrun_name: mine\n")
+    _, args, *_ = sft.parser().parse_recipe(["--config", str(tmp_path / "recipe.yaml"), "--use_cpu"])
+    assert (args.hub_token, args.run_name, os.environ["A"]) == ("SESAME", "mine", "1")
+    assert SECRETS not in os.environ, "what this process starts would have it too"
