@@ -167,6 +167,39 @@ def test_weights_of_another_model_are_one_line(run):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("scheduler.pt", {"base_lrs": [1e-2]}),
+        ("scheduler.pt", {"base_lrs": [float("nan")] * 2}),
+        ("scheduler.pt", {"base_lrs": "x"}),
+        ("rng_state.pth", {"cpu": "x"}),
+        ("rng_state.pth", {"cpu": torch.zeros(100, dtype=torch.uint8)}),
+        ("rng_state.pth", {"python": None}),
+        ("trainer_state.json", {"log_history": "x"}),
+        ("trainer_state.json", {"epoch": "x"}),
+    ],
+)
+def test_impossible_values_are_found_without_a_manifest(name, changes, run):
+    path = run / "checkpoint-4" / name
+    (run / "checkpoint-4" / MANIFEST).unlink()
+    if path.suffix == ".json":
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    else:
+        torch.save(torch.load(path, weights_only=False) | changes, path)
+    assert name in fault_of(run / "checkpoint-4")
+
+
+def test_groups_that_name_other_parameters_are_a_line(run):
+    path = run / "checkpoint-2" / "optimizer.pt"
+    saved = torch.load(path)
+    saved["param_groups"][0]["params"] = [0]
+    torch.save(saved, path)
+    (run / "checkpoint-2" / MANIFEST).unlink()
+    with pytest.raises(ValueError, match="the saved optimizer state is damaged: a group has 1 parameters, "):
+        trainer_of(run, steps=4).train(resume_from_checkpoint=str(run / "checkpoint-2"))
+
+
 def test_no_code_of_a_pickle_runs(run, tmp_path):
     class Evil:
         def __reduce__(self):

@@ -8,13 +8,16 @@ of a process killed before it came to it) is opened instead: archives by their c
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from safetensors import safe_open
@@ -106,6 +109,7 @@ def _step_of(folder: Path) -> int:
     try:
         state = TrainerState.load_from_json(path)
         step, known = state.global_step, (state.max_steps, state.train_batch_size or 0)
+        _ = float(state.epoch or 0), [entry.items() for entry in state.log_history]
     except Exception:  # its fields are what a JSON file says they are
         raise Damaged(f"was not saved to its end ({STATE_NAME} is cut off or damaged)") from None
     if not all(isinstance(number, int) for number in (step, *known)) or step < 0:
@@ -171,7 +175,9 @@ def _look_into(folder: Path, step: int) -> None:
         _check_optimizer(path.name, _load(path), step, least)
     for path in folder.glob("scheduler.pt"):
         _check_schedule(path.name, _load(path), range(least, step + 1))
-    for path in (*folder.glob("rng_state*.pth"), *folder.glob("scaler.pt")):
+    for path in folder.glob("rng_state*.pth"):
+        _check_random(path.name, _load(path))
+    for path in folder.glob("scaler.pt"):
         _load(path)
     for path in (*folder.glob("pytorch_model_fsdp_*"), *folder.glob("optimizer_[0-9]*")):
         if path.is_dir() and not ((path / ".metadata").is_file() and (path / ".metadata").stat().st_size):
@@ -258,6 +264,22 @@ def _check_schedule(name: str, saved: Any, possible: range) -> None:
         raise Damaged(f"is damaged ({name} counts {count!r} steps)")
     if "lr_lambdas" in saved and count not in possible:  # others count evaluations
         raise Damaged(f"is damaged ({name} counts {count:,} steps of {possible[-1]:,})")
+    rates = saved.get("base_lrs", ())
+    try:
+        whole = all(math.isfinite(rate) for rate in rates) and len(rates) == len(saved.get("lr_lambdas", rates))
+    except TypeError:
+        whole = False
+    if not whole:
+        raise Damaged(f"is damaged ({name} holds the learning rates {rates!r})")
+
+
+def _check_random(name: str, saved: Any) -> None:
+    try:
+        random.Random().setstate(saved["python"])
+        np.random.RandomState().set_state(saved["numpy"])
+        torch.Generator().set_state(saved["cpu"])
+    except Exception as error:  # of three libraries
+        raise Damaged(f"is damaged ({name} holds no state of random numbers: {error!r})") from None
 
 
 def _first_line(error: Exception) -> str:

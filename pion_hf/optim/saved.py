@@ -46,6 +46,12 @@ def check_saved(
         ValueError: parameters of other names, shapes or precision, in other groups, or under another rule, layout,
             stack or other option that is a word.
     """
+    for group in saved["param_groups"]:
+        names, params = group.get("param_names", group["params"]), group["params"]
+        if len(names) != len(params):
+            raise ValueError(
+                f"the saved optimizer state is damaged: a group has {len(params)} parameters, {len(names)} names."
+            )
     theirs, ours = _names(saved["param_groups"], groups), _names(groups, saved["param_groups"])
     found, replaced = _missing(theirs, ours), []
     if not found:
