@@ -5,7 +5,7 @@ each command, which may compile files, is not counted. Beside each command is wh
 another's or in seconds. Keeps `results/start.json`; `--show` prints that and runs nothing. With `--package FOLDER`
 another version of the package is measured, from its checkout, and shown beside it as `before`.
 
-    git worktree add /tmp/before v0.9.0 && python examples/benchmarks/start.py --package /tmp/before
+    git worktree add /tmp/before COMMIT && python examples/benchmarks/start.py --package /tmp/before
     python examples/benchmarks/start.py
 """
 
