@@ -174,16 +174,6 @@ def test_registering_again_adds_no_schedule():
     assert functions == TYPE_TO_SCHEDULER_FUNCTION
 
 
-@pytest.mark.parametrize(
-    ("owner", "name"),
-    [(transformers.trainer_utils, "SchedulerType"), (transformers.optimization, "TYPE_TO_SCHEDULER_FUNCTION")],
-)
-def test_other_scheduler_internals_are_a_clear_error(owner, name, monkeypatch):
-    monkeypatch.delattr(owner, name)
-    with pytest.raises(RuntimeError, match=rf"cannot add .* to transformers {transformers.__version__}: .*{name}"):
-        register()
-
-
 @pytest.mark.parametrize("arguments", [TrainingArguments, PionTrainingArguments])
 @pytest.mark.parametrize("options", [{"decay_fraction": 0.2}, '{"decay_fraction": 0.2}'], ids=["dict", "json"])
 def test_arguments_take_name_and_options(arguments, options, tmp_path):
