@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import peft
 import pytest
+from packaging.version import Version
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TRAINING = ["--max_steps", "2", "--report_to", "none", "--save_strategy", "no"]
@@ -49,7 +51,12 @@ def test_an_example_trains(script, checkpoint, chat_data, tmp_path):
 @pytest.mark.parametrize("script", sorted((EXAMPLES / "benchmarks").glob("*.py")), ids=lambda path: path.name)
 def test_a_benchmark_can_be_imported(script, monkeypatch):
     monkeypatch.syspath_prepend(script.parent)  # as where it is run: some import others
-    loaded(script)
+    try:
+        loaded(script)
+    except ImportError as error:
+        if Version(peft.__version__) >= Version("0.21") or "create_riemannian_optimizer" not in str(error):
+            raise
+        pytest.skip("it compares with an optimizer of peft 0.21")
 
 
 def loaded(path: Path) -> ModuleType:
