@@ -295,6 +295,34 @@ def test_a_run_goes_on_after_a_gradient_that_is_not_finite(optim, tmp_path):
     assert all(x.isfinite().all() for x in everything(trainer))
 
 
+class Hopeless(TrainerCallback):
+    """No gradient is finite, as of a loss that is not."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for p in model.parameters():
+            p.grad.fill_(math.nan)
+
+
+def test_a_run_that_skips_every_step_says_so(tmp_path, caplog):
+    trainer = trainer_of(tmp_path, steps=4, callbacks=(Hopeless(),), save_strategy="no", logging_steps=2)
+    with pytest.warns(UserWarning, match="this step is skipped"):
+        metrics = trainer.train().metrics
+    assert metrics["skipped_steps"] == 4
+    assert "All 4 steps were skipped: no gradient was finite, and nothing was trained." in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:A gradient is not finite")
+def test_steps_skipped_in_a_row_end_a_run(tmp_path):
+    trainer = trainer_of(tmp_path, steps=9, callbacks=(Hopeless(),), save_strategy="no", max_skipped_steps=3)
+    with pytest.raises(RuntimeError, match=r"^3 steps in a row were skipped \(max_skipped_steps\), .* step 3: "):
+        trainer.train()
+    assert trainer.state.global_step == 3
+    never = trainer_of(tmp_path, steps=9, callbacks=(Hopeless(),), save_strategy="no", max_skipped_steps=0)
+    never.train()
+    with pytest.raises(ValueError, match="max_skipped_steps must be 0"):
+        trainer_of(tmp_path, steps=9, max_skipped_steps=-1)
+
+
 # -- gradients that vanish or overflow, and entries that never have one -----------------------------------------------
 
 

@@ -92,8 +92,15 @@ class RunCallback(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         self._tell(lambda run: run.after_update())
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs) -> None:
         self._tell(lambda run: run.step_ends(state))
+        ours, most = unwrap(optimizer), getattr(args, "max_skipped_steps", 0)
+        if ours is not None and 0 < most <= ours.skipped_in_a_row:
+            raise RuntimeError(
+                f"{most} steps in a row were skipped (max_skipped_steps), the last of them step {state.global_step}: "
+                "their gradients were not finite, and none of them has trained anything. Lower the learning rate, or "
+                "look at the data and at the precision of the model; a checkpoint from before goes on."
+            )
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not state.is_world_process_zero or logs is None:
@@ -110,6 +117,9 @@ class RunCallback(TrainerCallback):
         if "train_loss" in logs and not run.measured:  # the last entry, and no other
             added, self.summary = run.end(state)
             added |= self.summary
+        for loss in {"loss", "train_loss"} & logs.keys():
+            if run.all_skipped(state.global_step, loss) and not logs[loss]:
+                added[loss] = math.nan  # which transformers counts as 0
         logs.update(added)
         if state.log_history:
             state.log_history[-1].update(added)
@@ -174,6 +184,8 @@ class _Run:
         self.pending: dict[str, float] = {}  # of the last snapshot, for the next log entry
         self.drift: float | None = None
         self.measured = False  # whether the end has been
+        known = state.global_step, 0 if self.ours is None else self.ours.skipped_steps
+        self.counted = {"loss": known, "train_loss": known}  # step, and steps skipped until then
         self.first_step = 0.0
         self._started = False
         self._planned: set[int] = set()
@@ -253,6 +265,16 @@ class _Run:
 
     def _allows(self, share: float, seconds: float) -> bool:
         return seconds <= max(FREE_SECONDS, share * (time.perf_counter() - self.began))
+
+    def all_skipped(self, step: int, loss: str) -> bool:
+        """Whether all steps up to `step` were that count in `loss`: since its last entry, or since training began."""
+        skipped = self.ours.skipped_steps if self.ours is not None else 0
+        first, before = self.counted[loss]
+        self.counted[loss] = step, skipped
+        every = first < step <= first + skipped - before
+        if every and loss == "train_loss":
+            logger.warning(f"All {step - first} steps were skipped: no gradient was finite, and nothing was trained.")
+        return every
 
     # -- measurements -----------------------------------------------------------------------------
 
