@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
-from pion_hf import Inputs
+from pion_hf import Inputs, Teon
 from pion_hf.linalg import sketch
 from pion_hf.optim import inputs as inputs_module
 from tests.distributed_worker import launch
@@ -205,6 +210,103 @@ def test_closed_it_sees_nothing():
     assert not any(module._forward_pre_hooks for module in model.modules())
     model(ids())
     assert not inputs.directions("up.weight", 16, KEEP, CPU).any()
+
+
+# -- which call a layer belongs to -------------------------------------------------------------------------------------
+
+
+def padded(rows: Tensor, value: int = 0) -> tuple[Tensor, Tensor]:
+    """Half of it padding, and the mask of the other half."""
+    mask = torch.ones_like(rows)
+    return torch.cat([rows, torch.full_like(rows, value)], dim=1), torch.cat([mask, torch.zeros_like(mask)], dim=1)
+
+
+def test_a_mask_may_come_by_position():
+    model = Net()
+    expected = leading(inputs_of(model, "up", ids()))
+    inputs = Inputs(model, KEEP)
+    model(*padded(ids())).sum().backward()
+    assert_same_span(inputs.directions("up.weight", 16, KEEP, CPU), expected)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_every_call_has_its_own_mask(reentrant):
+    """Of two calls before one backward pass, in which checkpointed layers run again."""
+    model = Net()
+    expected = leading(inputs_of(model, "up", ids(0), ids(1)))
+    if reentrant is not None:
+        through = model.layers
+        model.layers = lambda x: checkpoint(through, x, use_reentrant=reentrant)
+    inputs = Inputs(model, KEEP)
+    rows, mask = padded(ids(1), value=7)
+    first, second = model(torch.cat([ids(0)[:, :5]] * 4, 1), torch.ones_like(rows)), model(rows, attention_mask=mask)
+    (first.sum() + second.sum()).backward()
+    sketch_of_calls = inputs._sketches["up.weight"][CPU]
+    known = torch.cat([model.embed(torch.cat([ids(0)[:, :5]] * 4, 1)).flatten(0, 1), model.embed(ids(1)).flatten(0, 1)])
+    torch.testing.assert_close(
+        sketch_of_calls, sketch.sketch_of(known.detach(), inputs._test(16, CPU)), rtol=1e-4, atol=1e-4
+    )
+    assert expected.shape == (16, KEEP)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("given", ["labels", "mask"])
+def test_decoders_count_their_own_tokens(kind, given):
+    """Source and target of one length, both padded: an encoder's mask would fit a decoder's tokens."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "d_model": 16, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    if kind == "t5":
+        config = T5Config(d_kv=4, d_ff=24, num_layers=1, num_decoder_layers=1, num_heads=2, dropout_rate=0, **sizes)
+        model, layer = T5ForConditionalGeneration(config), "decoder.block.0.layer.{}Attention.{}.weight"
+        own, cross = layer.format("0.Self", "q"), layer.format("1.EncDec", "k")
+    else:
+        layers = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+        heads = {
+            f"{part}_{name}": n
+            for part in ("encoder", "decoder")
+            for name, n in (("attention_heads", 2), ("ffn_dim", 24))
+        }
+        model = BartForConditionalGeneration(BartConfig(dropout=0.0, bos_token_id=2, **sizes, **layers, **heads))
+        own, cross = (f"model.decoder.layers.0.{name}.weight" for name in ("self_attn.q_proj", "encoder_attn.k_proj"))
+    draw = torch.Generator().manual_seed(0)
+    source, target = (torch.randint(3, 40, (2, 8), generator=draw) for _ in range(2))
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[0, 2:] = 0
+    labels = target.clone()
+    labels[1, 3:] = -100
+    call = {"input_ids": source, "attention_mask": mask, "labels": labels}
+    if given == "mask":
+        call["decoder_attention_mask"] = (labels != -100).long()
+    taken = {}
+    for name in (own, cross, "lm_head.weight"):
+        module = model.get_submodule(name.removesuffix(".weight"))
+        module.register_forward_pre_hook(lambda _, args, name=name: taken.update({name: args[0].detach()}))
+    inputs = Inputs(model, 2)
+    model(**call)
+    for name, counted in ((own, labels != -100), (cross, mask.bool()), ("lm_head.weight", labels != -100)):
+        expected = sketch.sketch_of(taken[name][counted], inputs._test(16, CPU))
+        torch.testing.assert_close(inputs._sketches[name][CPU], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_go_with_their_optimizer():
+    model = Net()
+    for _ in range(3):
+        optimizer = Teon([("up.weight", model.up.weight)], stack=1, keep=2, inputs=Inputs(model, 2))
+        assert optimizer.inputs.open
+    del optimizer
+    gc.collect()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_copy_before_the_first_step_says_that_it_sees_nothing():
+    model = Net()
+    optimizer = Teon([("up.weight", model.up.weight)], stack=1, keep=2, inputs=Inputs(model, 2))
+    with pytest.warns(UserWarning, match="give it `inputs`"):
+        copy.deepcopy(optimizer)
+    optimizer.inputs.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy.deepcopy(optimizer)
 
 
 # -- several processes ------------------------------------------------------------------------------------------------

@@ -8,9 +8,13 @@ stores the inputs of earlier tasks; these are of the new one, and there is nothi
 
 from __future__ import annotations
 
+import inspect
+import threading
 import warnings
+import weakref
 from collections import defaultdict
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +24,33 @@ from pion_hf.errors import listing
 from pion_hf.linalg.sketch import leading_directions, sketch_of, test_matrix
 from pion_hf.optim import sharding
 from pion_hf.optim.checks import check_range
+
+# Labels of tokens that no loss is taken of, as in torch's cross entropy.
+UNTRAINED = -100
+
+
+class _Pass(NamedTuple):
+    """A call that is going on: whether it trains, which tokens count, and of a decoder what it sees of an encoder."""
+
+    counts: bool
+    mask: Tensor | None
+    states: Tensor | None = None
+    states_mask: Tensor | None = None
+
+    def mask_of(self, x: Tensor) -> Tensor | None:
+        """That of an input of one of its layers."""
+        states = self.states
+        if states is None or x.shape != states.shape:
+            return self.mask
+        same = x is states or (not torch.compiler.is_compiling() and x.data_ptr() == states.data_ptr())
+        return self.states_mask if same else self.mask
+
+
+class _Running(threading.local):
+    """The calls that are going on in a thread, the innermost last: `DataParallel` has one for every replica."""
+
+    def __init__(self) -> None:
+        self.passes: list[_Pass] = []
 
 
 class Inputs:
@@ -40,47 +71,73 @@ class Inputs:
         self.most = directions
         self._sketches: dict[str, dict[torch.device, Tensor]] = defaultdict(dict)
         self._tests: dict[tuple[int, torch.device], Tensor] = {}
-        self._handles: list[RemovableHandle] = []
         self._unseen: list[str] = []
-        self._masks: dict[torch.device, Tensor] = {}  # of the model's latest call, on every device of several
-        self._handles.append(model.register_forward_pre_hook(self._see_mask, with_kwargs=True))
+        self._running = _Running()
+        self._seen_calls = False
+        self._targets: Tensor | None = None  # which of a decoder's tokens count, where the model's call says so
+        self._handles: list[RemovableHandle] = []
+        # The model holds hooks, which must not hold this in turn: it goes with its optimizer, and they with it.
+        this = weakref.ref(self)
+        weakref.finalize(self, _remove, self._handles)
         for module_name, module in model.named_modules():
+            arguments = list(inspect.signature(module.forward).parameters)
+            if module is model or "encoder_attention_mask" in arguments:
+                self._handles += _on_call(module, this, arguments, outermost=module is model)
             own = [n for n, p in module.named_parameters(recurse=False) if p.ndim == 2 and p.requires_grad]
             if own and not isinstance(module, nn.Embedding):
                 names = [".".join(filter(None, (module_name, name))) for name in own]
-                hook = module.register_forward_pre_hook(self._hook(names), with_kwargs=True)
-                self._handles.append(hook)
+                self._handles.append(module.register_forward_pre_hook(_hook(this, names), with_kwargs=True))
                 for name in own:  # not in the hook: a compiled model would stay cut there
                     p = getattr(module, name)
                     for n in () if p.is_meta else set(p.shape):
                         self._test(n, p.device)
 
-    def _see_mask(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            self._masks[mask.device] = mask
-        else:
-            self._masks.clear()
+    def _enter(self, given: dict[str, Any], *, outermost: bool, seq2seq: bool) -> None:
+        """A call of the model begins, or of a part of it that has masks of its own."""
+        if outermost:
+            self._seen_calls = True
+            self._running.passes.clear()  # of a call that was broken off
+            labels = given.get("labels") if seq2seq else None
+            targets = given.get("decoder_attention_mask")
+            self._targets = labels != UNTRAINED if targets is None and isinstance(labels, Tensor) else targets
+        running = self._running.passes
+        around = running[-1] if running else _Pass(torch.is_grad_enabled(), None)
+        states, mask = given.get("encoder_hidden_states"), _flat(given.get("attention_mask"))
+        states_mask = _flat(given.get("encoder_attention_mask"))
+        begins = states is not None and around.states is None  # a decoder; the passes within are of its layers
+        if mask is None:
+            mask = self._targets if begins else around.mask
+        running.append(_Pass(around.counts, mask, states, around.states_mask if states_mask is None else states_mask))
 
-    def _hook(self, names: list[str]) -> Any:
-        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if not torch.is_grad_enabled() or x is None or not x.is_floating_point():
-                return
-            x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-            # The model's parts may be on several devices (`device_map`), or all of it on each (`DataParallel`).
-            mask = self._masks.get(x.device, next(iter(self._masks.values()), None))
-            if mask is not None and mask.shape == x.shape[:-1]:
-                x = x * mask.to(x.device).unsqueeze(-1)
-            rows = x.reshape(-1, x.shape[-1])
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                seen = sketch_of(rows, self._test(rows.shape[-1], x.device).to(rows.dtype))
-                seen = torch.where(seen.isfinite().all(), seen, 0)  # of a pass whose step will be skipped
-            for name in names:
-                known = self._sketches[name].get(x.device)
-                self._sketches[name][x.device] = seen if known is None else known + seen
+    def _leave(self) -> None:
+        running = self._running.passes
+        left = running.pop() if running else None
+        if running and left.states is not None and running[-1].states is None:  # what follows a decoder sees its tokens
+            running[-1] = running[-1]._replace(mask=left.mask)
 
-        return see
+    def _see(self, names: list[str], x: Tensor) -> None:
+        """`x`, which the matrices `names` take in."""
+        if not x.is_floating_point() or not self._counts():
+            return
+        mask = self._running.passes[-1].mask_of(x) if self._running.passes else None
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        # The model's parts may be on several devices (`device_map`), or all of it on each (`DataParallel`).
+        if mask is not None and mask.shape == x.shape[:-1]:
+            x = x * mask.to(x.device).unsqueeze(-1)
+        rows = x.reshape(-1, x.shape[-1])
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            seen = sketch_of(rows, self._test(rows.shape[-1], x.device).to(rows.dtype))
+            seen = torch.where(seen.isfinite().all(), seen, 0)  # of a pass whose step will be skipped
+        for name in names:
+            known = self._sketches[name].get(x.device)
+            self._sketches[name][x.device] = seen if known is None else known + seen
+
+    def _counts(self) -> bool:
+        """Whether what is being computed trains: once, although activation checkpointing computes it again later."""
+        if self._running.passes:
+            return self._running.passes[-1].counts
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # within a backward pass
+        return torch.is_grad_enabled() and not (again and self._seen_calls)
 
     def _test(self, n: int, device: torch.device) -> Tensor:
         if (n, device) not in self._tests:
@@ -115,9 +172,46 @@ class Inputs:
                 stacklevel=2,
             )
             self._unseen.clear()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._masks.clear()
+        _remove(self._handles)
+        self._running.passes.clear()
+        self._targets = None
         self._sketches.clear()
         self._tests.clear()
+
+
+def _on_call(
+    module: nn.Module, this: weakref.ref[Inputs], arguments: list[str], *, outermost: bool
+) -> list[RemovableHandle]:
+    """Tell `this` when a call of the module begins and ends."""
+    seq2seq = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+
+    def enter(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if (inputs := this()) is not None:
+            given = {**dict(zip(arguments, args, strict=False)), **kwargs}
+            inputs._enter(given, outermost=outermost, seq2seq=seq2seq)
+
+    def leave(*_: Any) -> None:
+        if (inputs := this()) is not None:
+            inputs._leave()
+
+    return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+
+
+def _hook(this: weakref.ref[Inputs], names: list[str]) -> Callable:
+    def see(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if x is not None and (inputs := this()) is not None:
+            inputs._see(names, x)
+
+    return see
+
+
+def _flat(mask: Any) -> Tensor | None:
+    """A mask of tokens, `(batch, length)`; those of pairs of tokens say nothing of one."""
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
