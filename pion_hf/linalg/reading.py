@@ -24,8 +24,8 @@ class Reader:
     """Reads values at once. Pure functions that need one take a reader, which is this where no other is given."""
 
     def read(self, key: str, value: Tensor, *, order: int = 1, growth: float = GROWTH) -> float:
-        """`value`, of one element, as a number. The rest is for `LateReader`."""
-        return value.item()
+        """`value`, of one element, as a number; 0 of one without memory. The rest is for `LateReader`."""
+        return 0.0 if value.is_meta else value.item()
 
 
 READER = Reader()
@@ -45,8 +45,8 @@ class LateReader(Reader):
         self._last: dict[str, _Sent] = {}
 
     def read(self, key: str, value: Tensor, *, order: int = 1, growth: float = GROWTH) -> float:
-        if not reading_waits(value):
-            return value.item()
+        if not reading_waits(value) or value.is_meta:
+            return super().read(key, value)
         last = self._last.get(key)
         self._last[key] = _send(value, self.lr)
         before = 0.0 if last is None else last.arrive()
