@@ -226,7 +226,7 @@ def test_state_is_lazy_and_in_parameter_shape():
     p.grad = torch.randn(6, 4)
     optimizer.step()
     shapes = {k: tuple(v.shape) for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)}
-    assert shapes == {"momentum": (6, 4), "second": (6, 4), "basis.0": (1, 4, 4), "values.0": (1, 4)}
+    assert shapes == {"momentum": (6, 4), "second": (6, 4), "basis.0": (1, 4, 4), "values.0": (1, 4), "fingerprint": ()}
 
 
 @pytest.mark.parametrize("rule", ["default", "gradient", "lie momentum, second moment", "polar, ambient"])

@@ -71,7 +71,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         self._readers: defaultdict[tuple, LateReader] = defaultdict(LateReader)
         self._updating: tuple = ()  # the key of the batch
         self._options: dict[int, dict[str, Any]] = {}  # by the group's index, those that its state is of
-        self._rewritten: Counter[Tensor] = Counter()  # see `rewritten`
+        self._rewritten, self._formed = Counter(), {}  # see `rewritten`
         super().__init__(groups.as_groups(params, owner=type(self).__name__), defaults)
         if not any(group["rule"] in self.matrix_rules for group in self.param_groups):
             raise ValueError(
@@ -271,7 +271,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         super().__setstate__(state)
         self._plans, self._forms = {}, {}
         self._readers, self._updating = defaultdict(LateReader), ()
-        self._options, self._rewritten = {}, Counter()
+        self._options, self._rewritten, self._formed = {}, Counter(), {}
         self.__dict__.setdefault("skipped_steps", 0)
         self.__dict__.setdefault("skipped_in_a_row", 0)
         self.__dict__.setdefault("inputs", None)
@@ -338,6 +338,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         if self._options.get(index, options) != options:
             self._check_group(group)
             self._plans.pop(index, None)
+            self._formed = {}
             self._forms = {kind: forms for kind, forms in self._forms.items() if kind[0] != index}
         if group["rule"] not in self.elementwise_rules:
             plan = self._plans.get(index)
@@ -428,6 +429,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         if p.dtype in precision.HALF:
             state[REST] = no_rest(p)
         state["step"] = 0
+        self._formed[p] = p.shape, p.dtype, p.device
 
     def keep_of(self, group: dict) -> int:
         """How many directions of the inputs of a group's matrices are kept."""

@@ -35,6 +35,8 @@ class StateOfWeights:
 
     _rewritten: Counter[Tensor]
     """How often others have written a parameter."""
+    _formed: dict[Tensor, tuple]
+    """Shape, dtype and device that the state of a parameter is of, under the options of its group."""
 
     def described(self, weights: Tensor, kept: Tensor | None, group: dict) -> dict[str, Tensor]:
         """What state says of `weights`, `(b, m, n)` in working precision, until others than the rule write them.
@@ -101,9 +103,12 @@ class StateOfWeights:
 
         It is made to, where these were changed since; only averages that are not there make it begin anew.
         """
-        state, forms = self.state[p], self._forms_of(index, p)
+        state, form = self.state[p], (p.shape, p.dtype, p.device)
         if not state.get("step"):
             return False
+        if self._formed.get(p) == form:
+            return True
+        forms = self._forms_of(index, p)
         held = {key: value for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
         averages = {key: form for key, form in forms.items() if not self._describes([key])}
         if any(key not in held or held[key].shape != form.shape for key, form in averages.items()):
@@ -125,6 +130,7 @@ class StateOfWeights:
                 precision.drop_impossible_(sharding.local(p), sharding.local(state[REST]))
         if any(key not in state or state[key].dtype != form.dtype for key, form in forms.items() if key != REST):
             self._describe(name, self.param_groups[index], p)
+        self._formed[p] = form
         return True
 
 
