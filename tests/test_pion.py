@@ -1,5 +1,6 @@
 """Pion: reference trajectories, the spectrum, options, and what it refuses."""
 
+import itertools
 import json
 import re
 import warnings
@@ -387,7 +388,13 @@ def test_wrong_groups_and_parameters_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("matrix", "message"), [(torch.zeros(3, 3), "zero matrix"), (torch.full((3, 3), torch.nan), "not finite")]
+    ("matrix", "message"),
+    [
+        (torch.zeros(3, 3), "zero matrix"),
+        (torch.full((3, 3), torch.nan), "not finite"),
+        (torch.full((3, 3), 1e-30), "is 1e-30, and rotations"),
+        (torch.full((3, 3), 1e20), r"is 1e\+20, and rotations"),
+    ],
 )
 def test_matrices_that_cannot_rotate_are_named(matrix, message):
     p = nn.Parameter(matrix)
@@ -489,3 +496,38 @@ def test_flags_are_true_or_false(options):
 def test_what_are_no_parameters_is_said(params, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         Pion(params)
+
+
+FORMS = [
+    {},
+    {"preset": "paper"},
+    {"direction": "gradient", "metric": "lie"},
+    {"direction": "gradient", "metric": "lie", "second_moment": True},
+    {"direction": "gradient", "metric": "lie", "side": "both"},
+    {"direction": "adam", "scale": "none"},
+    {"direction": "polar", "metric": "lie"},
+    {"direction": "msign", "metric": "lie"},
+    {"scale": "spectral"},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("size", [1e-9, 1e-6, 1e6, 1e14])
+def test_matrices_of_any_size_that_is_taken_stay_finite(form, size):
+    for shape, large in itertools.product([(8, 8), (6, 20), (20, 6)], (1e-6, 1.0, 1e6)):
+        w = nn.Parameter(torch.randn(shape) * size)
+        optimizer = Pion([w], lr=1e-3, **form)
+        for _ in range(4):
+            w.grad = torch.randn(shape) * large
+            optimizer.step()
+        assert w.isfinite().all()
+
+
+def test_adamw_in_float16_is_pointed_out():
+    bias, matrix = (torch.nn.Parameter(torch.ones(shape, dtype=torch.float16)) for shape in ((4,), (4, 4)))
+    groups = [
+        {"params": [("layer.bias", bias)], "rule": "adamw"},
+        {"params": [("layer.weight", matrix)], "rule": "pion"},
+    ]
+    with pytest.warns(UserWarning, match="float16, in which eps=1e-08 .* are zero.*: adamw.weight. Load the model"):
+        Pion(groups, lr=1e-3)

@@ -180,6 +180,7 @@ class _Run:
         self.meter = Meter(model, optimizer, self.ours)
         self.stopwatch = Stopwatch(args.device)
         self.seconds = dict.fromkeys(("logging", "snapshots", "evaluation"), 0.0)
+        self._last = time.perf_counter()  # when something was logged, or a step ended
         self.rates: dict[str, float] = {}
         self.pending: dict[str, float] = {}  # of the last snapshot, for the next log entry
         self.drift: float | None = None
@@ -237,6 +238,7 @@ class _Run:
             self._step_cost = self.meter.last_seconds
 
     def step_ends(self, state: Any) -> None:
+        self._last = time.perf_counter()
         self.folder.record["steps"] = state.global_step
         if state.global_step in self._planned:
             self._snapshot(state.global_step, self.spectra.affordable(self._drift_seconds))
@@ -245,9 +247,10 @@ class _Run:
 
     def additions(self, logs: dict[str, Any]) -> dict[str, float]:
         """What an entry of the training loop gets."""
-        self.seconds["evaluation"] += sum(
-            value for key, value in logs.items() if key.endswith("_runtime") and key != "train_runtime"
-        )
+        told = sum(value for key, value in logs.items() if key.endswith("_runtime") and key != "train_runtime")
+        now = time.perf_counter()
+        self.seconds["evaluation"] += min(max(told, 0.0), now - self._last)  # told by a clock that may be set anew
+        self._last = now
         if "learning_rate" not in logs or self.measured:
             return {}
         news = self.meter.news()  # keeps its own time

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pion_hf.errors import unknown
+from pion_hf.errors import listing, unknown
 from pion_hf.linalg.precision import full_float32
 from pion_hf.linalg.reading import LateReader
 from pion_hf.linalg.rotation import Generator
@@ -121,6 +121,14 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
                 except ValueError as error:
                     raise ValueError(f"parameter {name}, rule {rule!r}: {error}") from None
         self.check_options(group)
+        halves = [name for name, p in groups.named_parameters(group) if p.dtype == torch.float16]
+        if halves and rule in self.elementwise_rules:
+            warnings.warn(
+                f"AdamW updates parameters in float16, in which eps={group['eps']:g} and small squares are "
+                f"zero, so that steps can grow without bound: {listing(halves)}. Load the model in float32 (and train "
+                "it with fp16=True), or in bfloat16.",
+                stacklevel=2,
+            )
 
     def _check_rule(self, rule: str) -> None:
         rules = (*self.matrix_rules, "adamw")

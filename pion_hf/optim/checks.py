@@ -16,6 +16,10 @@ from pion_hf.errors import unknown
 from pion_hf.linalg.polar import MOST_STEPS, check_method
 from pion_hf.optim import sharding
 
+# Of a matrix's largest entry. Every form of Pion was tried and stays finite between these in float32; beyond them the
+# products of some do not.
+SMALLEST, LARGEST = 1e-9, 1e15
+
 
 def check_words(group: dict, cls: type) -> None:
     """Raises ValueError for an option that is none of the words that the constructor of `cls` takes, or no bool."""
@@ -86,6 +90,17 @@ def check_finite(name: str, matrix: Tensor) -> None:
     """Raises ValueError for a matrix that holds NaN or infinities."""
     if not torch.isfinite(matrix).all():
         raise ValueError(f"{name} holds values that are not finite: load or initialise it before training.")
+
+
+def check_rotatable(name: str, matrix: Tensor) -> None:
+    """Raises ValueError where one of `matrix`, `(E, m, n)`, is too small or too large to be rotated in float32."""
+    largest = matrix.detach().abs().flatten(1).amax(dim=1).float()
+    wrong = largest[(largest < SMALLEST) | (largest > LARGEST)]
+    if len(wrong):
+        raise ValueError(
+            f"the largest entry of {name} is {wrong[0]:.0e}, and rotations are computed between {SMALLEST:.0e} and "
+            f"{LARGEST:.0e}: rescale it, or train it with AdamW (exclude it from the rotated matrices)."
+        )
 
 
 def check_size(p: Tensor) -> None:

@@ -21,7 +21,7 @@ from pion_hf.linalg.spectrum import Basis, numerical_zero, singular_basis, singu
 from pion_hf.optim.base import MatrixOptimizer, average
 from pion_hf.optim.batches import KEPT
 from pion_hf.optim.blocks import Layout
-from pion_hf.optim.checks import check_polar, check_range, check_unused
+from pion_hf.optim.checks import check_polar, check_range, check_rotatable, check_unused
 from pion_hf.optim.directions import BASIS_REFRESH, direction_of, generator_of
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.precision import HALF
@@ -182,6 +182,7 @@ class PionLora(_Factors):
                 "'adamw'), start it with full rank (init_lora_weights: pissa or olora for both factors, true or "
                 "gaussian for A), or freeze it (requires_grad_(False))."
             )
+        check_rotatable(name, matrix)
 
     def described(self, weights: Tensor, kept: Tensor | None, group: dict) -> dict[str, Tensor]:
         if group["method"] != "rotate" or group["metric"] != "ambient":

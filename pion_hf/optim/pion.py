@@ -17,7 +17,7 @@ from pion_hf.linalg.rotation import Generator, rms_scale, skew, without
 from pion_hf.linalg.spectrum import Basis, singular_basis
 from pion_hf.optim.base import MatrixOptimizer, average
 from pion_hf.optim.batches import KEPT
-from pion_hf.optim.checks import check_polar, check_range
+from pion_hf.optim.checks import check_polar, check_range, check_rotatable
 from pion_hf.optim.directions import BASIS_REFRESH, basis_side, direction_of, generator_of, seen_from
 from pion_hf.optim.inputs import Inputs
 
@@ -205,6 +205,7 @@ class Pion(MatrixOptimizer):
                 f"{name} is (or holds) a zero matrix, which no rotation can move. Initialise it, train it with AdamW "
                 "(exclude it from the rotated matrices), or freeze it."
             )
+        check_rotatable(name, matrix)
         if not _can_move(*matrix.shape[-2:], group):
             form = " x ".join(map(str, matrix.shape[-2:]))
             raise ValueError(
