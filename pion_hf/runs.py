@@ -18,11 +18,11 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -38,35 +38,53 @@ MOST_DIGITS = 18  # of a whole number; with more it is read as one that need not
 LONGEST_SHOWN = 40  # of what is wrong, in an error
 RUNNING, FINISHED, FAILED = "running", "finished", "failed"
 
-# What fields hold, where they are there (`check_fields`): a type, fields of their own, or a list of what follows. Those
+
+class Kind(NamedTuple):
+    """What a field holds: in words, and whether a value is that."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+TEXT = Kind("text", lambda v: isinstance(v, str))
+FIELDS = Kind("fields", lambda v: isinstance(v, dict))
+LIST = Kind("a list", lambda v: isinstance(v, list))
+NUMBER = Kind("a number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool))
+AMOUNT = Kind("a number of at least 0", lambda v: NUMBER.holds(v) and not v < 0)
+COUNT = Kind("a whole number of at least 0", lambda v: type(v) is int and v >= 0)
+SHAPE = Kind("a shape", lambda v: isinstance(v, list) and v != [] and all(map(COUNT.holds, v)))
+STATUS = Kind("text that says running, finished or failed", lambda v: v in (RUNNING, FINISHED, FAILED))
+# What fields hold, where they are there (`check_fields`): a kind, fields of their own, or a list of what follows. Those
 # that are not named hold what `...` says, if that is there.
-NUMBER = (int, float)
 RECORD_FIELDS = {
-    **dict.fromkeys(("status", "started", "device", "error"), str),
-    **dict.fromkeys(("seconds", "peak_memory_bytes", "spectrum_drift", "optimizer_share"), NUMBER),
-    **dict.fromkeys(("steps", "skipped_steps"), int),
-    "model": {"name": str, "class": str, "parameters": int, "trainable": int},
-    "data": {...: str},
+    "status": STATUS,
+    **dict.fromkeys(("started", "device", "error"), TEXT),
+    **dict.fromkeys(("seconds", "peak_memory_bytes", "spectrum_drift", "optimizer_share"), AMOUNT),
+    **dict.fromkeys(("steps", "skipped_steps"), COUNT),
+    "model": {"name": TEXT, "class": TEXT, "parameters": COUNT, "trainable": COUNT},
+    "data": {...: TEXT},
     "optimizer": {
-        **{"name": str, "learning_rate": NUMBER, "schedule": str, "options": {}},
+        **{"name": TEXT, "learning_rate": NUMBER, "schedule": TEXT, "options": {}},
         "rules": [
             {
-                **{"rule": str, "method": str, "learning_rate": NUMBER, "weight_decay": NUMBER},
-                **dict.fromkeys(("tensors", "matrices", "stacks", "parameters"), int),
+                **{"rule": TEXT, "method": TEXT, "learning_rate": NUMBER, "weight_decay": NUMBER},
+                **dict.fromkeys(("tensors", "matrices", "stacks", "parameters"), COUNT),
             }
         ],
     },
     "arguments": {},
-    "times": {...: NUMBER},
+    "times": {...: AMOUNT},
     "versions": {},
-    "matrices": [{"name": str, "role": str, "layer": int, "rule": str}],
+    "matrices": [{"name": TEXT, "role": TEXT, "layer": COUNT, "rule": TEXT, "shape": SHAPE}],
 }
 MEASURES = {...: {...: NUMBER}}  # by domain and metric
 EVALUATION_FIELDS = {
     **{"before": MEASURES, "after": MEASURES, "learnt": NUMBER, "forgotten": {...: NUMBER}},
-    "blends": [{"share": NUMBER, **MEASURES}],
+    **{"blend": NUMBER, "blends": [{"share": NUMBER, **MEASURES}]},
+    **dict.fromkeys(("spectrum_drift", "optimizer_share"), AMOUNT),
 }
-SNAPSHOT_FIELDS = {"values": {...: [NUMBER]}}
+LINE_FIELDS = {"step": COUNT}
+SNAPSHOT_FIELDS = {**LINE_FIELDS, "values": {...: [NUMBER]}}
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +122,30 @@ class Run:
         return self.record.get("matrices", [])
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a quantity of the logs."""
-        found = [(entry["step"], entry[key]) for entry in self.logs if isinstance(entry.get(key), (int, float))]
+        """Steps and values of a quantity of the logs.
+
+        Raises:
+            ValueError: a value is no number.
+        """
+        found = [(entry["step"], entry[key]) for entry in self.logs if key in entry]
+        for step, value in found:
+            check_fields(f"{str(self.folder / LOG)!r} is damaged: step {step}: {key}", value, NUMBER)
         return [step for step, _ in found], [float(value) for _, value in found]
+
+    def history(self, quantity: str) -> tuple[list[int], list[list[float]]]:
+        """Steps of the snapshots that have a quantity, and its values in the order of the matrices.
+
+        Raises:
+            ValueError: there are more values than matrices, or fewer.
+        """
+        found = [(taken.step, taken.values[quantity]) for taken in self.snapshots if quantity in taken.values]
+        for step, values in found:
+            if len(values) != len(self.matrices):
+                raise ValueError(
+                    f"{str(self.folder / MATRICES)!r} is damaged: step {step}: {quantity} holds {len(values)} values, "
+                    f"{RECORD} {len(self.matrices)} matrices."
+                )
+        return [step for step, _ in found], [values for _, values in found]
 
     @cached_property
     def spectra(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -133,9 +172,9 @@ def read_run(folder: str | os.PathLike) -> Run:
             f"{str(folder)!r} is no run: it holds no {RECORD}, which training with this package's Trainers "
             "and commands, or with pion_hf.watch(trainer), writes when it begins."
         )
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    if not isinstance(record, dict) or type(record.get("format")) is not int or record["format"] != FORMAT:
         raise ValueError(f"{str(folder / RECORD)!r} is not of format {FORMAT}, which this version reads.")
-    check_fields(f"{str(folder)!r} is damaged: ", record, RECORD_FIELDS)
+    check_fields(f"{str(folder / RECORD)!r} is damaged: ", record, RECORD_FIELDS)
     snapshots = _read_lines(folder / MATRICES, SNAPSHOT_FIELDS)
     return Run(
         folder=folder,
@@ -156,6 +195,8 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
     evaluation = read_json(folder / EVALUATION)
     if evaluation is not None:
         check_fields(f"{str(folder)!r} is damaged: {EVALUATION}", evaluation, EVALUATION_FIELDS)
+        if evaluation.keys().isdisjoint(EVALUATION_FIELDS):
+            raise ValueError(f"{str(folder)!r} is damaged: {EVALUATION} says nothing of before and after training")
     return evaluation
 
 
@@ -178,18 +219,18 @@ def read_spectra(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def check_fields(where: str, value: Any, wanted: Any) -> None:
-    """Raise ValueError, which begins with `where`, for what is not of the types `wanted` (see `RECORD_FIELDS`)."""
-    kinds = {dict: "fields", list: "a list", str: "text", int: "a whole number", NUMBER: "a number"}
-    kind = type(wanted) if isinstance(wanted, (dict, list)) else wanted
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{where} holds {str(value)[:LONGEST_SHOWN]!r}, which is not {kinds[kind]}.")
-    if kind is dict:
+    """Raise ValueError, which begins with `where`, for what is not of the kinds `wanted` (see `RECORD_FIELDS`)."""
+    kind = {dict: FIELDS, list: LIST}.get(type(wanted), wanted)
+    if not kind.holds(value):
+        raise ValueError(f"{where} holds {str(value)[:LONGEST_SHOWN]!r}, which is not {kind.words}.")
+    if kind is FIELDS:
         for key, entry in value.items():
             inner = wanted.get(key, wanted.get(...))
             left_out = entry is None and (key in wanted or not isinstance(inner, (dict, list)))
             if inner is not None and not left_out:
-                check_fields(f"{where}{'' if where.endswith(' ') else ': '}{key}", entry, inner)
-    elif kind is list:
+                between = ": " if where and not where.endswith(" ") else ""
+                check_fields(f"{where}{between}{key}", entry, inner)
+    elif kind is LIST:
         for entry in value:
             if entry is not None or wanted[0] is not NUMBER:
                 check_fields(where, entry, wanted[0])
@@ -212,7 +253,7 @@ def keep_until(folder: str | os.PathLike, step: int, files: Iterable[str] = (LOG
     """
     for path in (Path(folder, name) for name in files):
         if path.is_file():
-            fields = SNAPSHOT_FIELDS if path.name == MATRICES else None
+            fields = SNAPSHOT_FIELDS if path.name == MATRICES else LINE_FIELDS
             try:
                 entries = _read_lines(path, fields)
             except ValueError as error:
@@ -255,13 +296,16 @@ def read_json(path: Path) -> Any:
         ValueError: it is damaged, or cannot be read.
     """
     try:
-        return _parse(read_bytes(path).decode("utf-8"))
+        found = _parse(read_bytes(path).decode("utf-8"))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ValueError(f"cannot read {str(path)!r}: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"cannot read {str(path)!r}: {error}") from None
+    if found is None:
+        raise ValueError(f"cannot read {str(path)!r}: it holds null")
+    return found
 
 
 def _parse(text: str) -> Any:
@@ -276,26 +320,31 @@ def _parse(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def _read_lines(path: Path, fields: dict[str, Any] | None = None, *, skip: bool = False) -> list[dict[str, Any]]:
+def _read_lines(path: Path, fields: dict[str, Any] = LINE_FIELDS, *, skip: bool = False) -> list[dict[str, Any]]:
     """Entries of JSON lines, the last of which may have been cut off. skip: those that cannot be read, too."""
     try:
-        lines = read_bytes(path).decode("utf-8", errors="replace" if skip else "strict").split("\n")
+        *lines, last = read_bytes(path).decode("utf-8", errors="replace" if skip else "strict").split("\n")
     except FileNotFoundError:
         return []
     except OSError as error:
         raise ValueError(f"cannot read {str(path)!r}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"cannot read {str(path)!r}: {error}") from None
-    lines = lines if lines[-1] else lines[:-1]
+    if last:
+        try:
+            _parse(last)
+            lines.append(last)
+        except ValueError:
+            logger.warning("the last line of %s was cut off, and is left out", path)
     entries = []
     for number, line in enumerate(lines, start=1):
         try:
             entry = _nan(_parse(line))
             if not isinstance(entry, dict) or type(entry.get("step")) is not int:
                 raise ValueError("it says nothing of a step")
-            check_fields("it ", entry, fields or {})
+            check_fields("", entry, fields)
             entries.append(entry)
         except ValueError as error:
-            if number < len(lines) and not skip:
+            if not skip:
                 raise ValueError(f"line {number} of {str(path)!r} is damaged: {error}") from None
     return entries

@@ -499,6 +499,10 @@ def test_a_folder_with_other_things_or_other_arguments_is_left_alone(recipe, tmp
     said = {"status": "finished", "arguments": {**trial.arguments, "max_steps": 7}}
     (folder / "trial.json").write_text(json.dumps(said), encoding="utf-8")
     assert "a run with another max_steps" in refuse(recipe(), "--output_dir", str(tmp_path / "runs"))
+    for key, value, missing in (("status", None, "status"), ("arguments", trial.arguments, "seconds")):
+        (folder / "trial.json").write_text(json.dumps({**said, key: value}), encoding="utf-8")
+        damaged = refuse(recipe(), "--output_dir", str(tmp_path / "runs"), "--report_only")
+        assert damaged.endswith(f"is damaged: trial.json holds no {missing}")
     (folder / "trial.json").write_text("{", encoding="utf-8")
     assert "cannot read" in refuse(recipe(), "--output_dir", str(tmp_path / "runs"))
     assert (folder / "thesis.txt").read_text(encoding="utf-8") == "all of it"

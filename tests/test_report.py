@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -239,6 +240,23 @@ def test_a_run_in_progress_is_shown_as_far_as_it_came(run, tmp_path):
     assert "Learnt and forgotten" not in found.headings
 
 
+@pytest.mark.usefixtures("one_picture")
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"a": 1}\n'])
+def test_damaged_spectra_are_said_on_the_page_and_in_a_line(run, tmp_path, caplog, content):
+    (run / SPECTRA).write_bytes(content)
+    found = written([run], tmp_path / "page.html")
+    assert f"a-run: {SPECTRA} is damaged: " in found.text
+    assert [r.message.partition(" is damaged")[0] for r in caplog.records] == [f"a-run: {SPECTRA}"]
+
+
+@pytest.mark.parametrize("role", [r"$\frac{x}$", "a" * 20 + "$_$" * 3, "$" * 9])
+def test_names_are_no_mathematics(tmp_path, role):
+    run = write_run(tmp_path / "a-run", layers=1, steps=2, snapshots=2, roles={role: (4, 4)})
+    runs = [read_run(run)]
+    for draw in (matrices.angle_map, matrices.spectra, matrices.spectral_norms):
+        draw(runs).figure.savefig(io.BytesIO(), dpi=20)
+
+
 def test_a_record_alone_makes_a_page_without_pictures(tmp_path):
     write_json(tmp_path / "run" / RECORD, {"format": 1})
     found = written([tmp_path / "run"], tmp_path / "page.html")
@@ -257,6 +275,11 @@ WRONG_FIELDS = [
     ({"status": []}, "status holds '[]', which is not text"),
     ({"steps": "7"}, "steps holds '7', which is not a whole number"),
     ({"steps": True}, "steps holds 'True'"),
+    ({"steps": -3}, "run.json' is damaged: steps holds '-3', which is not a whole number of at least 0"),
+    ({"seconds": -1.5}, "seconds holds '-1.5', which is not a number of at least 0"),
+    ({"status": "nearly"}, "status holds 'nearly', which is not text that says running, finished or failed"),
+    ({"format": True}, "is not of format 1"),
+    *(({"matrices": [{"shape": s}]}, "matrices: shape holds") for s in ({}, ["x"], [], [-1, 64], [True, 2])),
     ({"seconds": "long"}, "seconds holds 'long', which is not a number"),
     ({"peak_memory_bytes": {}}, "peak_memory_bytes holds"),
     ({"spectrum_drift": [1]}, "spectrum_drift holds"),
@@ -273,6 +296,7 @@ WRONG_FIELDS = [
     ({"matrices": ["w"]}, "matrices holds 'w', which is not fields"),
     ({"matrices": [{"name": "w", "layer": "3"}]}, "matrices: layer holds '3'"),
 ]
+LOGGED = ("loss", "eval_loss", "learning_rate/pion", "update_rms/pion", "angle_in/mean", "spectrum_drift")
 WRONG_MEASURES = [
     ({"before": [], "after": {}}, "eval.json: before holds '[]'"),
     ({"before": {"task": 1.0}}, "eval.json: before: task holds '1.0'"),
@@ -281,6 +305,8 @@ WRONG_MEASURES = [
     ({"learnt": "much"}, "eval.json: learnt holds"),
     ({"forgotten": {"other_text": []}}, "eval.json: forgotten: other_text holds"),
     ({"blends": {"share": 1}}, "eval.json: blends holds"),
+    ({"blend": [1.0]}, "eval.json: blend holds"),
+    ({"a": 1}, "eval.json says nothing of before and after training"),
     ({"blends": [{"share": "half"}]}, "eval.json: blends: share holds"),
 ]
 
@@ -303,6 +329,15 @@ WRONG_MEASURES = [
         (LOG, '{"step": true}\n{"step": 2}\n', "it says nothing of a step"),
         (LOG, f'{{"step": {"9" * 400}}}\n{{"step": 2}}\n', "it says nothing of a step"),
         (LOG, "[" * 100_000 + "\n{}\n", "line 1 of"),
+        (LOG, '{"step": 1}\n{"a": 1}\n', "line 2 of"),
+        (LOG, '{"step": 1}\n{"a": 1}', "line 2 of"),
+        (LOG, '{"step": -1}\n', "log.jsonl' is damaged: step holds '-1'"),
+        *(
+            (LOG, json.dumps({"step": 7, k: "x"}) + "\n", f"log.jsonl' is damaged: step 7: {k} holds 'x'")
+            for k in LOGGED
+        ),
+        *((LOG, json.dumps({"step": 7, "loss": v}), "loss holds") for v in (True, [1.0], {"a": 1})),
+        (MATRICES, '{"step": 1, "values": {"spectral_norm": "x"}}', "line 1 of"),
         (RECORD, "[" * 100_000, "it is nested too deeply"),
     ],
 )
@@ -325,7 +360,7 @@ def test_a_damaged_run_is_one_line_and_no_page(run, tmp_path, file, content, sai
     ("file", "fields"),
     [
         (RECORD, {"optimizer": {"rules": [{"rule": "pion"}, {}]}, "model": None, "matrices": [{}], "times": {}}),
-        (RECORD, {"seconds": 1e308, "steps": -3, "peak_memory_bytes": None, "arguments": {"a": [1, {"b": None}]}}),
+        (RECORD, {"seconds": 1e308, "peak_memory_bytes": None, "arguments": {"a": [1, {"b": None}]}}),
         (EVALUATION, {"blends": [{"share": 0.5, "task": {"loss": 1.0}, "new": {"loss": 2.0}}, {}]}),
         (
             EVALUATION,

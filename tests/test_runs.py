@@ -35,6 +35,15 @@ def test_what_is_written_comes_back(folder):
     assert run.routing is None
 
 
+def test_values_of_other_matrices_are_no_history(folder):
+    append_line(folder / MATRICES, {"step": 4, "values": {"stable_rank": [2.0]}})
+    assert read_run(folder).history("stable_rank") == ([4], [[2.0]])
+    with pytest.raises(
+        ValueError, match=r"matrices.jsonl' is damaged: step 3: spectral_norm holds 2 values, run.json 1 "
+    ):
+        read_run(folder).history("spectral_norm")
+
+
 def test_numbers_that_are_none_are_null_on_disk(folder):
     append_line(folder / LOG, {"loss": math.inf, "step": 4})
     assert '"loss": null' in (folder / LOG).read_text().splitlines()[-1]
@@ -42,10 +51,17 @@ def test_numbers_that_are_none_are_null_on_disk(folder):
     assert finite({"a": (math.nan, [-math.inf, 1])}) == {"a": [None, [None, 1]]}
 
 
-def test_a_last_line_that_was_cut_off_is_left_out(folder):
+def test_a_last_line_that_was_cut_off_is_left_out(folder, caplog):
     with (folder / LOG).open("a") as file:
         file.write('{"loss": 0.1, "st')
     assert [entry["step"] for entry in read_run(folder).logs] == [1, 2, 3]
+    assert [r.message for r in caplog.records] == [f"the last line of {folder / LOG} was cut off, and is left out"]
+
+
+def test_null_is_not_nothing(folder):
+    (folder / "eval.json").write_text("null")
+    with pytest.raises(ValueError, match=r"cannot read '.*eval.json': it holds null"):
+        read_run(folder)
 
 
 def test_a_damaged_line_within_is_named(folder):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pion_hf.cli.grid import Trial
-from pion_hf.cli.jobs import is_finished, read_trial
+from pion_hf.cli.jobs import TRIAL, is_finished, read_trial
 from pion_hf.evaluation import PROGRESS
 from pion_hf.runs import EVALUATION, FAILED, FINISHED, RECORD, read_evaluation, read_run
 
@@ -36,8 +37,10 @@ def read_result(trial: Trial, folder: Path) -> dict[str, Any]:
     said = read_trial(folder)
     if said is None or said.get("status") not in (FINISHED, FAILED):
         return {**told, "status": MISSING}
-    run = read_run(folder) if (folder / RECORD).is_file() else None
-    told |= {"folder": folder.name, "process_seconds": said.get("seconds") or 0.0}
+    if said.get("seconds") is None:
+        raise ValueError(f"{str(folder)!r} is damaged: {TRIAL} holds no seconds")
+    run = read_run(folder) if os.path.lexists(folder / RECORD) else None
+    told |= {"folder": folder.name, "process_seconds": said["seconds"]}
     if run is not None:
         told |= {key: run.record[key] for key in RECORDED if key in run.record}
     if not is_finished(folder):

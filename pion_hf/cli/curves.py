@@ -77,14 +77,16 @@ def picture(args: TrainingArguments, curves: list[Curve]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from pion_hf.report.looks import COLOURS, STYLES
+    from pion_hf.report.looks import COLOURS, STYLES, escaped
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)  # without a display, and without touching pyplot's own state
     axes = figure.add_subplot()
     for i, curve in enumerate(curves):
         steps = range(1, len(curve.rates) + 1)
-        axes.plot(steps, curve.rates, STYLES[i % len(STYLES)], color=COLOURS[i % len(COLOURS)], label=curve.label)
+        axes.plot(
+            steps, curve.rates, STYLES[i % len(STYLES)], color=COLOURS[i % len(COLOURS)], label=escaped(curve.label)
+        )
     axes.set_title(f"{args.optim.value}, {args.lr_scheduler_type.value}, {args.max_steps} steps")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("learning rate")

@@ -28,11 +28,23 @@ from pion_hf.cli import child
 from pion_hf.cli.grid import Trial, write_recipe
 from pion_hf.files import is_part
 from pion_hf.redaction import without_secrets
-from pion_hf.runs import EVALUATION, FAILED, FINISHED, NUMBER, RUNNING, SPECTRA, check_fields, read_json, write_json
+from pion_hf.runs import (
+    AMOUNT,
+    EVALUATION,
+    FAILED,
+    FINISHED,
+    RUNNING,
+    SPECTRA,
+    STATUS,
+    TEXT,
+    check_fields,
+    read_json,
+    write_json,
+)
 
 TRIAL, RECIPE, OUTPUT, LOCK = "trial.json", "recipe.yaml", "train.log", ".lock"
 FORMAT = 1  # of trial.json
-TRIAL_FIELDS = {"status": str, "seconds": NUMBER, "error": str, "arguments": {}}  # see `check_fields`
+TRIAL_FIELDS = {"status": STATUS, "seconds": AMOUNT, "error": TEXT, "arguments": {}}  # see `check_fields`
 POLL = 0.2  # seconds
 TAIL = 16384  # bytes of a log, among which its last line is
 
@@ -57,6 +69,8 @@ def read_trial(folder: Path) -> dict[str, Any] | None:
     said = read_json(folder / TRIAL)
     if said is not None:
         check_fields(f"{str(folder)!r} is damaged: {TRIAL}", said, TRIAL_FIELDS)
+        if said.get("status") is None:
+            raise ValueError(f"{str(folder)!r} is damaged: {TRIAL} holds no status")
     return said
 
 

@@ -117,10 +117,17 @@ def looks(runs: Sequence[Run]) -> list[Look]:
 
 def plain(label: str) -> str:
     """Text as it is, not as mathematics, and not too long for a phone."""
-    if len(label) > LONGEST_LABEL:
-        half = LONGEST_LABEL // 2
-        label = f"{label[:half]}…{label[-half + 1 :]}"
+    return escaped(_short(label))
+
+
+def escaped(label: str) -> str:
+    """Text as it is, not as mathematics."""
     return label.replace("$", r"\$")
+
+
+def _short(label: str) -> str:
+    half = LONGEST_LABEL // 2
+    return label if len(label) <= LONGEST_LABEL else f"{label[:half]}…{label[-half + 1 :]}"
 
 
 def add_legend(figure: Figure, handles: Iterable[Line2D]) -> None:
@@ -151,7 +158,7 @@ def panels(figure: Figure, titles: Sequence[str], **options: Any) -> list[Axes]:
     for axes in grid[len(titles) :]:
         axes.remove()
     for i, title in enumerate(titles):
-        grid[i].set_title(textwrap.fill(plain(title), TITLE_LETTERS // columns))
+        grid[i].set_title(escaped(textwrap.fill(_short(title), TITLE_LETTERS // columns)))
         if i + columns >= len(titles):  # nothing below it has them
             grid[i].tick_params(labelbottom=True)
     return list(grid[: len(titles)])

@@ -24,6 +24,7 @@ from pion_hf.report.looks import (
     new_figure,
     numbered,
     panels,
+    plain,
     run_handles,
     styled,
 )
@@ -145,7 +146,7 @@ def angle_map(runs: Sequence[Run]) -> Picture | None:
     cmap = matplotlib.colormaps[SEQUENTIAL].with_extremes(bad="#dddddd")
     for axes, (layers, roles, values) in zip(grid, maps.values(), strict=True):
         axes.imshow(values, norm=colours, cmap=cmap, aspect="auto", interpolation="none", origin="lower")
-        axes.set_xticks(range(len(roles)), roles, rotation=90)
+        axes.set_xticks(range(len(roles)), map(plain, roles), rotation=90)
         ticks = range(0, len(layers), -(-len(layers) // 6))
         axes.set_yticks(ticks, [str(layers[i]) for i in ticks])
         axes.grid(visible=False)
@@ -225,9 +226,8 @@ def _role_figure(roles: list[str], **options: object) -> tuple:
 
 def _history(run: Run, quantity: str) -> tuple[list[int], np.ndarray]:
     """Steps of the snapshots that have the quantity, and its values `(snapshots, matrices)`."""
-    taken = [s for s in run.snapshots if len(s.values.get(quantity, ())) == len(run.matrices)]
-    values = np.array([s.values[quantity] for s in taken], dtype=float).reshape(len(taken), len(run.matrices))
-    return [s.step for s in taken], values
+    steps, values = run.history(quantity)
+    return steps, np.array(values, dtype=float).reshape(len(steps), len(run.matrices))
 
 
 def _mean_of_snapshots(run: Run, quantity: str) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import os
 import struct
 import warnings as python_warnings
@@ -26,6 +27,8 @@ from pion_hf.report.looks import names
 from pion_hf.runs import SPECTRA, Run, read_run, read_spectra
 
 DPI = 200
+
+logger = logging.getLogger(__name__)
 
 
 class Section(NamedTuple):
@@ -226,8 +229,10 @@ def _draw(runs: Sequence[Run]) -> tuple[dict[str, _Drawing], list[str]]:
             pass
         except OSError as error:
             missing.append(f"{name}: {SPECTRA} cannot be read: {error.strerror}.")
+            logger.warning("%s", missing[-1])
         except ValueError as error:
             missing.append(f"{name}: {error}.")
+            logger.warning("%s", missing[-1])
     return drawn, missing
 
 
