@@ -194,6 +194,12 @@ def test_hub_data_that_has_changed_is_named(hub_data, tmp_path):
         ({"gradient_checkpointing_kwargs": {"use_reentrent": False}}, "Did you mean 'use_reentrant'"),
         ({"activation_checkpointing_kwargs": {"preserve_rng": False}}, "Did you mean 'preserve_rng_state'"),
         ({"accelerator_config": {"split_batchs": True}}, "Did you mean 'split_batches'"),
+        *(
+            ({key: text}, f"{key} must hold keys and values, got {text!r}")
+            for key in ("accelerator_config", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+            for text in ("x", "{x")
+        ),
+        ({"accelerator_config": '{"split_batchs": true}'}, "Did you mean 'split_batches'"),
         ({"dataset_kwargs": {"skip_prepare": True}}, "Did you mean 'skip_prepare_dataset'"),
         ({"datasets": [{"path": "a", "splt": "train"}]}, "datasets: 'splt' is not a known key of datasets"),
         ({"datasets": [{"split": "train"}]}, "datasets: {'split': 'train'} has no path"),
@@ -262,6 +268,13 @@ def test_a_key_given_twice_is_an_error(text, message, tmp_path):
     assert message in fails("sft", "--config", str(path))
 
 
+@pytest.mark.parametrize("text", ["report_to: &a [*a]", "model_init_kwargs: &a {dtype: *a}", "env: &a {b: [{c: *a}]}"])
+def test_what_holds_itself_is_an_error(text, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert f"{path} is not YAML: found unconstructable recursive node" in fails("sft", "--config", str(path))
+
+
 def test_recipes_may_use_anchors_and_equal_keys_in_different_places(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("a: &base {x: 1, y: 2}\nb: {<<: *base, y: 3}\n", encoding="utf-8")
@@ -295,7 +308,10 @@ VALUES = ["3", "0.25", "true", "no", "word", "none", '{"use_reentrant": false}',
 # Where others are needed, or TRL takes what would fail later.
 OWN_VALUES = {
     "--accelerator_config": ['{"split_batches": true}'],
+    "--activation_checkpointing_kwargs": ['{"use_reentrant": false}'],
+    "--dataset_kwargs": ['{"skip_prepare_dataset": true}'],
     "--debug": ["underflow_overflow"],
+    "--gradient_checkpointing_kwargs": ['{"use_reentrant": false}'],
     "--lr_scheduler_kwargs": ['{"num_cycles": 2}'],
 }
 # These need a launcher, a file, or a form that a command line does not have.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
+import json
 import os
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -159,7 +161,8 @@ class RecipeParser(TrlParser):
 
     def _check_flags(self, argv: list[str]) -> None:
         """Before the arguments are made, which could fail for another reason and hide this one."""
-        _, rest = self.parse_known_args(argv)
+        flags, rest = self.parse_known_args(argv)
+        _check_mappings(vars(flags))
         if rest:
             flag = next((r for r in rest if r.startswith("--")), None)
             if flag is None:
@@ -211,9 +214,7 @@ class RecipeParser(TrlParser):
         if "datasets" in actions:
             mixture = recipe.get("datasets")
             _check_mixture(f"{path}: datasets", [] if mixture is None else mixture)
-        for key, known in MAPPINGS.items():
-            if isinstance(recipe.get(key), Mapping):
-                _check_mapping(f"{path}: {key}", recipe[key], known)
+        _check_mappings(recipe, f"{path}: ")
         if "optim" in actions:
             _check_optimizer(path, recipe, str(recipe.get("optim", self.get_default("optim"))))
 
@@ -224,7 +225,11 @@ def _flag_or_auto(value: str | bool) -> bool | None:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which no mapping has a key twice: PyYAML takes the last."""
+    """YAML in which no mapping has a key twice, of which PyYAML takes the last, and nothing holds itself."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.deep_construct = True  # then an alias within its own anchor is an error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -296,6 +301,25 @@ def _check_mapping(where: str, given: Any, known: Collection[str]) -> None:
         if key not in known:
             what = f"key of {where.rpartition(' ')[2]}"
             raise ValueError(f"{where}: {unknown(what, key, known) if known else f'{key!r} would be ignored.'}")
+
+
+def _check_mappings(values: Mapping[str, Any], where: str = "") -> None:
+    """Raise ValueError for keys of `MAPPINGS` that hold something else, or a key of it that is not known.
+
+    Text is JSON, or names the file of an `accelerator_config`.
+    """
+    for key, known in MAPPINGS.items():
+        given = values.get(key)
+        if given is None:
+            continue
+        if isinstance(given, str):
+            with contextlib.suppress(ValueError):  # what is no JSON is no mapping
+                given = json.loads(Path(given).read_text() if _is_file(key, given) else given)
+        _check_mapping(f"{where}{key}", given, known)
+
+
+def _is_file(key: str, given: str) -> bool:
+    return key == "accelerator_config" and os.path.isfile(given)
 
 
 def _check_mixture(where: str, entries: Any) -> None:

@@ -84,7 +84,8 @@ def train(
         for name, split in splits.items():  # TRL's script looks one up without a check
             if isinstance(error, KeyError) and error.args == (split,):
                 raise ValueError(f"the dataset has no split {split!r}: set {name}") from error
-        names = f"the data ({script_args.dataset_name}) or the model ({model_args.model_name_or_path})"
+        data, model = script_args.dataset_name, model_args.model_name_or_path
+        names = f"the data ({data}) of dataset_name or the model ({model}) of model_name_or_path"
         if isinstance(error, OSError) and error.errno is None:  # what is no folder here is looked for at the hub
             raise ValueError(f"cannot load {names}: {first_line(error)}") from error
         error.add_note(names)

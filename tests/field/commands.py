@@ -101,7 +101,8 @@ LINES: dict[str, tuple[str, ...]] = {
 
 
 def line(words: str, world: World, folder: Path) -> None:
-    recipe = world.recipe(folder, **({"max_length": ...} if words.startswith("grpo") else {}))
+    of_grpo = {"max_length": ..., "num_generations": 2} if words.startswith("grpo") else {}
+    recipe = world.recipe(folder, **of_grpo)
     main(words.format(recipe=recipe, run=world.run, model=world.model).split())
 
 
