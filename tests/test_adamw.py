@@ -308,3 +308,12 @@ def test_a_contender_keeps_what_a_recipe_says_of_the_rest(tmp_path):
     kept = ("optim_adamw_lr", "optim_adamw_betas", "optim_exclude_modules")
     assert two == [{"optim": "adamw_routed", **{key: base[key] for key in kept}}] * 2
     assert "optim_adamw_lr is left out for AdamW." in said
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_named(value):
+    p = nn.Parameter(torch.eye(3))
+    p.data[1, 2] = value
+    p.grad = torch.ones(3, 3)
+    with pytest.raises(ValueError, match=r"layer\.weight holds values that are not finite"):
+        RoutedAdamW([("layer.weight", p)]).step()

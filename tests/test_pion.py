@@ -524,10 +524,7 @@ def test_matrices_of_any_size_that_is_taken_stay_finite(form, size):
 
 
 def test_adamw_in_float16_is_pointed_out():
-    bias, matrix = (torch.nn.Parameter(torch.ones(shape, dtype=torch.float16)) for shape in ((4,), (4, 4)))
-    groups = [
-        {"params": [("layer.bias", bias)], "rule": "adamw"},
-        {"params": [("layer.weight", matrix)], "rule": "pion"},
-    ]
+    tensors = {"adamw": torch.ones(4, dtype=torch.float16), "pion": torch.eye(4, dtype=torch.float16)}
+    groups = [{"params": [(f"{rule}.weight", nn.Parameter(t))], "rule": rule} for rule, t in tensors.items()]
     with pytest.warns(UserWarning, match="float16, in which eps=1e-08 .* are zero.*: adamw.weight. Load the model"):
         Pion(groups, lr=1e-3)

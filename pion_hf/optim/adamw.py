@@ -10,6 +10,7 @@ from torch import Tensor
 from pion_hf.optim import blocks, elementwise, sharding
 from pion_hf.optim.base import MatrixOptimizer
 from pion_hf.optim.batches import KEPT
+from pion_hf.optim.checks import check_finite
 from pion_hf.optim.groups import kept_columns, named_parameters
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Update
@@ -55,6 +56,13 @@ class RoutedAdamW(MatrixOptimizer):
         defaults |= {"keep": keep, "keep_soft": keep_soft}
         self._laid_out: set[Tensor] = set()  # parameters whose kept directions are none yet
         super().__init__(params, defaults, inputs=inputs)
+
+    def _prepare(self, index: int) -> None:
+        """As ever; weights before their first step are such as can be trained."""
+        super()._prepare(index)
+        for name, p in named_parameters(self.param_groups[index]):
+            if p.grad is not None and not self.state.get(p) and not sharding.is_sharded(p):
+                check_finite(name, p)
 
     def _elementwise_step(self, group: dict) -> None:
         """All parameters at once, or one after the other where somebody keeps the weights before the step."""

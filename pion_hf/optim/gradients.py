@@ -11,9 +11,9 @@ from torch import Tensor
 from pion_hf.errors import listing
 from pion_hf.optim import sharding
 
-# Larger gradients are scaled down to it, each parameter's by a power of two: float32 ends at 2^128, and sums of squares
-# of their products with a matrix are formed.
-LARGEST = 2.0**40
+# Larger gradients are scaled down to it, each parameter's by a power of two: float32 ends at 2^128, sums of squares of
+# their products with a matrix are formed, and their inverses (`direction="natural"`) must stay far above 1e-12.
+LARGEST = 2.0**30
 
 
 def are_usual(params: list[Tensor]) -> Tensor:
