@@ -206,7 +206,7 @@ def test_from_config_alone_draws_weights_as_the_model_class_does(text_recipe, tm
     [
         ({"exact_match_samples": 3}, "exact_match_samples does not apply to plain text"),
         ({"spectral_init": 1.0}, "spectral_init is for fresh weights, pretrained ones have their size"),
-        ({"spectral_init": -1.0, "from_config": True}, "the scale of spectral_init must be positive, got -1.0"),
+        ({"spectral_init": -1.0, "from_config": True}, "spectral_init must be above 0, got -1.0"),
         ({"spectral_init": "big", "from_config": True}, "invalid float value: 'big'"),
         ({"from_config": True, "load_in_4bit": True}, "there are none to quantize: leave out load_in_8bit/4bit"),
         ({"from_config": True, "model_name_or_path": "no/such-model"}, "no tokenizer at 'no/such-model'"),
@@ -219,7 +219,7 @@ def test_from_config_alone_draws_weights_as_the_model_class_does(text_recipe, tm
             "the dataset has no split 'tset' (it has 'train', 'test'): set dataset_test_split, or validation_fraction",
         ),
         ({"dataset_name": "nowhere"}, "'nowhere' is no file or folder here and not at the hub: Couldn't reach"),
-        ({"model_name_or_path": "/no/where"}, "no tokenizer at '/no/where'"),
+        ({"model_name_or_path": "/no/where"}, "there is no file or folder '/no/where'"),
         ({"packing_strategy": "wraped"}, "'wraped' is not a known value of packing_strategy. Did you mean 'wrapped'"),
         ({"other_text_file": "nowhere.txt"}, "other_text_file: there is no file 'nowhere.txt'"),
         ({"from_confg": True}, "'from_confg' is not a known key. Did you mean 'from_config'"),

@@ -345,7 +345,7 @@ def other_data(tmp_path) -> Path:
 def test_chats_of_another_domain_are_measured(recipe, other_data, tmp_path, tokenizer, capsys, monkeypatch):
     answered = []
 
-    def half(model, tokenizer, rows, max_new_tokens):
+    def half(model, tokenizer, rows, max_new_tokens, template_kwargs):
         answered.append((rows, max_new_tokens))
         return [answer if i % 2 else "" for i, (_, answer) in enumerate(prompts_and_answers(rows))]
 
@@ -427,7 +427,7 @@ def loads_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"other_dataset": "{tmp}/nowhere"}, "other_dataset: cannot load '{tmp}/nowhere': "),
+        ({"other_dataset": "{tmp}/nowhere"}, "other_dataset: there is no file or folder '{tmp}/nowhere'"),
         (
             {"other_dataset": "{tmp}/other", "other_dataset_split": "tset"},
             "other_dataset_split: 'tset' is not a known split of '{tmp}/other'. Did you mean 'test'",

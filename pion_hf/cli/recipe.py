@@ -100,7 +100,7 @@ MAPPINGS = {
     "gradient_checkpointing_kwargs": CHECKPOINTING_OPTIONS,
 }
 # Fields of text that take a flag as well, and one with a check of its own.
-OF_ANY_FORM = {"resume_from_checkpoint", "fsdp", "datasets"}
+OF_ANY_FORM = {"resume_from_checkpoint", "fsdp", "datasets", "init_lora_weights"}
 # What the Trainer gives a scheduler itself.
 GIVEN_TO_SCHEDULERS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 

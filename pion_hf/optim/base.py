@@ -18,7 +18,7 @@ from pion_hf.linalg.rotation import Generator
 from pion_hf.optim import blocks, elementwise, gradients, groups, precision, sharding
 from pion_hf.optim.batches import KEPT, REST, Batch, Block, Plan, is_apart, unshared
 from pion_hf.optim.checks import check_common, check_finite, check_flag, check_parameter, check_size, check_words
-from pion_hf.optim.fingerprints import FINGERPRINT
+from pion_hf.optim.fingerprints import FINGERPRINT, FINGERPRINT_BYTES
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Observer, SelfCheck, Update
 from pion_hf.optim.rewritten import StateOfWeights, no_rest, working_dtype
@@ -208,8 +208,9 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
                         n = shape[-2 if blocks.Layout.parse(group["layout"]).transposed else -1]
                         total += count * groups.kept_columns(group) * n * working_dtype(dtype).itemsize
                     continue
-                forms = self._state_forms(shape, dtype, group).values()
-                total += count * sum(form.numel() * form.element_size() for form in forms)
+                forms = self._state_forms(shape, dtype, group)
+                held = sum(form.numel() * form.element_size() for form in forms.values())
+                total += count * (held + FINGERPRINT_BYTES * self._describes(forms))
         return total
 
     def _state_forms(self, shape: torch.Size, dtype: torch.dtype, group: dict) -> dict[str, Tensor]:

@@ -95,10 +95,10 @@ def check_finite(name: str, matrix: Tensor) -> None:
 def check_rotatable(name: str, matrix: Tensor) -> None:
     """Raises ValueError where one of `matrix`, `(E, m, n)`, is too small or too large to be rotated in float32."""
     largest = matrix.detach().abs().flatten(1).amax(dim=1).float()
-    wrong = largest[(largest < SMALLEST) | (largest > LARGEST)]
-    if len(wrong):
+    if not ((largest >= SMALLEST) & (largest <= LARGEST)).all():
+        wrong = min(largest.tolist(), key=lambda size: SMALLEST <= size <= LARGEST)
         raise ValueError(
-            f"the largest entry of {name} is {wrong[0]:.0e}, and rotations are computed between {SMALLEST:.0e} and "
+            f"the largest entry of {name} is {wrong:.0e}, and rotations are computed between {SMALLEST:.0e} and "
             f"{LARGEST:.0e}: rescale it, or train it with AdamW (exclude it from the rotated matrices)."
         )
 

@@ -22,7 +22,7 @@ LINE = 2**15
 
 
 # The state entry with that of the weight which the last step has left.
-FINGERPRINT = "fingerprint"
+FINGERPRINT, FINGERPRINT_BYTES = "fingerprint", 8
 
 
 class Part(NamedTuple):
