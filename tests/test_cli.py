@@ -271,6 +271,45 @@ def test_columns_that_cannot_be_read_are_named(recipe, tmp_path):
     assert "has the columns foo, bar: sft needs messages (chats), prompt and completion, or text in 'text'" in said
 
 
+@pytest.mark.parametrize("command", ["sft", "cpt"])
+@pytest.mark.parametrize("ids", [[1.5, 2.0], ["a"], "1 2", 3])
+def test_tokens_are_whole_numbers(command, ids, recipe, tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"input_ids": ids}) + "\n")
+    said = fails(command, "--config", recipe(dataset_name=str(tmp_path), eval_strategy="no"))
+    assert "input_ids" in said
+
+
+MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([None, None], "train.jsonl' is null, which is no row"),
+        ([{"messages": MESSAGES}, None], "1 rows hold nothing in the column 'messages', which is read"),
+        ([{"messages": MESSAGES}, {"text": "x"}], "1 rows hold nothing in the column 'messages', which is read"),
+        ([{"text": "x"}, {"text": None}], "1 rows hold nothing in the column 'text', which is read"),
+        ([{"messages": [{**m, "role": None} for m in MESSAGES]}], "in row 1 of 'messages' a message has no role"),
+        ([{"messages": MESSAGES}, {"messages": [{"role": "user"}]}], "in row 2 of 'messages' a message has no content"),
+        ([{"messages": [*MESSAGES, {"content": "x"}]}], "in row 1 of 'messages' a message has no role"),
+        ([{"input_ids": [1, 99999]}], "input_ids holds 99,999, which is none of the model's "),
+        ([{"input_ids": [1, 2]}, {"input_ids": [1, -5]}], "input_ids holds -5, which is none of the model's "),
+    ],
+)
+def test_rows_that_are_none_are_refused(rows, message, recipe, tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = fails("sft", "--config", recipe(dataset_name=str(tmp_path), eval_strategy="no"))
+    assert message in said
+
+
+@pytest.mark.parametrize("column", ["messages", "prompt"])
+def test_messages_without_content_are_refused(column, recipe, tmp_path):
+    row = {column: [{"role": "user", "name": "x"}], "completion": [{"role": "assistant", "content": "x"}]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    said = fails("sft", "--config", recipe(dataset_name=str(tmp_path), eval_strategy="no"))
+    assert f"in row 1 of {column!r} a message has no content" in said
+
+
 def test_a_version_is_printed(capsys):
     main(["--version"])
     assert capsys.readouterr().out == f"pion-hf {pion_hf.__version__}\n"

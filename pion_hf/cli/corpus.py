@@ -170,6 +170,13 @@ def rows_to_train(dataset: Corpus, tokenizer: PreTrainedTokenizerBase, args: Pio
     return dataset.repeat(None) if isinstance(dataset, datasets.IterableDataset) else dataset
 
 
+def check_tokens(dataset: Corpus) -> None:
+    """Raise ValueError for `input_ids` that are no lists of whole numbers; those of a stream are not looked at."""
+    kind = (dataset.features or {}).get("input_ids")
+    if kind is not None and "int" not in getattr(getattr(kind, "feature", None), "dtype", ""):
+        raise ValueError(f"the column 'input_ids' holds {kind}, no lists of tokens, which are whole numbers")
+
+
 def text_only(dataset: Corpus, column: str) -> Corpus:
     """`dataset` without its other columns, which TRL might take for chats or prompts; tokenised rows as they are.
 
@@ -178,6 +185,7 @@ def text_only(dataset: Corpus, column: str) -> Corpus:
     """
     columns = get_dataset_column_names(dataset)
     if "input_ids" in columns:
+        check_tokens(dataset)
         return dataset
     if column not in columns:
         raise ValueError(f"the dataset has {_no_column(column, columns)}")

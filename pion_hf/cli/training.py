@@ -5,21 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 import torch
 import transformers
 import trl
+from torch import nn
 from trl.data_utils import get_dataset_column_names
 from trl.scripts import sft as trl_sft
 
 from pion_hf.arguments import OPTIMIZER_CLASSES, warn_of_slow_bfloat16
 from pion_hf.cli.adapters import AdapterSFTTrainer, check_adapter, check_start, set_initialisation
+from pion_hf.cli.corpus import check_tokens
 from pion_hf.cli.flags import FLAGS, ModelArguments, ReportArguments
 from pion_hf.cli.older import with_text_column
 from pion_hf.cli.outcome import ReportMixin, check_report
@@ -29,6 +33,9 @@ from pion_hf.integrations.trl_config import PionSFTConfig
 from pion_hf.routing import FOR_ADAPTERS, refuse_adapters
 
 OF_DATA = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")  # endings
+READ_BY_TRL = ("input_ids", "prompt", "messages", "conversations")  # the first of these that is there; then the text
+LOOKED_AT = 10_000  # rows
+LONGEST_NULL = 80  # bytes of a line
 PREPARED = "models"  # where the examples leave models for the recipes
 
 
@@ -71,7 +78,9 @@ def train(
         if model_args.init_lora_weights is not None:
             set_initialisation(kwargs["peft_config"], model_args.init_lora_weights)
         transformers.set_seed(training_args.seed)  # adapters are drawn by it: TRL does so from 1.15 on
+        dataset = kwargs["train_dataset"]
         trainers.append(make_trainer(report=report_args, **kwargs))
+        _check_vocabulary(dataset, trainers[-1].model)
         return trainers[-1]
 
     splits = {name: getattr(script_args, name) for name in ("dataset_train_split", "dataset_test_split")}
@@ -102,6 +111,38 @@ def _check_columns(dataset: Any, name: str | None, text_field: str) -> None:
             f"the data ({name}) has the columns {', '.join(columns)}: sft needs messages (chats), prompt and "
             f"completion, or text in {text_field!r} (dataset_text_field)"
         )
+    check_tokens(dataset)
+    read = next(column for column in (*READ_BY_TRL, text_field) if column in columns)
+    if isinstance(dataset, datasets.Dataset):  # a stream would begin to flow
+        if empty := dataset.data.column(read).null_count:
+            raise ValueError(f"the data ({name}): {empty:,} rows hold nothing in the column {read!r}, which is read")
+        chats = [] if read in ("input_ids", text_field) else islice(dataset.select_columns([read]), LOOKED_AT)
+        for number, row in enumerate(chats, 1):
+            if missing := _missing_in_chat(row[read]):
+                raise ValueError(f"the data ({name}): in row {number:,} of {read!r} a message has no {missing}")
+
+
+def _missing_in_chat(messages: Any) -> str | None:
+    """What a message lacks without which it is none; None if nothing, or if these are no messages."""
+    for message in messages if isinstance(messages, list) else ():
+        held = {key for key, value in message.items() if value is not None} if isinstance(message, Mapping) else set()
+        if held and not {"from", "value"} <= held:
+            if "role" not in held:
+                return "role"
+            if held <= {"role", "name"}:
+                return "content"
+    return None
+
+
+def _check_vocabulary(dataset: Any, model: nn.Module) -> None:
+    """Raise ValueError for tokens, in the first rows of a dataset that holds them, that the model does not have."""
+    if not isinstance(dataset, datasets.Dataset) or "input_ids" not in dataset.column_names:
+        return
+    count = model.get_input_embeddings().num_embeddings
+    ids = pc.min_max(pc.list_flatten(dataset.data.column("input_ids").slice(0, LOOKED_AT))).as_py()
+    for token in filter(None, ids.values()):
+        if not 0 <= token < count:
+            raise ValueError(f"the data: input_ids holds {token:,}, which is none of the model's {count:,} tokens")
 
 
 def check(parsed: Sequence[Any], *, reads_files: bool = False) -> None:
@@ -116,8 +157,19 @@ def check(parsed: Sequence[Any], *, reads_files: bool = False) -> None:
         check_place("dataset_name", script_args.dataset_name)
         if not reads_files and os.path.isfile(script_args.dataset_name or ""):
             raise ValueError(f"dataset_name: {script_args.dataset_name!r} is a file: name the folder that it lies in")
+        if script_args.dataset_name:
+            _check_first_rows(Path(script_args.dataset_name))
     check_place("other_dataset", report_args.other_dataset)
     check_report(training_args, report_args)
+
+
+def _check_first_rows(path: Path) -> None:
+    """Raise ValueError for a file of JSON that begins with null: pyarrow's reader would end the process."""
+    for file in (path,) if path.is_file() else path.glob("**/*.json*"):
+        if file.suffix in (".json", ".jsonl") and file.is_file():
+            with file.open("rb") as lines:
+                if lines.readline(LONGEST_NULL).strip() == b"null":
+                    raise ValueError(f"dataset_name: the first line of {str(file)!r} is null, which is no row")
 
 
 def check_place(key: str, name: str | None) -> None:
