@@ -398,3 +398,17 @@ def test_compiled_adapters(tmp_path, caplog):
     resumed = trainer_of(tmp_path, steps=2, trainer_class=Adapters, remove_unused_columns=False)
     resumed.train(resume_from_checkpoint=True)
     assert same_bits(everything(resumed), everything(trainer))
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders")
+def test_a_pipe_in_the_place_of_a_file_is_not_written_to(tmp_path):
+    trainer = trainer_of(tmp_path, steps=2)
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        folder.mkdir(exist_ok=True)
+        for name in ("config.json", "training_args.bin", "scheduler.pt"):
+            os.mkfifo(folder / name)
+    trainer.train()
+    trainer.save_model()
+    assert fault_of(tmp_path / "checkpoint-2") is None
+    assert (tmp_path / "config.json").is_file()

@@ -152,6 +152,7 @@ class CheckpointMixin:
         if self.args.should_save:
             if self.args.save_only_model:  # nothing else may be left of it
                 shutil.rmtree(folder, ignore_errors=True)
+            _remove_pipes(folder)
             for name in (STATE_NAME, MANIFEST):
                 (folder / name).unlink(missing_ok=True)
         try:
@@ -174,6 +175,7 @@ class CheckpointMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As the Trainer's, under the names that weights have where nothing is compiled."""
+        _remove_pipes(Path(output_dir or self.args.output_dir))
         if state_dict is None and any(name != plain_name(f"{name}.") for name, _ in self.model.named_modules()):
             state_dict = {plain_name(name): value for name, value in self.model.state_dict().items()}
         super()._save(output_dir, state_dict=state_dict)
@@ -314,6 +316,13 @@ def _by_plain_names(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _remove_pipes(folder: Path) -> None:
+    """Whoever writes to one waits for a reader, for ever."""
+    for path in folder.glob("*"):
+        if path.is_fifo():
+            path.unlink()
 
 
 def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:
