@@ -16,13 +16,14 @@ from pion_hf.linalg.precision import bfloat16_speedup
 
 RECIPE = "recipes/smollm2-135m/sft/demo.yaml"
 MODEL, DATA, OUTPUT = "models/smollm2-135m-instruct", "data/aiw", "runs/smollm2-135m-demo"
-MOST_STEPS = 20
+MOST_STEPS, FEWEST_STEPS = 20, 9
 # 6 flops of a step and 2 of the evaluation for every parameter and token: a step is 8 rows of 88 tokens, and Pion's own
 # products as torch's FlopCounterMode counts them in float32; the evaluation, before training and after it, 100 answers,
 # the loss of them, and 8,192 tokens of other text.
 STEP_GFLOP, EVALUATION_GFLOP = 570 + 1240, 14_000
-SLOW_GFLOP = 36_000  # what may be spent where bfloat16 does not help: 15 minutes at 40 GFLOP/s
-FAST_SECONDS = 360
+# What is no product took 8 seconds a step, and 30 of the evaluation, on 2 cores.
+STEP_SECONDS, EVALUATION_SECONDS = 8, 30
+SECONDS, SECONDS_GFLOP = 360, 900 * 40  # of training and evaluation: so many, or where that is longer 900 at 40 GFLOP/s
 
 
 def gflops(side: int = 1024, repeats: int = 5) -> float:
@@ -39,8 +40,8 @@ def chosen_steps(rate: float, speedup: float) -> int:
     """Steps for a machine of `rate` GFLOP/s in float32 that is `speedup` times faster in bfloat16."""
     if speedup > 1:
         return MOST_STEPS
-    affordable = max(SLOW_GFLOP, rate * FAST_SECONDS) - EVALUATION_GFLOP
-    return min(MOST_STEPS, int(affordable / STEP_GFLOP))
+    left = max(SECONDS, SECONDS_GFLOP / rate) - EVALUATION_GFLOP / rate - EVALUATION_SECONDS
+    return max(FEWEST_STEPS, min(MOST_STEPS, int(left / (STEP_GFLOP / rate + STEP_SECONDS))))
 
 
 def run(*command: str) -> None:
