@@ -285,6 +285,7 @@ def test_outdated_flags_say_what_they_are_called_now():
     assert "'max_seq_length' is outdated: it is now 'max_length'" in fails("sft", "--max-seq-length=8")
 
 
+@pytest.mark.skipif(bool(older.OLD_NAMES), reason="the table is of the newest releases")
 def test_the_table_of_outdated_keys_is_not_outdated_itself():
     known = set(sft.parser()._by_key())
     assert not known & {*RENAMED, *GONE}
@@ -296,7 +297,8 @@ def test_options_of_the_loader_are_those_that_transformers_takes():
     """Each is taken out of `from_pretrained`'s keyword arguments, by name, somewhere in its source."""
     package = Path(transformers.__file__).parent
     source = "".join((package / name).read_text() for name in ("modeling_utils.py", "models/auto/auto_factory.py"))
-    assert not [name for name in LOADER_OPTIONS if f'"{name}"' not in source]
+    newer = {"allow_all_kernels"} if older.OLD_NAMES else set()
+    assert {name for name in LOADER_OPTIONS if f'"{name}"' not in source} <= newer
 
 
 # -- every flag of trl sft --------------------------------------------------------------------------
@@ -316,6 +318,8 @@ OWN_VALUES = {
 }
 # These need a launcher, a file, or a form that a command line does not have.
 NOT_TAKEN_HERE = {"--datasets", "--ddp_backend", "--deepspeed", "--parallelism_config"}
+if not older.TILED_LOSS:  # TRL before 1.15 reads no JSON there
+    NOT_TAKEN_HERE.add("--dataset_kwargs")
 
 
 def outcome(parser: trl.TrlParser, argv: list[str], dest: str) -> tuple[bool, object]:
