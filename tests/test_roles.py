@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from pion_hf import Pion, param_groups, routing_table
+from pion_hf import Pion, PionTrainer, param_groups, routing_table
 from tests.architectures import HEADS, LAYERS, WIDTH, kind, llama
 from tests.conftest import toy_llama
 
@@ -165,9 +165,9 @@ def test_resumed_training_leaves_them_to_adamw_although_they_are_zero_no_more():
 
 
 @pytest.mark.filterwarnings("ignore:.*matrices are zero")
-@pytest.mark.parametrize("told", [True, False])
-def test_a_resumed_run_of_a_trainer_has_the_checkpoints_routing(told, tmp_path, token_rows):
-    """told: whether the arguments say that it is resumed, or `train` alone."""
+@pytest.mark.parametrize(("cls", "told"), [(Trainer, True), (Trainer, False), (PionTrainer, False)])
+def test_a_resumed_run_of_a_trainer_has_the_checkpoints_routing(cls, told, tmp_path, token_rows):
+    """told: whether the arguments say that it is resumed, or `train` alone; PionTrainer tells them."""
 
     def trainer(folder, **options):
         model = toy_llama()
@@ -175,7 +175,7 @@ def test_a_resumed_run_of_a_trainer_has_the_checkpoints_routing(told, tmp_path, 
             model.model.layers[0].mlp.down_proj.weight.zero_()
         quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "bf16": False}
         args = TrainingArguments(str(folder), optim="pion", max_steps=4, save_steps=2, **quiet, **options)
-        return Trainer(model, args, train_dataset=token_rows)
+        return cls(model, args, train_dataset=token_rows)
 
     whole = trainer(tmp_path)
     whole.train()
@@ -186,7 +186,7 @@ def test_a_resumed_run_of_a_trainer_has_the_checkpoints_routing(told, tmp_path, 
         assert torch.equal(p, q), name
     saved = json.loads((tmp_path / "routing.json").read_text())["parameters"]
     assert {p["name"] for p in saved if p["role"] == "zero"} == {"model.layers.0.mlp.down_proj.weight"}
-    if told:
+    if told or cls is PionTrainer:
         assert (tmp_path / "again" / "routing.json").read_bytes() == (tmp_path / "routing.json").read_bytes()
 
 

@@ -105,7 +105,8 @@ class CheckpointMixin:
         try:
             self._of_first(lambda: _take(lock))
             checkpoint = self._of_first(lambda: resolve_resume(resume_from_checkpoint, folder))
-            return self.train_from(checkpoint, trial, *args, **kwargs)
+            with _told(self.args, checkpoint):
+                return self.train_from(checkpoint, trial, *args, **kwargs)
         finally:
             lock.release()
 
@@ -255,6 +256,16 @@ class CheckpointMixin:
             logger.warning(f"The checkpoint's schedule goes on, and not the one given: {said}.")
             for name in differing:
                 setattr(self.args, name, SchedulerType(saved[name]) if name == "lr_scheduler_type" else saved[name])
+
+
+@contextlib.contextmanager
+def _told(args: Any, checkpoint: str | None) -> Iterator[None]:
+    """The arguments say what `train` alone was told: the routing of a resumed run goes by its checkpoint's."""
+    given, args.resume_from_checkpoint = args.resume_from_checkpoint, checkpoint
+    try:
+        yield
+    finally:
+        args.resume_from_checkpoint = given
 
 
 def _take(lock: FileLock) -> None:
