@@ -34,8 +34,10 @@ INTERLEAVED_QKV = {
 CODEGEN_SHARDS = 4  # CodeGenAttention.forward: `mp_num`, each shard holds its heads' queries, values and keys
 QKV_NAMES = {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv"}
 GATE_UP_NAMES = {"gate_up_proj", "gate_up"}
-# Experts stored (E, in, out) that carry no `is_transposed`.
-TRANSPOSED_EXPERTS = {"Llama4TextExperts"}
+# Experts stored (E, in, out) that carry no `is_transposed`; Aria's in early releases of transformers 5.
+TRANSPOSED_EXPERTS = {"Llama4TextExperts", "AriaGroupedExpertsGemm"}
+# Experts whose rows of gate and up alternate, which early releases do not say (`is_concatenated`).
+INTERLEAVED_EXPERTS = {"GptOssExperts"}
 ROUTERS = re.compile(r"rout|gat(e|ing)$")  # of classes in lower case, beside experts
 # So many outputs are scores or a box, also where other layers take them in again (as reference points).
 BOX = 4
@@ -89,7 +91,7 @@ class Structure:
         if linear:
             layout = self._linear_layout(module, owner, child, p)
         elif _looks_like_experts(module, p):
-            layout = _expert_layout(module, leaf, p)
+            layout = _expert_layout(module, leaf, p, owner)
         elif isinstance(module, nn.MultiheadAttention) and leaf.endswith("proj_weight"):
             layout = Layout(rows=(p.shape[0] // 3,) * 3) if leaf == "in_proj_weight" else none
         else:
@@ -343,12 +345,26 @@ def _looks_like_experts(module: nn.Module, p: Tensor) -> bool:
     return hasattr(module, "is_transposed") or p.shape[0] in counts or "expert" in type(module).__name__.lower()
 
 
-def _expert_layout(module: nn.Module, leaf: str, p: Tensor) -> Layout:
-    """transformers' experts say how they store their weights (`use_experts_implementation`)."""
-    transposed = bool(getattr(module, "is_transposed", type(module).__name__ in TRANSPOSED_EXPERTS))
-    out = p.shape[2] if transposed else p.shape[1]
-    if leaf in GATE_UP_NAMES and out % 2 == 0:
-        if getattr(module, "is_concatenated", True):
+def _expert_layout(module: nn.Module, leaf: str, p: Tensor, owner: nn.Module | None) -> Layout:
+    """transformers' experts say how they store their weights (`use_experts_implementation`); old ones do not.
+
+    Gate and up are one parameter by its name, or where a module beside brings half of what it makes back to the width
+    that it takes.
+    """
+    kind = type(module).__name__
+    transposed = bool(getattr(module, "is_transposed", kind in TRANSPOSED_EXPERTS))
+    out, width = _sides(p, transposed)
+    beside = owner.children() if owner is not None and leaf == "weight" else ()
+    beside = (getattr(m, "original_module", m) for m in beside)  # peft's ModulesToSaveWrapper
+    others = (q for m in beside if type(m) is type(module) for q in m.parameters(recurse=False))
+    halved = any(_sides(q, transposed) == (width, out // 2) for q in others)
+    if out % 2 == 0 and (leaf in GATE_UP_NAMES or halved):
+        if getattr(module, "is_concatenated", kind not in INTERLEAVED_EXPERTS):
             return Layout(transposed, rows=(out // 2,) * 2)
         return Layout(transposed, interleaved=(out // 2, 2))
     return Layout(transposed)
+
+
+def _sides(experts: Tensor, transposed: bool) -> tuple[int, ...]:
+    """How many features each expert makes, and how many it takes."""
+    return tuple(experts.shape[:0:-1] if transposed else experts.shape[1:])

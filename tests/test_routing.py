@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
+from importlib import import_module
 
 import pytest
 import torch
@@ -197,6 +198,53 @@ def test_the_views_of_experts_are_the_matrices_their_forward_applies(architectur
         experts.config._experts_implementation = "eager"
         actual = experts(x, torch.arange(EXPERTS)[:, None], torch.ones(EXPERTS, 1))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("jetmoe", "JetMoeParallelExperts"),
+        ("granitemoe", "GraniteMoeParallelExperts"),
+        ("aria", "AriaGroupedExpertsGemm"),
+    ],
+)
+@torch.no_grad()
+def test_the_views_of_experts_in_a_module_for_each_projection_are_gate_up_and_down(family, name):
+    cls = getattr(import_module(f"transformers.models.{family}.modeling_{family}"), name, None)
+    if cls is None:
+        pytest.skip(f"transformers {transformers.__version__} has the experts of {family} in one module: no {name}")
+
+    def experts(width, out):
+        made = cls(width, out, EXPERTS) if family == "aria" else cls(EXPERTS, width, out)
+        nn.init.normal_(made.weight)
+        return made
+
+    sizes = {"mlp.first": (WIDTH, 96), "mlp.last": (48, WIDTH), "heads.first": (WIDTH, 64), "heads.last": (64, WIDTH)}
+    made = {path: experts(*pair) for path, pair in sizes.items()}
+    model = nn.ModuleDict(
+        {of: nn.ModuleDict({end: made[f"{of}.{end}"] for end in ("first", "last")}) for of in ("mlp", "heads")}
+    )
+    views = {r.name: split(r.parameter, Layout.parse(r.layout)) for r in routing_table(model)}
+    for path, module in made.items():
+        parts = [merge_rows(view) for view in views[f"{path}.weight"]]
+        assert len(parts) == (2 if path == "mlp.first" else 1)
+        x = torch.randn(EXPERTS, sizes[path][0])
+        counts = torch.ones(EXPERTS, dtype=torch.long)  # token e comes to expert e
+        outputs = module(x, counts if family == "aria" else counts.tolist()).chunk(len(parts), dim=-1)
+        for part, expected in zip(parts, outputs, strict=True):
+            torch.testing.assert_close((part @ x[:, :, None])[..., 0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_whose_gate_and_up_are_apart_are_not_halved():
+    """Each makes twice what the other takes."""
+
+    class Expert(nn.Module):
+        def __init__(self, out, width):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(EXPERTS, out, width))
+
+    model = nn.ModuleDict({"gate": Expert(64, 32), "up": Expert(64, 32), "down": Expert(32, 64)})
+    assert [r.layout for r in routing_table(model)] == [""] * 3
 
 
 # -- other kinds of model ----------------------------------------------------------------------------------------
