@@ -59,6 +59,7 @@ LLAMA_FRAME = {
 }
 QK_NORMS = {f"model.layers.#.self_attn.{p}_norm.weight": NORM for p in "qk"}
 UNTIED = {"lm_head.weight": HEAD}
+(NEOX_HEAD,) = transformers.GPTNeoXForCausalLM._tied_weights_keys  # of embed_out in early releases of transformers 5
 GPT2_TABLE = {
     "transformer.wte.weight": EMBEDDING,
     "transformer.wpe.weight": EMBEDDING,
@@ -144,8 +145,8 @@ ARCHITECTURES = {
             "gpt_neox.layers.#.mlp.dense_4h_to_h.bias": BIAS,
             "gpt_neox.final_layer_norm.weight": NORM,
             "gpt_neox.final_layer_norm.bias": BIAS,
-        }
-        | UNTIED,
+            NEOX_HEAD: HEAD,
+        },
     ),
     "mixtral": (
         transformers.MixtralConfig(**GROUPED, num_local_experts=EXPERTS),

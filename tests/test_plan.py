@@ -326,7 +326,8 @@ def test_recipes_for_a_cpu_count_what_the_loss_takes_there(recipe):
         args, model_args, _, on_cpu[use_cpu] = parse(["--config", recipe(use_cpu=use_cpu)])
         on_cpu[use_cpu] = on_cpu[use_cpu], make_plan(args, model_args, on_cpu=on_cpu[use_cpu]).memory.activations
     assert (on_cpu[True][0], on_cpu[None][0]) == (True, False)
-    assert on_cpu[True][1] > on_cpu[None][1]
+    more = on_cpu[True][1] - on_cpu[None][1]
+    assert more > 0 if older.TILED_LOSS else more == 0  # what TRL computes before 1.15 has no tiles to be copied
 
 
 def test_recipes_of_grpo_are_planned_too(checkpoint, tmp_path, capsys):
