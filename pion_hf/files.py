@@ -30,10 +30,9 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     Raises:
         OSError: a folder or a device is in its place, or it cannot be written; nothing is left behind.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"_{secrets.token_hex(8)}.part")
+    path = _with_folder(path)
     mode = _mode(path)
+    part = path.with_name(f"_{secrets.token_hex(8)}.part")
     try:
         with open(part, "xb", opener=_opener) as file:
             if mode is not None:
@@ -59,8 +58,7 @@ def append_text(path: str | os.PathLike, text: str) -> None:
     Raises:
         OSError: it is a link or no regular file, or cannot be written to.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = _with_folder(path)
     with open(path, "ab", opener=_opener) as file:
         _check_regular(file.fileno(), path)
         file.write(text.encode("utf-8"))
@@ -72,8 +70,7 @@ def make_folder(path: str | os.PathLike) -> None:
     Raises:
         OSError: it is a link, or something else than a folder.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = _with_folder(path)
     if path.is_symlink():
         raise OSError(errno.ELOOP, "is a link, remove it", str(path))
     path.mkdir(exist_ok=True)
@@ -93,6 +90,16 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 def is_part(path: Path) -> bool:
     """Whether an interruption left this of a file that was being written."""
     return _PART.fullmatch(path.name) is not None
+
+
+def _with_folder(path: str | os.PathLike) -> Path:
+    """The path, whose folder is made if need be."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(errno.ENOTDIR, "is no folder", str(path.parent)) from None
+    return path
 
 
 def _opener(path: str, flags: int) -> int:

@@ -236,6 +236,29 @@ def test_weights_alone_are_no_run_to_go_on_with(tmp_path, caplog):
         assert fault_of(tmp_path / "checkpoint-2") == f"is damaged (there is no {name})"
 
 
+def test_weights_that_are_missing_are_none_to_go_on_with(run, monkeypatch):
+    checkpoint, said = run / "checkpoint-4", []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda line, *args: said.append(line))
+    trainer_of(run, steps=4).train(resume_from_checkpoint=str(checkpoint))
+    assert not any("missing keys" in line for line in said), "a tied weight is saved once"
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    (checkpoint / MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-4 is damaged \(it holds no model\.norm\.weight\)"):
+        trainer_of(run, steps=6).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", MANIFEST])
+def test_a_folder_in_the_place_of_a_file_stops_one_save(name, run):
+    (run / "checkpoint-4" / name).unlink()
+    (run / "checkpoint-4" / name).mkdir()
+    with pytest.raises(OSError, match=r"checkpoint-4 could not be saved.* can be resumed from .*checkpoint-2"):
+        trainer_of(run, steps=4).train(resume_from_checkpoint=True)
+    assert trainer_of(run, steps=4).train(resume_from_checkpoint=True).global_step == 4
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-4")
+
+
 def test_weights_alone_leave_nothing_of_an_earlier_run(run):
     trainer_of(run, steps=4, save_only_model=True).train()
     assert not (run / "checkpoint-4" / "optimizer.pt").exists()

@@ -94,6 +94,17 @@ def test_an_interruption_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 @pytest.mark.timeout(10)
+def test_a_file_is_no_folder_to_write_into(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for write in (files.write_text, files.append_text):
+        for place in ("file/x", "file/folder/x"):
+            with pytest.raises(NotADirectoryError, match=r"is no folder: .*file"):
+                write(tmp_path / place, "x")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r"is no regular file: '\.'"):
+        files.write_text(".", "x")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders")
 def test_pipes_devices_and_folders_are_errors_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")

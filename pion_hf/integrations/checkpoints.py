@@ -25,7 +25,8 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 from transformers.utils import logging
 
-from pion_hf.integrations.manifest import MANIFEST, STATE_NAME, fault_of, read_manifest, write_manifest
+from pion_hf.errors import listing
+from pion_hf.integrations.manifest import MANIFEST, STATE_NAME, Damaged, fault_of, read_manifest, write_manifest
 from pion_hf.integrations.optimizers import unwrap
 from pion_hf.integrations.run_folder import correct_routing, recording
 from pion_hf.optim.saved import plain_name
@@ -150,13 +151,13 @@ class CheckpointMixin:
             OSError: saving failed, with what torch and safetensors hide: where, and how much space was left.
         """
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:
-            if self.args.save_only_model:  # nothing else may be left of it
-                shutil.rmtree(folder, ignore_errors=True)
-            _remove_pipes(folder)
-            for name in (STATE_NAME, MANIFEST):
-                (folder / name).unlink(missing_ok=True)
         try:
+            if self.args.should_save:
+                if self.args.save_only_model:  # nothing else may be left of it
+                    shutil.rmtree(folder, ignore_errors=True)
+                _remove_pipes(folder)
+                for name in (STATE_NAME, MANIFEST):
+                    (folder / name).unlink(missing_ok=True)
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             if not self.args.should_save or is_complete(folder):
@@ -187,12 +188,12 @@ class CheckpointMixin:
         """As the Trainer's, but adapters keep their dtype: peft loads half-precision ones as float32.
 
         Raises:
-            ValueError: the weights are of other shapes.
+            ValueError: the weights are of other shapes, or some are missing.
         """
         target = _without_compiler(self.model if model is None else model)
         dtypes = {name: p.dtype for name, p in target.named_parameters()}
         try:
-            with _by_plain_names(target):
+            with _by_plain_names(target, resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, target)
         except RuntimeError as error:
             which = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
@@ -207,10 +208,25 @@ class CheckpointMixin:
         """As the Trainer's, into a compiled model too."""
         compiled, self.model = self.model, _without_compiler(self.model)
         try:
-            with _by_plain_names(self.model):
+            with _by_plain_names(self.model, self.state.best_model_checkpoint):
                 super()._load_best_model()
         finally:
             self.model = compiled
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As the Trainer's, but not of tied weights, which are saved under one of their names.
+
+        Raises:
+            Damaged: weights that are trained are missing: what is in the model would go on as if it were theirs.
+        """
+        params = dict(_without_compiler(self.model).named_parameters(remove_duplicate=False))
+        missing, found = set(load_result.missing_keys), {plain_name(name) for name in load_result.unexpected_keys}
+        loaded = {id(p) for name, p in params.items() if name not in missing or plain_name(name) in found}
+        alone = [name for name in load_result.missing_keys if name not in params or id(params[name]) not in loaded]
+        if trained := [name for name in alone if name in params and params[name].requires_grad]:
+            raise Damaged(f"is damaged (it holds no {listing(trained)})")
+        if alone or load_result.unexpected_keys:
+            super()._issue_warnings_after_load(load_result)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer's; says which learning rates those of the checkpoint have taken the place of."""
@@ -313,8 +329,12 @@ def _without_compiler(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _by_plain_names(model: nn.Module) -> Iterator[None]:
-    """While weights are loaded: names that torch.compile has changed, here or in a file, find each other."""
+def _by_plain_names(model: nn.Module, checkpoint: str) -> Iterator[None]:
+    """While weights are loaded: names that torch.compile has changed, here or in a file, find each other.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     own = {plain_name(name): name for name, _ in tensors}
 
@@ -325,6 +345,8 @@ def _by_plain_names(model: nn.Module) -> Iterator[None]:
     handle = model.register_load_state_dict_pre_hook(rename)
     try:
         yield
+    except Damaged as damaged:
+        raise ValueError(f"{checkpoint} {damaged}") from None
     finally:
         handle.remove()
 
