@@ -6,6 +6,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -308,6 +309,37 @@ def test_messages_without_content_are_refused(column, recipe, tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
     said = fails("sft", "--config", recipe(dataset_name=str(tmp_path), eval_strategy="no"))
     assert f"in row 1 of {column!r} a message has no content" in said
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "{", "config.json' is damaged: Expecting property name"),
+        ("config.json", "null", "config.json' is damaged: it holds no keys and values"),
+        ("config.json", '{"model_type": "lama"}', "cannot load the model ("),
+        ("tokenizer.json", "", "tokenizer.json' is damaged: Expecting value"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json' is damaged: it holds no keys and values"),
+        ("model.safetensors", "It was a dark night.", "model.safetensors' is damaged: "),
+        ("chat_template.jinja", "{{ raise_exception('not these') }}", "fails on the data ("),
+        ("chat_template.jinja", "{{ messages + 1 }}", "fails on the data ("),
+    ],
+)
+def test_files_of_a_model_that_are_damaged_are_named(file, content, message, recipe, checkpoint, tmp_path):
+    model = shutil.copytree(checkpoint, tmp_path / "damaged")
+    (model / file).write_text(content)
+    said = fails("sft", "--config", recipe(model_name_or_path=str(model), eval_strategy="no"))
+    assert message in said
+    assert str(model) in said
+    assert "Error: " not in said
+
+
+@pytest.mark.parametrize("settings", ["configs: [", "configs: 3", "dataset_info:\n  features: 3"])
+def test_settings_of_data_that_are_none_are_refused(settings, recipe, tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
+    (tmp_path / "README.md").write_text(f"---\n{settings}\n---\n")
+    said = fails("sft", "--config", recipe(dataset_name=str(tmp_path), eval_strategy="no"))
+    assert said.startswith(f"pion-hf sft: cannot read the data ({tmp_path}): ")
+    assert "\n" not in said.strip()
 
 
 def test_a_version_is_printed(capsys):

@@ -40,6 +40,7 @@ def say(text: str):
         (lambda: refuse("pion-hf sft: max_steps must be 1 or more"), CLEAR),
         (lambda: refuse("pion-hf sft: something is wrong"), UNCLEAR),
         (lambda: refuse("max_steps is wrong\nand more"), UNCLEAR),
+        (lambda: refuse("pion-hf sft: TypeError: 'int' object is not iterable (reading max_steps)"), UNCLEAR),
         (lambda: refuse(""), UNCLEAR),
         (lambda: refuse(3), UNCLEAR),
         (lambda: fail(ValueError("max_steps")), TRACEBACK),

@@ -60,6 +60,12 @@ def _number(error: Exception) -> int | None:
     return error.errno if isinstance(error, OSError) else None
 
 
+def in_words(error: Exception) -> str:
+    """What an exception of a library says, where a sentence around it says of what; without its name if it can."""
+    said = f"there is no {error.args[0]!r}" if isinstance(error, KeyError) and error.args else str(error)
+    return WORDS.get(type(error)) or " ".join(said.split()) or type(error).__name__
+
+
 def _words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {str(error.filename)!r}" if error.filename is not None else "")

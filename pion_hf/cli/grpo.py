@@ -20,6 +20,7 @@ from pion_hf.cli.adapters import changes_base, initialisation
 from pion_hf.cli.flags import OWN, REWARDS
 from pion_hf.cli.outcome import ReportMixin, wants_blend
 from pion_hf.cli.recipe import RecipeParser
+from pion_hf.cli.rows import check_column, fault_of_prompt
 from pion_hf.cli.training import readable, train
 from pion_hf.errors import unknown
 
@@ -112,6 +113,7 @@ def check_columns(dataset: Any, rewards: Iterable[Callable]) -> None:
     there = ", ".join(map(repr, columns))
     if "prompt" not in columns:
         raise ValueError(f"the dataset has no column 'prompt' (it has {there}), a text or messages to be answered")
+    check_column(dataset, "the dataset", "prompt", fault_of_prompt)
     for reward in rewards:
         name = get_callable_name(reward)
         for parameter in inspect.signature(reward).parameters.values():

@@ -3,38 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import datasets
-import pyarrow.compute as pc
 import torch
 import transformers
 import trl
-from torch import nn
-from trl.data_utils import get_dataset_column_names
+from safetensors import SafetensorError, safe_open
 from trl.scripts import sft as trl_sft
 
+import pion_hf
 from pion_hf.arguments import OPTIMIZER_CLASSES, warn_of_slow_bfloat16
 from pion_hf.cli.adapters import AdapterSFTTrainer, check_adapter, check_start, set_initialisation
-from pion_hf.cli.corpus import check_tokens
+from pion_hf.cli.faults import in_words, is_of_user
 from pion_hf.cli.flags import FLAGS, ModelArguments, ReportArguments
 from pion_hf.cli.older import with_text_column
 from pion_hf.cli.outcome import ReportMixin, check_report
+from pion_hf.cli.rows import check_examples, check_vocabulary
 from pion_hf.errors import first_line
+from pion_hf.files import read_bytes
 from pion_hf.integrations.handler import refuse_wrappers
 from pion_hf.integrations.trl_config import PionSFTConfig
 from pion_hf.routing import FOR_ADAPTERS, refuse_adapters
 
 OF_DATA = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")  # endings
-READ_BY_TRL = ("input_ids", "prompt", "messages", "conversations")  # the first of these that is there; then the text
-LOOKED_AT = 10_000  # rows
+LOADERS = ("from_pretrained", "create_model_from_path")  # functions of transformers and TRL
+OTHER_SHAPES = "its weights have other shapes than its config.json says"
+CONFIGS = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
 LONGEST_NULL = 80  # bytes of a line
 PREPARED = "models"  # where the examples leave models for the recipes
 
@@ -70,17 +73,17 @@ def train(
     def trainer(**kwargs: Any) -> ReportMixin:
         if script is trl_sft:
             column = training_args.dataset_text_field
-            _check_columns(kwargs["train_dataset"], script_args.dataset_name, column)
             training_args.dataset_text_field = "text"
             for split in ("train_dataset", "eval_dataset"):
                 if kwargs[split] is not None:
+                    check_examples(kwargs[split], script_args.dataset_name, column)
                     kwargs[split] = with_text_column(kwargs[split], column)
         if model_args.init_lora_weights is not None:
             set_initialisation(kwargs["peft_config"], model_args.init_lora_weights)
         transformers.set_seed(training_args.seed)  # adapters are drawn by it: TRL does so from 1.15 on
         dataset = kwargs["train_dataset"]
         trainers.append(make_trainer(report=report_args, **kwargs))
-        _check_vocabulary(dataset, trainers[-1].model)
+        check_vocabulary(dataset, trainers[-1].model)
         return trainers[-1]
 
     splits = {name: getattr(script_args, name) for name in ("dataset_train_split", "dataset_test_split")}
@@ -93,56 +96,31 @@ def train(
         for name, split in splits.items():  # TRL's script looks one up without a check
             if isinstance(error, KeyError) and error.args == (split,):
                 raise ValueError(f"the dataset has no split {split!r}: set {name}") from error
-        data, model = script_args.dataset_name, model_args.model_name_or_path
-        names = f"the data ({data}) of dataset_name or the model ({model}) of model_name_or_path"
-        if isinstance(error, OSError) and error.errno is None:  # what is no folder here is looked for at the hub
-            raise ValueError(f"cannot load {names}: {first_line(error)}") from error
-        error.add_note(names)
+        data, reward = script_args.dataset_name, getattr(script_args, "reward_model_name_or_path", None)
+        model = " or ".join(filter(None, (model_args.model_name_or_path, reward)))
+        if fault := _fault_of(error, data, model):
+            raise ValueError(fault) from error
         raise
     trainers[0].create_model_card(dataset_name=script_args.dataset_name)  # after peft's, which comes with saving
     trainers[0].finish()
 
 
-def _check_columns(dataset: Any, name: str | None, text_field: str) -> None:
-    """Raise ValueError for data that TRL's SFT cannot read."""
-    columns = get_dataset_column_names(dataset)
-    if {"messages", "conversations", "prompt", "input_ids", text_field}.isdisjoint(columns):
-        raise ValueError(
-            f"the data ({name}) has the columns {', '.join(columns)}: sft needs messages (chats), prompt and "
-            f"completion, or text in {text_field!r} (dataset_text_field)"
-        )
-    check_tokens(dataset)
-    read = next(column for column in (*READ_BY_TRL, text_field) if column in columns)
-    if isinstance(dataset, datasets.Dataset):  # a stream would begin to flow
-        if empty := dataset.data.column(read).null_count:
-            raise ValueError(f"the data ({name}): {empty:,} rows hold nothing in the column {read!r}, which is read")
-        chats = [] if read in ("input_ids", text_field) else islice(dataset.select_columns([read]), LOOKED_AT)
-        for number, row in enumerate(chats, 1):
-            if missing := _missing_in_chat(row[read]):
-                raise ValueError(f"the data ({name}): in row {number:,} of {read!r} a message has no {missing}")
-
-
-def _missing_in_chat(messages: Any) -> str | None:
-    """What a message lacks without which it is none; None if nothing, or if these are no messages."""
-    for message in messages if isinstance(messages, list) else ():
-        held = {key for key, value in message.items() if value is not None} if isinstance(message, Mapping) else set()
-        if held and not {"from", "value"} <= held:
-            if "role" not in held:
-                return "role"
-            if held <= {"role", "name"}:
-                return "content"
+def _fault_of(error: Exception, data: str | None, model: str) -> str | None:
+    """What libraries could not read, and why; None where they did not try, or say it: then with a note of the names."""
+    functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    loads = not functions.isdisjoint(LOADERS)
+    names = f"the model ({model}) of model_name_or_path"
+    names = names if loads else f"the data ({data}) of dataset_name or {names}"
+    if isinstance(error, OSError) and error.errno is None:  # what is no folder here is looked for at the hub
+        return f"cannot load {names}: {first_line(error)}"
+    if not (isinstance(error, OSError) or is_of_user(error)):
+        if "apply_chat_template" in functions:
+            return f"the chat template of {model} fails on the data ({data}): {in_words(error)}"
+        if loads:
+            of_shapes = "ignore_mismatched_sizes" in str(error)
+            return f"cannot load {names}: {OTHER_SHAPES if of_shapes else in_words(error)}"
+    error.add_note(names)
     return None
-
-
-def _check_vocabulary(dataset: Any, model: nn.Module) -> None:
-    """Raise ValueError for tokens, in the first rows of a dataset that holds them, that the model does not have."""
-    if not isinstance(dataset, datasets.Dataset) or "input_ids" not in dataset.column_names:
-        return
-    count = model.get_input_embeddings().num_embeddings
-    ids = pc.min_max(pc.list_flatten(dataset.data.column("input_ids").slice(0, LOOKED_AT))).as_py()
-    for token in filter(None, ids.values()):
-        if not 0 <= token < count:
-            raise ValueError(f"the data: input_ids holds {token:,}, which is none of the model's {count:,} tokens")
 
 
 def check(parsed: Sequence[Any], *, reads_files: bool = False) -> None:
@@ -158,15 +136,21 @@ def check(parsed: Sequence[Any], *, reads_files: bool = False) -> None:
         if not reads_files and os.path.isfile(script_args.dataset_name or ""):
             raise ValueError(f"dataset_name: {script_args.dataset_name!r} is a file: name the folder that it lies in")
         if script_args.dataset_name:
-            _check_first_rows(Path(script_args.dataset_name))
+            _check_files(Path(script_args.dataset_name))
     check_place("other_dataset", report_args.other_dataset)
     check_report(training_args, report_args)
 
 
-def _check_first_rows(path: Path) -> None:
-    """Raise ValueError for a file of JSON that begins with null: pyarrow's reader would end the process."""
-    for file in (path,) if path.is_file() else path.glob("**/*.json*"):
-        if file.suffix in (".json", ".jsonl") and file.is_file():
+def _check_files(path: Path) -> None:
+    """Raise ValueError for a file of JSON that begins with null, at which pyarrow's reader would end the process, and
+    for files that are all empty.
+    """
+    files = [file for file in ((path,) if path.is_file() else path.glob("**/*")) if file.suffix in OF_DATA]
+    files = [file for file in files if file.is_file()]
+    if files and not any(file.stat().st_size for file in files):
+        raise ValueError(f"dataset_name: {str(files[0])!r} is empty")
+    for file in files:
+        if file.suffix in (".json", ".jsonl"):
             with file.open("rb") as lines:
                 if lines.readline(LONGEST_NULL).strip() == b"null":
                     raise ValueError(f"dataset_name: the first line of {str(file)!r} is null, which is no row")
@@ -186,13 +170,25 @@ def check_place(key: str, name: str | None) -> None:
 
 @contextlib.contextmanager
 def readable(name: str | None) -> Iterator[None]:
-    """Raises ValueError, in one line, where `datasets` cannot read the files of a dataset of chats."""
+    """Raises ValueError, in one line, where `datasets` cannot read a dataset of chats."""
     try:
         yield
     except datasets.exceptions.DatasetGenerationError as error:  # says nothing, its cause does
         lines = str(error.__cause__ or error).splitlines()
         why = " ... ".join(dict.fromkeys([*lines[:1], *lines[-1:]]))
         raise ValueError(f"cannot read the data ({name}): {why}. All its files need the same columns.") from error
+    except Exception as error:
+        if isinstance(error, OSError) or is_of_user(error) or not _is_of_data(error):
+            raise
+        raise ValueError(f"cannot read the data ({name}): {in_words(error)}") from error
+
+
+def _is_of_data(error: Exception) -> bool:
+    """Whether `datasets` ended with it, and not what it applies to every row."""
+    homes = [Path(file).parent for file in (datasets.__file__, trl.__file__, pion_hf.__file__)]
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    passed = [home for file in files for home in homes if file.is_relative_to(home)]
+    return passed[-1:] == homes[:1]
 
 
 def quiet_without_terminal(training_args: PionSFTConfig) -> None:
@@ -210,6 +206,7 @@ def check_model(training_args: PionSFTConfig, model_args: ModelArguments) -> Non
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
         raise ValueError("load_in_4bit and load_in_8bit freeze the model: set use_peft too, or leave them out")
     check_adapter(model_args)
+    _check_model_files(Path(model_args.model_name_or_path))
     if training_args.optim.value in OPTIMIZER_CLASSES:
         refuse_wrappers(training_args)
         if model_args.use_peft:
@@ -217,6 +214,25 @@ def check_model(training_args: PionSFTConfig, model_args: ModelArguments) -> Non
             check_start(training_args, model_args)
         elif training_args.optim.value in FOR_ADAPTERS:
             raise ValueError(f"optim={training_args.optim.value!r} trains LoRA adapters: set use_peft too")
+
+
+def _check_model_files(folder: Path) -> None:
+    """Raise ValueError for files of a model folder that are cut off or damaged: libraries name neither."""
+    for path in (folder / name for name in CONFIGS):
+        if path.is_file():
+            try:
+                fault = None if isinstance(json.loads(read_bytes(path)), dict) else "it holds no keys and values"
+            except (ValueError, RecursionError) as error:
+                fault = str(error)
+            if fault:
+                raise ValueError(f"model_name_or_path: {str(path)!r} is damaged: {fault}")
+    for path in folder.glob("*.safetensors"):
+        if path.is_file():
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"model_name_or_path: {str(path)!r} is damaged: {error}") from None
 
 
 def model_from_config(

@@ -422,7 +422,7 @@ INPUTS = [
             "checkpoints: state of something else",
             f"{file}: {words}",
             partial(edited, file, edit),
-            (file, "state", "checkpoint"),
+            (file, "saved optimizer state", LAST),
             as_uninterrupted,
             True,
         )

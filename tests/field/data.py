@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -59,6 +60,25 @@ USELESS: dict[str, bytes] = {
     "ids that are no tokens": rows({"input_ids": [1, 99999]}, {"input_ids": [1, -5]}),
     "empty ids": rows({"input_ids": []}, {"input_ids": []}),
     "completions without prompts": rows({"completion": "a"}, {"completion": "b"}),
+    "prompts without completions": rows({"prompt": "a"}, {"prompt": "b"}),
+    "a completion that is null": rows({"prompt": "a", "completion": None}, {"prompt": "b", "completion": "c"}),
+    "completions that are numbers": rows({"prompt": "a", "completion": 1}, {"prompt": "b", "completion": 2}),
+    "prompts that are numbers": rows({"prompt": 1, "completion": "a"}, {"prompt": 2, "completion": "b"}),
+    "prompts that are chats, completions that are text": rows(
+        *({"prompt": ROW["messages"][:1], "completion": "a"},) * 2
+    ),
+    "prompts that are empty chats": rows(*({"prompt": [], "completion": ROW["messages"][1:]},) * 2),
+    "messages that are one message": messages(ROW["messages"][0], ROW["messages"][0]),
+    "a message that is null": messages([ROW["messages"][0], None], ROW["messages"]),
+    "content that is a number": messages([{"role": "user", "content": 3}], [{"role": "user", "content": 4}]),
+    "roles that are numbers": messages([{"role": 1, "content": "a"}], [{"role": 2, "content": "b"}]),
+    "conversations that are text": rows({"conversations": "a"}, {"conversations": "b"}),
+    "tools that are a number": rows({**ROW, "tools": 3}, {**ROW, "tools": 3}),
+    "tools that are text": rows({**ROW, "tools": "x"}, {**ROW, "tools": "x"}),
+    "template options that are text": rows({**ROW, "chat_template_kwargs": "x"}, {**ROW, "chat_template_kwargs": "x"}),
+    "no text in any row": rows({"text": ""}, {"text": ""}),
+    "fewer labels than ids": rows(*({"input_ids": [1, 2, 3], "labels": [1]},) * 2),
+    "a shorter mask than ids": rows(*({"input_ids": [1, 2, 3], "completion_mask": [1]},) * 2),
     "bytes": bytes(range(128, 256)) * 4,
     "zeros": bytes(100),
     "UTF-16": json.dumps(ROW).encode("utf-16"),
@@ -130,18 +150,61 @@ def code(folder: Path) -> None:
     (folder / "chats" / "chats.py").write_text("open('planted', 'w')\n")
 
 
-def a_page_of_settings(folder: Path) -> None:
+def with_settings(settings: str, folder: Path) -> None:
+    """In the head of a README.md, where `datasets` looks for them."""
     (folder / "chats").mkdir()
-    (folder / "chats" / "README.md").write_text("---\nconfigs: [\n---\n")
+    (folder / "chats" / "README.md").write_text(f"---\n{settings}\n---\n")
     (folder / "chats" / "train.jsonl").write_bytes(rows(ROW, ROW))
 
 
-PLACES = (empty_folder, a_file, only_test, a_pipe, a_link, another_kind, code, a_page_of_settings)
+SETTINGS = {
+    "no YAML": "configs: [",
+    "a number": "configs: 3",
+    "no files": "configs:\n- config_name: a\n  data_files: nowhere.jsonl",
+    "a nameless configuration": "configs:\n- data_files: 3",
+    "features that are a number": "dataset_info:\n  features: 3",
+    "features of no type": "dataset_info:\n  features:\n  - name: messages\n    dtype: nothing",
+    "other features": "dataset_info:\n  features:\n  - name: text\n    dtype: string",
+}
+PLACES = {
+    **{f.__name__.replace("_", " "): f for f in (empty_folder, a_file, only_test, a_pipe, a_link, another_kind, code)},
+    **{f"settings: {words}": partial(with_settings, settings) for words, settings in SETTINGS.items()},
+}
 
 
 def placed(make: Callable[[Path], None], world: World, folder: Path) -> Any:
     make(folder)
     return sft(world, world.recipe(folder, dataset_name=str(folder / "chats")))
+
+
+# -- prompts of rewards -----------------------------------------------------------------------------------------------
+
+PROMPTS: dict[str, bytes] = {
+    "nothing": b"",
+    "other columns": rows({"question": "a"}, {"question": "b"}),
+    "text": rows({"text": "a"}, {"text": "b"}),
+    "prompts that are numbers": rows({"prompt": 1}, {"prompt": 2}),
+    "prompts that are null": rows({"prompt": None}, {"prompt": "a"}),
+    "prompts that are lists of text": rows({"prompt": ["a"]}, {"prompt": ["b"]}),
+    "prompts that are empty chats": rows({"prompt": []}, {"prompt": []}),
+    "messages without a role": rows({"prompt": [{"content": "a"}]}, {"prompt": [{"content": "b"}]}),
+    "messages without content": rows({"prompt": [{"role": "user"}]}, {"prompt": [{"role": "user"}]}),
+    "lists": rows([1], [2]),
+    "bytes": bytes(range(128, 256)) * 4,
+}
+
+
+def grpo(content: bytes, world: World, folder: Path) -> None:
+    data = folder / "chats"
+    data.mkdir()
+    (data / "train.jsonl").write_bytes(content)
+    (folder / "toy_rewards.py").write_text(
+        "def letters(completions, **kwargs):\n    return [1.0 for _ in completions]\n"
+    )
+    importlib.invalidate_caches()
+    of_grpo = {"max_length": ..., "num_generations": 2, "max_completion_length": 4}
+    recipe = world.recipe(folder, dataset_name=str(data), reward_funcs=["toy_rewards.letters"], **of_grpo)
+    main(["grpo", "--config", str(recipe)])
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------
@@ -181,7 +244,11 @@ KIND = "datasets"
 INPUTS = [
     *(Input(KIND, f"sft: {words}", partial(with_data, content), NAMES) for words, content in USELESS.items()),
     *(Input(KIND, f"sft: {words}", partial(changed, change), NAMES, same) for words, change in HARMLESS.items()),
-    *(Input(KIND, f"sft: {f.__name__.replace('_', ' ')}", partial(placed, f), ("chats", "split")) for f in PLACES),
+    *(Input(KIND, f"sft: {words}", partial(placed, make), ("chats", "split")) for words, make in PLACES.items()),
+    *(
+        Input(KIND, f"grpo: {words}", partial(grpo, content), ("chats", "train.jsonl", "prompt"))
+        for words, content in PROMPTS.items()
+    ),
     *(
         Input(KIND, f"cpt: {words}", partial(cpt, content), ("texts", "data", "token"))
         for words, content in TEXTS.items()

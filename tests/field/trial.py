@@ -34,6 +34,8 @@ FAULTS = (UNCLEAR, TRACEBACK, HANG, WRONG)
 SECONDS = 120.0  # on a loaded machine
 REFUSALS = (ValueError, OSError, RuntimeError, TypeError)
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+# What speaks of code: who reads it cannot tell what was wrong with the input.
+OF_CODE = re.compile(r"pion-hf \w+: (Assertion|Attribute|Index|Key|Name|Type|UnboundLocal|ZeroDivision)Error\b")
 # What a line about an input says that is taken all the same; a line of a log or of a table says none of it.
 SAID = re.compile(r"warn|cannot|ignor|left out|damaged|missing|without|not |no |instead|wins|skip|never|is used", re.I)
 
@@ -89,6 +91,8 @@ def _refused(line: str, given: Input) -> Outcome:
     line = line.strip()
     if not line or "\n" in line:
         return Outcome(UNCLEAR, f"not one line: {line[:300]!r}")
+    if OF_CODE.match(line):
+        return Outcome(UNCLEAR, f"speaks of code: {line[:300]}")
     if not any(name in line for name in given.names):
         return Outcome(UNCLEAR, f"names none of {given.names}: {line[:300]}")
     return Outcome(CLEAR, line)
