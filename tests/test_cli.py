@@ -333,6 +333,26 @@ def test_files_of_a_model_that_are_damaged_are_named(file, content, message, rec
     assert "Error: " not in said
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("null\n", "is null, which is no row"),
+        ('{"a": ' + "[" * 5000 + "]" * 5000 + "}", "is nested too deeply"),
+        ("x", "JSON parse error"),
+        ('{"messages": [{"content": "a"}]}', "in row 1 of 'messages' a message has no role"),
+        ('{"messages": ["a"]}', "in row 1 of 'messages' there is 'a' instead of a message"),
+        (json.dumps({"messages": MESSAGES, "tools": 3}), "in row 1 of 'tools' there is 3, which is no list of tools"),
+    ],
+)
+def test_damaged_data_of_another_domain_is_named(content, message, recipe, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "test.jsonl").write_text(content)
+    said = fails("sft", "--config", recipe(other_dataset=str(tmp_path / "other")))
+    assert said.startswith("pion-hf sft: other_dataset")
+    assert message in said
+
+
 @pytest.mark.parametrize("settings", ["configs: [", "configs: 3", "dataset_info:\n  features: 3"])
 def test_settings_of_data_that_are_none_are_refused(settings, recipe, tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a"}) + "\n")

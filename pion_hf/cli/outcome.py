@@ -11,7 +11,7 @@ from typing import Any
 
 import transformers
 from datasets import load_dataset
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DatasetGenerationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,8 +19,10 @@ from rich.text import Text
 from torch import Tensor
 from transformers import TrainerCallback
 
+from pion_hf.cli.faults import in_words
 from pion_hf.cli.flags import ReportArguments
-from pion_hf.errors import first_line, unknown
+from pion_hf.cli.rows import check_chats
+from pion_hf.errors import unknown
 from pion_hf.evaluation import (
     Measures,
     answer_tokens,
@@ -336,11 +338,13 @@ def _other_rows(report: ReportArguments) -> list[dict]:
     name, split = report.other_dataset, report.other_dataset_split
     try:
         splits = load_dataset(name)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(f"other_dataset: cannot load {name!r}: {first_line(error)}") from None
+        rows = list(islice(splits.get(split, ()), max(OTHER_ROWS, report.exact_match_samples)))
+    except Exception as error:  # of the many readers behind it
+        said = in_words(error.__cause__ or error) if isinstance(error, DatasetGenerationError) else in_words(error)
+        raise ValueError(f"other_dataset: cannot load {name!r}: {said}") from None
     if split not in splits:
         raise ValueError(f"other_dataset_split: {unknown(f'split of {name!r}', split, splits)}")
-    rows = list(islice(splits[split], max(OTHER_ROWS, report.exact_match_samples)))
+    check_chats(splits[split], f"other_dataset={name!r}")
     try:
         prompts_and_answers(rows)
     except ValueError as error:

@@ -50,9 +50,21 @@ def check_examples(dataset: Any, name: str | None, text_field: str) -> None:
             check_column(dataset, what, column, fault_of_prompt if read == "prompt" else _fault_of_chat)
         if read == "prompt":
             _check_completions(dataset, what)
-        for column, fault in {"tools": _fault_of_tools, "chat_template_kwargs": _fault_of_options}.items():
-            if column in columns:
-                _check_values(dataset, what, column, fault)
+        check_template_options(dataset, what)
+
+
+def check_chats(dataset: Any, what: str) -> None:
+    """Raise ValueError for chats that no template takes; other rows are not looked at."""
+    for column in {"prompt", "completion", "messages"} & set(get_dataset_column_names(dataset)):
+        check_column(dataset, what, column, fault_of_prompt if column != "messages" else _fault_of_chat)
+    check_template_options(dataset, what)
+
+
+def check_template_options(dataset: Any, what: str) -> None:
+    """Raise ValueError for what is told to a chat template beside the messages, but cannot be."""
+    for column, fault in {"tools": _fault_of_tools, "chat_template_kwargs": _fault_of_options}.items():
+        if column in get_dataset_column_names(dataset):
+            _check_values(dataset, what, column, fault)
 
 
 def check_column(dataset: Any, what: str, column: str, fault_of: Fault) -> None:

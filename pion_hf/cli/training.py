@@ -38,7 +38,7 @@ OF_DATA = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")  # endings
 LOADERS = ("from_pretrained", "create_model_from_path")  # functions of transformers and TRL
 OTHER_SHAPES = "its weights have other shapes than its config.json says"
 CONFIGS = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
-LONGEST_NULL = 80  # bytes of a line
+LONGEST_LINE = 2**20  # bytes of a line that is looked at
 PREPARED = "models"  # where the examples leave models for the recipes
 
 
@@ -136,24 +136,36 @@ def check(parsed: Sequence[Any], *, reads_files: bool = False) -> None:
         if not reads_files and os.path.isfile(script_args.dataset_name or ""):
             raise ValueError(f"dataset_name: {script_args.dataset_name!r} is a file: name the folder that it lies in")
         if script_args.dataset_name:
-            _check_files(Path(script_args.dataset_name))
+            _check_files("dataset_name", Path(script_args.dataset_name))
     check_place("other_dataset", report_args.other_dataset)
+    if report_args.other_dataset:
+        _check_files("other_dataset", Path(report_args.other_dataset))
     check_report(training_args, report_args)
 
 
-def _check_files(path: Path) -> None:
-    """Raise ValueError for a file of JSON that begins with null, at which pyarrow's reader would end the process, and
-    for files that are all empty.
+def _check_files(key: str, path: Path) -> None:
+    """Raise ValueError for data files that are all empty, and for JSON whose first line is null or nested by the
+    thousand, at which pyarrow's reader ends the process or does not end at all.
     """
     files = [file for file in ((path,) if path.is_file() else path.glob("**/*")) if file.suffix in OF_DATA]
     files = [file for file in files if file.is_file()]
     if files and not any(file.stat().st_size for file in files):
-        raise ValueError(f"dataset_name: {str(files[0])!r} is empty")
+        raise ValueError(f"{key}: {str(files[0])!r} is empty")
     for file in files:
         if file.suffix in (".json", ".jsonl"):
             with file.open("rb") as lines:
-                if lines.readline(LONGEST_NULL).strip() == b"null":
-                    raise ValueError(f"dataset_name: the first line of {str(file)!r} is null, which is no row")
+                fault = _fault_of_line(lines.readline(LONGEST_LINE))
+            if fault:
+                raise ValueError(f"{key}: the first line of {str(file)!r} {fault}")
+
+
+def _fault_of_line(line: bytes) -> str | None:
+    try:
+        return "is null, which is no row" if json.loads(line) is None else None
+    except RecursionError:
+        return "is nested too deeply"
+    except ValueError:  # what is no JSON is for `datasets` to say
+        return None
 
 
 def check_place(key: str, name: str | None) -> None:

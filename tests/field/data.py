@@ -85,6 +85,7 @@ USELESS: dict[str, bytes] = {
     "Latin-1": json.dumps({"text": "schön"}, ensure_ascii=False).encode("latin-1") + b"\n",
     "HTML": b"<!DOCTYPE html><html><body>404</body></html>\n",
     "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
+    "null before rows": b"null\n" + rows(ROW, ROW),
     "deep lists": b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}\n",
     "one long line of nothing": b"x" * LONG,
 }
@@ -108,6 +109,21 @@ def with_data(content: bytes, world: World, folder: Path) -> Any:
     data.mkdir()
     (data / "train.jsonl").write_bytes(content)
     return sft(world, world.recipe(folder, dataset_name=str(data)))
+
+
+def as_evaluation(content: bytes, world: World, folder: Path) -> Any:
+    data = world.copy(world.chats, folder / "chats")
+    (data / "test.jsonl").write_bytes(content)
+    options = {"eval_strategy": "epoch", "dataset_test_split": "test", "exact_match_samples": 2, "max_new_tokens": 2}
+    return sft(world, world.recipe(folder, dataset_name=str(data), **options))
+
+
+def as_other(content: bytes, world: World, folder: Path) -> Any:
+    (folder / "other").mkdir()
+    (folder / "other" / "test.jsonl").write_bytes(content)
+    return sft(
+        world, world.recipe(folder, other_dataset=str(folder / "other"), exact_match_samples=2, max_new_tokens=2)
+    )
 
 
 def changed(change: Callable[[bytes], bytes], world: World, folder: Path) -> dict[str, torch.Tensor]:
@@ -243,6 +259,14 @@ NAMES = ("chats", "train.jsonl", "messages", "text", "input_ids", "role", "conte
 KIND = "datasets"
 INPUTS = [
     *(Input(KIND, f"sft: {words}", partial(with_data, content), NAMES) for words, content in USELESS.items()),
+    *(
+        Input(KIND, f"evaluation: {words}", partial(as_evaluation, content), NAMES)
+        for words, content in USELESS.items()
+    ),
+    *(
+        Input(KIND, f"other_dataset: {words}", partial(as_other, content), ("other_dataset",))
+        for words, content in USELESS.items()
+    ),
     *(Input(KIND, f"sft: {words}", partial(changed, change), NAMES, same) for words, change in HARMLESS.items()),
     *(Input(KIND, f"sft: {words}", partial(placed, make), ("chats", "split")) for words, make in PLACES.items()),
     *(
