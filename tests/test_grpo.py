@@ -218,7 +218,7 @@ def test_recipes_parse_and_name_known_rewards():
         ({"init_lora_weights": "gaussian"}, "init_lora_weights is for LoRA adapters: set use_peft too"),
         ({"other_text_file": "nowhere.txt"}, "other_text_file: there is no file 'nowhere.txt'"),
         ({"max_length": 3}, "'max_length' is not a known key"),
-        ({"model_name_or_path": "no/such-model"}, "cannot load the data ("),
+        ({"model_name_or_path": "no/such-model"}, "cannot load the model (no/such-model)"),
         ({"dataset_train_split": "tset"}, "the dataset has no split 'tset': set dataset_train_split"),
     ],
 )
