@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from pion_hf.cli.grpo import check_columns
-from pion_hf.cli.rows import check_examples
+from pion_hf.cli.rows import check_chats, check_examples
 
 QUESTION, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 CHAT = [QUESTION, ANSWER]
@@ -51,6 +51,7 @@ NONE: dict[str, tuple[dict, str]] = {
     "tools": ({"messages": CHAT, "tools": 3}, "in row 1 of 'tools' there is 3, which is no list of tools"),
     "JSON": ({"messages": CHAT, "tools": "x"}, "in row 1 of 'tools' there is 'x', which is no JSON (Expecting value"),
     "options": ({"messages": CHAT, "chat_template_kwargs": "x"}, "there is 'x', which holds no keys and values"),
+    "no options": ({"messages": CHAT, "chat_template_kwargs": None}, "1 rows hold nothing in the column 'chat_templ"),
     "labels": ({"input_ids": [1, 2], "labels": [1]}, "row 1 holds not as many 'labels' as 'input_ids'"),
     "a mask": ({"input_ids": [1, 2], "assistant_masks": None}, "row 1 holds not as many 'assistant_masks' as"),
 }
@@ -71,6 +72,10 @@ def test_rows_that_cannot_are_refused_by_column_and_row(words):
         check_examples(Dataset.from_list([row]), "data", "text")
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_another_domain_may_tell_its_template_nothing():
+    check_chats(Dataset.from_list([{"messages": CHAT, "tools": None, "chat_template_kwargs": None}]), "other_dataset")
 
 
 @pytest.mark.parametrize("prompt", [1, ["a"], [], None, [{"content": "a"}], [{"role": "user"}]])

@@ -47,20 +47,24 @@ def check_examples(dataset: Any, name: str | None, text_field: str) -> None:
             raise ValueError(f"{what}: no row holds any text in {read!r}")
     else:
         for column in (read, "completion") if read == "prompt" else (read,):
-            check_column(dataset, what, column, fault_of_prompt if read == "prompt" else _fault_of_chat)
+            check_column(dataset, what, column, FORMS[column])
         if read == "prompt":
             _check_completions(dataset, what)
-        check_template_options(dataset, what)
+        if "chat_template_kwargs" in columns:  # TRL takes no null for them
+            check_column(dataset, what, "chat_template_kwargs", _fault_of_options)
+        _check_template_options(dataset, what)
 
 
 def check_chats(dataset: Any, what: str) -> None:
-    """Raise ValueError for chats that no template takes; other rows are not looked at."""
-    for column in {"prompt", "completion", "messages"} & set(get_dataset_column_names(dataset)):
-        check_column(dataset, what, column, fault_of_prompt if column != "messages" else _fault_of_chat)
-    check_template_options(dataset, what)
+    """Raise ValueError for chats that no template takes; columns that hold none are not looked at."""
+    columns = get_dataset_column_names(dataset)
+    for column, fault_of in FORMS.items():
+        if column in columns:
+            check_column(dataset, what, column, fault_of)
+    _check_template_options(dataset, what)
 
 
-def check_template_options(dataset: Any, what: str) -> None:
+def _check_template_options(dataset: Any, what: str) -> None:
     """Raise ValueError for what is told to a chat template beside the messages, but cannot be."""
     for column, fault in {"tools": _fault_of_tools, "chat_template_kwargs": _fault_of_options}.items():
         if column in get_dataset_column_names(dataset):
@@ -164,4 +168,13 @@ def _fault_of_tools(value: Any) -> str | None:
 
 
 def _fault_of_options(value: Any) -> str | None:
-    return None if isinstance(value, Mapping) else f"there is {shortened(value)}, which holds no keys and values"
+    return None if isinstance(value, Mapping | None) else f"there is {shortened(value)}, which holds no keys and values"
+
+
+# What holds messages, by column.
+FORMS: dict[str, Fault] = {
+    "prompt": fault_of_prompt,
+    "completion": fault_of_prompt,
+    "messages": _fault_of_chat,
+    "conversations": _fault_of_chat,
+}
