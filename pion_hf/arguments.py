@@ -137,7 +137,7 @@ class PionOptions:
     optim_lora_b: FactorMethod | None = field(
         default=None, metadata=_help("Pion on LoRA adapters: what the factor B does (of embeddings: A).")
     )
-    optim_retraction: Literal["root", "cayley", "taylor"] | None = field(
+    optim_retraction: Literal["polar", "taylor"] | None = field(
         default=None, metadata=_help("Pion: how a generator becomes a rotation.")
     )
     optim_degree: int | None = field(default=None, metadata=_help("Pion: degree of retraction=taylor."))

@@ -1,56 +1,97 @@
-"""The default rule, written out literally in float64: full SVDs, dense n x n matrices, no batching. Slow on purpose."""
+"""Pion with the polar retraction, written out literally in float64: SVDs, dense n x n generators, no batching."""
 
 import torch
 from torch import Tensor
 
 
-def natural_ambient(
+def trajectory(
     w: Tensor,
     grads: Tensor,
     *,
     lr: float,
+    direction: str = "natural",
+    metric: str = "ambient",
+    momentum: str = "transported",
+    side: str = "alternate",
+    scale: str = "rms",
+    second_moment: bool = False,
+    hold: float = 0.0,
     rms: float = 0.2,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
+    max_angle: float = 0.25,
 ) -> list[Tensor]:
-    """The weights after each step of Pion with direction `natural`, metric `ambient`, scale `rms`, side `alternate`."""
+    """The weights after each step."""
     m, v = torch.zeros_like(w), torch.zeros_like(w)
-    trajectory = []
+    averages = {"in": 0.0, "out": 0.0}
+    squares = {"in": 0.0, "out": 0.0}
+    weights = []
     for t, g in enumerate(grads, start=1):
-        m = betas[0] * m + (1 - betas[0]) * g
-        v = betas[1] * v + (1 - betas[1]) * g**2
-        d = (m / (1 - betas[0] ** t)) / (v / (1 - betas[1] ** t) + eps**2)
-        if t % 2:
-            w, m = rotated(w, m, d, lr * rms)
+        sides = {"alternate": ("in",) if t % 2 else ("out",), "both": ("in", "out")}.get(side, (side,))
+        if momentum == "lie":
+            generators = {}
+            for s in ("in", "out"):
+                x, y = seen(w, s), seen(g, s)
+                k = x.T @ y - y.T @ x
+                averages[s] = betas[0] * averages[s] + (1 - betas[0]) * k
+                squares[s] = betas[1] * squares[s] + (1 - betas[1]) * k**2
+                generators[s] = -averages[s] / (squares[s].sqrt() + eps) if second_moment else -averages[s]
+            generators = {s: generators[s] for s in sides}
         else:
-            w, m = (x.T for x in rotated(w.T, m.T, d.T, lr * rms))
-        trajectory.append(w)
-    return trajectory
+            m = betas[0] * m + (1 - betas[0]) * g
+            first, second = m / (1 - betas[0] ** t), None
+            if second_moment or direction in ("adam", "natural"):
+                v = betas[1] * v + (1 - betas[1]) * (m if second_moment else g) ** 2
+                second = v / (1 - betas[1] ** t)
+            if direction == "natural":
+                d = first / (second + eps**2)
+            elif direction == "adam":
+                d = first / (second.sqrt() + eps)
+            elif direction == "polar":
+                d = polar(m)
+            else:
+                d = m / (v.sqrt() + eps) if second_moment else m
+            generators = {s: generator(seen(w, s), seen(d, s), metric, hold) for s in sides}
+        if direction == "msign":
+            generators = {s: polar(a) for s, a in generators.items()}
+        moved = sum(seen(seen(w, s) @ a, s) for s, a in generators.items()).norm()
+        largest = max(torch.linalg.matrix_norm(a, 2) for a in generators.values())
+        alpha = {"rms": lr * rms * w.numel() ** 0.5 / moved, "none": lr, "spectral": lr / largest}[scale]
+        xs = {s: a * alpha for s, a in generators.items()}
+        tangents = [torch.linalg.svd(seen(w, s), full_matrices=False)[2] @ x for s, x in xs.items()]
+        assert max(torch.linalg.matrix_norm(x, 2) for x in tangents) < max_angle / 2, "a step that may be clipped"
+        for s, x in xs.items():
+            w = seen(rotated(seen(w, s), x), s)
+            m = m + seen(seen(m, s) @ x, s) if momentum == "transported" else m
+        weights.append(w)
+    return weights
 
 
-def rotated(w: Tensor, m: Tensor, d: Tensor, size: float) -> tuple[Tensor, Tensor]:
-    """`w` and its momentum after the n x n rotation that comes nearest to `-d`, scaled to an update of RMS `size`.
-
-    A side of at least one and a half times the other turns by the polar factor of `V^T (I + x)`, and carries the
-    momentum along at first order.
-    """
-    n = w.shape[1]
-    x = generator(w, d)
-    x = x * size * w.numel() ** 0.5 / (w @ x).norm()
-    if n >= 1.5 * len(w):
-        u, s, vh = torch.linalg.svd(w, full_matrices=False)
-        left, _, right = torch.linalg.svd(vh + vh @ x, full_matrices=False)
-        return u @ torch.diag(s) @ left @ right, m + m @ x
-    values, vectors = torch.linalg.eigh(torch.eye(n, dtype=w.dtype) + x @ x / 4)
-    e = torch.eye(n, dtype=w.dtype) + x @ x / 2 + x @ (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    return w @ e, m @ e
+def seen(x: Tensor, side: str) -> Tensor:
+    """The frame in which a rotation of `side` acts from the right."""
+    return x if side == "in" else x.T
 
 
-def generator(w: Tensor, d: Tensor) -> Tensor:
-    """The skew n x n `A` whose `w A` is nearest to `-d`."""
+def rotated(w: Tensor, x: Tensor) -> Tensor:
+    """`w` with its right singular vectors moved along `x` and made orthogonal again."""
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    return u @ torch.diag(s) @ polar(vh + vh @ x)
+
+
+def polar(x: Tensor) -> Tensor:
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    return u[:, s > 1e-9 * s[0]] @ vh[s > 1e-9 * s[0]]
+
+
+def generator(w: Tensor, d: Tensor, metric: str, hold: float) -> Tensor:
+    """The skew n x n `A` of a direction: `-skew(w^T d)`, or the one whose `w A` is nearest to `-d`."""
+    skew = w.T @ d - d.T @ w
+    if metric == "lie":
+        return -skew
     _, s, vh = torch.linalg.svd(w, full_matrices=True)
-    n = w.shape[1]
-    s = torch.cat((s, torch.zeros(n - len(s), dtype=w.dtype)))
-    skew = vh @ (w.T @ d - d.T @ w) @ vh.T
+    held = int(hold * len(s))
+    s = torch.cat((s.where(s > 1e-12 * s[0], 0), torch.zeros(w.shape[1] - len(s), dtype=w.dtype)))
     sums = s[:, None] ** 2 + s[None, :] ** 2
-    return vh.T @ torch.where(sums > 0, -skew / sums, 0) @ vh
+    a = torch.where(sums > 0, -(vh @ skew @ vh.T) / sums, 0)
+    a[:held], a[:, :held] = 0, 0
+    return vh.T @ a @ vh

@@ -1,4 +1,4 @@
-"""The demo's path on the real model, shortened. Needs the registry that pip is set up for; minutes on two cores."""
+"""The demo's path on the real model, clipped. Needs the registry that pip is set up for; minutes on two cores."""
 
 import json
 import os

@@ -13,7 +13,7 @@ from torch import nn
 
 from pion_hf.linalg.spectrum import singular_values, spectral_drift
 from pion_hf.optim import Pion
-from tests.reference import natural_ambient
+from tests.reference import trajectory
 
 DATA = Path(__file__).parent / "data"
 CASES = json.loads((DATA / "pion_teon_cases.json").read_text())
@@ -37,7 +37,6 @@ RULES = {
     "natural, ambient": {**PAPER, "direction": "natural", "metric": "ambient"},
     "natural, lie": {**PAPER, "direction": "natural"},
     "spectral scale": {**PAPER, "scale": "spectral"},
-    "cayley": {**PAPER, "retraction": "cayley"},
     "bfloat16 generators": {"generator_dtype": "bfloat16"},
 }
 
@@ -52,17 +51,15 @@ def reference_options(config: dict) -> dict:
     return {**PAPER, "rank_tolerance": 0.0, "polar": "svd", "generator_dtype": "float32", **options}
 
 
-@pytest.mark.parametrize("case", range(len(CASES["pion_configs"])))
+@pytest.mark.parametrize("case", [i for i, c in enumerate(CASES["pion_configs"]) if c["retraction"] == "taylor"])
 @pytest.mark.parametrize("shape", range(len(CASES["pion_shapes"])))
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_reference_trajectories(trajectories, shape, case, dtype):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_reference_trajectories(trajectories, shape, case, dtype, tolerance):
+    """Of the paper's rule and its variants."""
     options = reference_options(CASES["pion_configs"][case])
     expected = trajectories[f"pion.{shape}.{case}.trajectory"]
     p = nn.Parameter(trajectories[f"pion.{shape}.weight"].to(dtype, copy=True))
     optimizer = Pion([p], **options)
-    tolerance = {("lie", torch.float64): 1e-10, ("ambient", torch.float64): 1e-8}.get(
-        (options["metric"], dtype), 1e-5 if options["metric"] == "lie" else 1e-3
-    )
     steps = CASES["steps"]
     for t, grad in enumerate(trajectories[f"pion.{shape}.grads"]):
         p.grad = grad.to(dtype)
@@ -71,18 +68,54 @@ def test_reference_trajectories(trajectories, shape, case, dtype):
         assert (p.double() - want).abs().max() <= tolerance * want.abs().max()
 
 
-@pytest.mark.parametrize("shape", [(9, 9), (14, 6), (6, 14)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
-def test_the_default_rule_follows_its_literal_reference(shape, dtype, tolerance):
+AMBIENT = {"metric": "ambient", "direction": "adam"}
+FIXED = {"scale": "none", "lr": 1e-3}
+LITERAL = [
+    {},
+    {"momentum": "ambient"},
+    *({**PAPER, "side": side} for side in ("alternate", "both")),
+    {**PAPER, "second_moment": True},
+    {**PAPER, "momentum": "lie"},
+    {**PAPER, "momentum": "lie", "second_moment": True, "side": "both"},
+    *({**PAPER, "direction": d, "side": side} for d in ("polar", "msign") for side in ("alternate", "both")),
+    {**PAPER, "direction": "msign", "momentum": "lie"},
+    *({"direction": d, "side": side} for d in ("gradient", "polar") for side in ("in", "out", "alternate")),
+    *({**AMBIENT, "side": side} for side in ("in", "out", "alternate")),
+    *({**AMBIENT, **FIXED, "side": side} for side in ("in", "out", "alternate")),
+    *({**AMBIENT, **FIXED, "hold": 0.25, "side": side} for side in ("in", "out", "alternate")),
+]
+
+
+@pytest.mark.parametrize("options", LITERAL, ids=str)
+@pytest.mark.parametrize("shape", [(9, 9), (14, 6), (6, 14), (5, 30)])
+def test_rules_follow_their_literal_reference(options, shape):
     draw = torch.Generator().manual_seed(3)
     w, grads = (torch.randn(size, dtype=torch.float64, generator=draw) for size in (shape, (12, *shape)))
-    expected = natural_ambient(w, grads, lr=1e-2)
-    p = nn.Parameter(w.to(dtype, copy=True))
-    optimizer = Pion([p], lr=1e-2, rank_tolerance=0.0, generator_dtype="float32")
-    for grad, want in zip(grads, expected, strict=True):
-        p.grad = grad.to(dtype)
-        optimizer.step()
-        assert (p.double() - want).abs().max() <= tolerance * want.abs().max()
+    options = {"lr": 3e-3, **options}
+    expected = trajectory(w, grads, **options)
+    # A polar factor of a generator of low rank depends on what counts as zero.
+    exact = 1e-5 if options.get("direction") == "msign" else 1e-8
+    for dtype, tolerance in ((torch.float64, exact), (torch.float32, 1e-4)):
+        p = nn.Parameter(w.to(dtype, copy=True))
+        optimizer = Pion([p], rank_tolerance=0.0, polar="svd", generator_dtype="float32", **options)
+        for grad, want in zip(grads, expected, strict=True):
+            p.grad = grad.to(dtype)
+            optimizer.step()
+            assert (p.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.mark.parametrize("metric", ["lie", "ambient"])
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_the_spectral_scale_turns_by_the_learning_rate(metric, side):
+    for shape in ((9, 9), (14, 6), (6, 14)):
+        draw = torch.Generator().manual_seed(3)
+        w, grads = (torch.randn(size, dtype=torch.float64, generator=draw) for size in (shape, (1, *shape)))
+        options = {"lr": 1e-2, "scale": "spectral", "metric": metric, "direction": "gradient", "side": side}
+        (want,) = trajectory(w, grads, **options)
+        p = nn.Parameter(w.clone())
+        p.grad = grads[0]
+        Pion([p], rank_tolerance=0.0, **options).step()
+        assert (p - want).norm() <= 0.05 * (w - want).norm()  # the largest angle is estimated
 
 
 def train(p: nn.Parameter, optimizer: Pion, steps: int, seed: int = 7) -> None:
@@ -106,43 +139,31 @@ def test_a_thousand_steps_keep_the_spectrum(rule, shape):
     assert (p - w).norm() > 0.5 * w.norm(), "the matrix hardly moved: this shows nothing"
 
 
-def test_taylor_of_degree_two_drifts_where_an_exact_retraction_does_not():
+def test_taylor_of_degree_two_drifts_where_the_polar_retraction_does_not():
     torch.manual_seed(0)
     w = torch.randn(32, 32) * 0.05
     drifts = {}
-    for retraction in ("taylor", "root", "cayley"):
+    for retraction in ("taylor", "polar"):
         p = nn.Parameter(w.clone())
         train(p, Pion([p], lr=5e-2, retraction=retraction, **PAPER), 1000)
         drifts[retraction] = spectral_drift(singular_values(w), singular_values(p.detach())).item()
-    assert drifts["root"] < 1e-5
-    assert drifts["cayley"] < 1e-5
+    assert drifts["polar"] < 1e-4
     assert drifts["taylor"] > 1e-2
 
 
-def test_carried_basis_keeps_the_ambient_metric_accurate():
-    """300 steps on a carried basis equal 300 steps with a fresh decomposition in each."""
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
+def test_factors_that_moved_for_long_are_those_of_the_weight(shape):
+    """300 steps on carried factors equal 300 steps with a fresh decomposition in each."""
     torch.manual_seed(0)
-    w = torch.randn(24, 16, dtype=torch.float64) * 0.1
-    options = {
-        "direction": "adam",
-        "metric": "ambient",
-        "scale": "none",
-        "hold": 0.1,
-        "rank_tolerance": 0.0,
-        "lr": 1e-3,
-    }
+    w = torch.randn(shape, dtype=torch.float64) * 0.1
+    options = {"direction": "adam", "scale": "none", "hold": 0.1, "rank_tolerance": 0.0, "lr": 1e-3}
     carried, fresh = nn.Parameter(w.clone()), nn.Parameter(w.clone())
     first, second = Pion([carried], **options), Pion([fresh], **options)
-    draw = torch.Generator().manual_seed(1)
-    from pion_hf.optim import pion as module
-
     for _ in range(300):
-        grad = torch.randn(24, 16, dtype=torch.float64, generator=draw)
-        carried.grad = fresh.grad = grad
+        carried.grad = fresh.grad = torch.randn(shape, dtype=torch.float64)
         first.step()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "BASIS_REFRESH", 1)
-            second.step()
+        second.step()
+        second.state[fresh]["fingerprint"] += 1  # as if somebody had written the weight
     torch.testing.assert_close(carried, fresh, atol=1e-9, rtol=1e-8)
 
 
@@ -227,7 +248,14 @@ def test_state_is_lazy_and_in_parameter_shape():
     p.grad = torch.randn(6, 4)
     optimizer.step()
     shapes = {k: tuple(v.shape) for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)}
-    assert shapes == {"momentum": (6, 4), "second": (6, 4), "basis.0": (1, 4, 4), "values.0": (1, 4), "fingerprint": ()}
+    assert shapes == {
+        "momentum": (6, 4),
+        "second": (6, 4),
+        "u.0": (1, 4, 4),
+        "s.0": (1, 4),
+        "v.0": (1, 4, 6),
+        "fingerprint": (),
+    }
 
 
 @pytest.mark.parametrize("rule", ["default", "gradient", "lie momentum, second moment", "polar, ambient"])
@@ -338,9 +366,9 @@ BAD_OPTIONS = [
     ({"direction": "adamw"}, "Did you mean 'adam'"),
     ({"metric": "ambiant"}, "Did you mean 'ambient'"),
     ({"momentum": "transport"}, "Did you mean 'transported'"),
-    ({"retraction": "caley"}, "Did you mean 'cayley'"),
+    ({"retraction": "poler"}, "Did you mean 'polar'"),
     ({"preset": "papers"}, "Did you mean 'paper'"),
-    ({"preset": "paper", "retraction": "cayley"}, "preset='paper' sets retraction='taylor'"),
+    ({"preset": "paper", "retraction": "polar"}, "preset='paper' sets retraction='taylor'"),
     ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
     ({"lr": float("nan")}, "lr must be at least 0"),
     ({"betas": (0.9, 1.0)}, "betas must be two numbers"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pion_hf import Blend, Pion, PionLora, Teon, TeonLora, param_groups
-from pion_hf.linalg.spectrum import singular_basis
+from pion_hf.linalg.rotation import Factors, factorized, product_of
 from pion_hf.optim import MatrixOptimizer
 from pion_hf.optim.fingerprints import FINGERPRINT, LINE, Part, fingerprint, fingerprints
 from pion_hf.optim.precision import REST_DTYPES, join
@@ -55,7 +55,7 @@ RULES = {
     "pion": whole(Pion),
     "pion, lie": whole(Pion, metric="lie"),
     "pion, adam, in": whole(Pion, direction="adam", side="in", scale="none"),
-    "pion, cayley, polar, hold": whole(Pion, direction="polar", retraction="cayley", hold=0.2),
+    "pion, polar, hold": whole(Pion, direction="polar", hold=0.2),
     "pion, paper": whole(Pion, preset="paper"),
     "muon": whole(Teon, stack=1),
     "teon": lambda pair: Teon(
@@ -124,8 +124,13 @@ def train(pair: nn.Module, optimizer: MatrixOptimizer, steps: range) -> None:
 
 
 def masters(pair: Pair, optimizer: MatrixOptimizer) -> list[Tensor]:
-    rest = [optimizer.state[p].get("rest") for p in pair.parameters()]
-    return [p.detach() if r is None else join(p.detach(), r) for p, r in zip(pair.parameters(), rest, strict=True)]
+    return [master(p.detach(), optimizer.state[p]) for p in pair.parameters()]
+
+
+def master(p: Tensor, state: dict) -> Tensor:
+    if "u.0" in state:
+        return product_of(Factors(state["u.0"], state["s.0"], state["v.0"]))[0]
+    return join(p, state["rest"]) if "rest" in state else p
 
 
 def fresh(build: Callable, pair: Pair, optimizer: MatrixOptimizer, written: set[Tensor]) -> tuple[Pair, Any]:
@@ -139,9 +144,9 @@ def fresh(build: Callable, pair: Pair, optimizer: MatrixOptimizer, written: set[
         found.state[q].pop(FINGERPRINT, None)
         if "rest" in found.state[q]:
             found.state[q]["rest"].zero_()
-        if "basis.0" in found.state[q]:
-            basis = singular_basis(q.detach().float().unsqueeze(0))
-            found.state[q].update({"basis.0": basis.rows, "values.0": basis.values})
+        if "u.0" in found.state[q]:
+            factors = factorized(q.detach().float().unsqueeze(0))
+            found.state[q].update({f"{key}.0": value for key, value in factors._asdict().items()})
     return other, found
 
 
@@ -295,9 +300,9 @@ def test_fused_matrices_and_experts_are_made_anew_together():
     train(model, optimizer, range(4, 24))
     for name, p in model.items():
         views = {"fused": lambda x: x.split((4, 6)), "experts": lambda x: x.unbind(), "conv": lambda x: [x]}[name]
-        for now, old in zip(views(join(p.detach(), optimizer.state[p]["rest"])), views(before[name]), strict=True):
+        for now, old in zip(views(p.detach()), views(before[name]), strict=True):
             old, now = (torch.linalg.svdvals(x.double()) for x in (old, now))
-            assert (now - old).abs().max() < 1e-5 * old[0]
+            assert (now - old).abs().max() < 4e-3 * old[0]  # as bfloat16 rounds
 
 
 # -- another precision, other options ---------------------------------------------------------------------------------
@@ -316,7 +321,8 @@ def test_weights_go_on_in_another_precision(rule, before, after):
     train(pair, optimizer, range(3, 6))
     state = optimizer.state[pair.a]
     assert state["step"] == 6, "it has begun anew"
-    assert (state["rest"].dtype if "rest" in state else None) == REST_DTYPES.get(after)
+    # The others' factors are their masters.
+    assert (state["rest"].dtype if "rest" in state else None) == (REST_DTYPES.get(after) if rule in DRIFTING else None)
     assert momentum is None or state["momentum"].any()
     if rule not in DRIFTING:
         tolerance = 1e-2 if before != after and after in REST_DTYPES else 1e-5
@@ -367,15 +373,13 @@ def test_an_option_may_change_between_steps(before, change, step, dtype):
     assert (now - spectrum).abs().max() < tolerance * spectrum[0]
 
 
-def test_a_metric_that_comes_back_has_a_new_basis():
+def test_a_metric_that_comes_back_goes_on_with_its_factors():
     pair = Pair(torch.float32)
     optimizer = RULES["pion"](pair)
     for number, metric in enumerate(["ambient", "lie", "ambient", "lie", "ambient"]):
         optimizer.param_groups[0]["metric"] = metric
         train(pair, optimizer, range(3 * number, 3 * number + 3))
-    basis = optimizer.state[pair.a]["basis.0"][0]
-    seen = basis @ pair.a.detach() @ pair.a.detach().T @ basis.T
-    assert (seen - torch.diag(seen.diagonal())).abs().max() < 1e-4 * seen.max()
+    torch.testing.assert_close(master(pair.a.detach(), optimizer.state[pair.a]), pair.a.detach())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pion_hf.integrations.optimizers import class_name
 from pion_hf.optim import MatrixOptimizer
-from pion_hf.optim.observing import Update, angles, to_host
+from pion_hf.optim.observing import Update, to_host
 
 # Elements of a matrix whose change is looked at: whole rows, evenly spread. A root mean square of so many is good to
 # half a percent.
@@ -71,8 +71,8 @@ class Meter:
             squares = (_sample(update.after) - update.before).square().mean((-2, -1)).flatten()
             self._sizes.update(dict.fromkeys(update.names, math.prod(update.after.shape[-2:])))
             self._steps[-1].append(_Row(rule, update.names, "update", squares.double()))
-            for side, (a, alpha) in update.rotations.items():
-                for kind, values in zip(("mean", "max"), angles(a, alpha), strict=True):
+            for side, angles in update.rotations.items():
+                for kind, values in zip(("mean", "max"), angles, strict=True):
                     self._steps[-1].append(_Row(rule, update.names, f"{side} {kind}", values.double()))
 
     def step_done(self) -> bool:

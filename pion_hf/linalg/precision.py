@@ -30,29 +30,24 @@ def full_float32() -> Iterator[None]:
             place.fp32_precision = precision
 
 
-def split_product(x: Tensor, low: Tensor, *, left: bool = False) -> Tensor:
-    """`x low`, or `low x` with `left`, of batches `(b, ., .)`, in float32, with `low` in bfloat16.
-
-    Only `x` is rounded, to two bfloat16 numbers, 16 of its 24 bits: the result has a relative error of 2^-17, which
-    differs at random from entry to entry. It takes as long as two products in bfloat16.
-    """
-    inner, outer = (-2, -1) if left else (-1, -2)
-    if x.shape[inner] > 2 * x.shape[outer]:  # two results take less memory than `low` twice
-        parts = _halves(x, outer, "hr")
-        high, rest = (_summed_in_float32(low, parts) if left else _summed_in_float32(parts, low)).chunk(2, outer)
-        return high.add_(rest)
-    parts, twice = _halves(x, inner, "hr"), torch.cat((low, low), dim=outer)
-    return _summed_in_float32(twice, parts) if left else _summed_in_float32(parts, twice)
-
-
 def halves_product(a: Tensor, b: Tensor) -> Tensor:
-    """`a b` of float32 batches: where splitting pays with both cut in halves as in `split_product`, else exact.
+    """`a b` of float32 batches: where splitting pays with both cut in two bfloat16 numbers, 16 of
+    their 24 bits, else exact.
 
     To a relative 2^-16, as fast as three bfloat16 products: that of the two rests is left out.
     """
     if a.dtype != torch.float32 or a.ndim != 3 or not splitting_pays(a.device):
         return a @ b
     return _summed_in_float32(_halves(a, -1, "hhr"), _halves(b, -2, "hrh"))
+
+
+def gram(y: Tensor) -> Tensor:
+    """`y y^T` of float32 batches; where splitting pays to a relative 2^-16, by two bfloat16 products, else exact."""
+    if y.dtype != torch.float32 or y.ndim != 3 or not splitting_pays(y.device):
+        return y @ y.mT
+    high = y.to(torch.bfloat16)
+    across = _summed_in_float32(high, (y - high).to(torch.bfloat16).mT)
+    return _summed_in_float32(high, high.mT).add_(across).add_(across.mT)
 
 
 def _halves(x: Tensor, dim: int, order: str) -> Tensor:
@@ -75,7 +70,7 @@ def _summed_in_float32(a: Tensor, b: Tensor) -> Tensor:
 
 @functools.cache
 def splitting_pays(device: torch.device) -> bool:
-    """Whether `split_product` is faster than a float32 product: by 5 or more where bfloat16 has units of its own.
+    """Whether `halves_product` is faster than a float32 product: by 3 or more where bfloat16 has units of its own.
 
     On a CPU with such units (AMX) the memory that cutting `x` moves eats what is won.
     """

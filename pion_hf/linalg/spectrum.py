@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -74,32 +72,6 @@ def leading_singular(w: Tensor, start: Tensor | None = None, *, steps: int) -> t
             if done == steps or form[j, done] * lefts[-1, 0].abs() <= LANCZOS_RESIDUAL * values[0]:
                 break
     return values[0] + unknown, rights[0] @ right[:done]
-
-
-class Basis(NamedTuple):
-    """Singular vectors of the smaller side as rows, `(..., k, k)`, and all `k = min(m, n)` singular values, `(..., k)`.
-
-    Descending. For `m >= n` the rows are right singular vectors (`V^T`), else left ones (`U^T`).
-    """
-
-    rows: Tensor
-    values: Tensor
-
-
-def singular_basis(w: Tensor) -> Basis:
-    """The smaller side's singular basis of `w`, `(..., m, n)`, in `w`'s dtype.
-
-    float64 input goes through an SVD; lower precision through the float64 Gram matrix, which is more
-    accurate than a float32 SVD and faster.
-    """
-    tall = w.shape[-2] >= w.shape[-1]
-    if w.dtype == torch.float64:
-        u, s, vh = torch.linalg.svd(w, full_matrices=False)
-        return Basis(vh if tall else u.mT, s)
-    wd = w.double()
-    values, vectors = torch.linalg.eigh(wd.mT @ wd if tall else wd @ wd.mT)
-    rows = vectors.flip(-1).mT.contiguous()
-    return Basis(rows.to(w.dtype), values.flip(-1).clamp_min(0).sqrt().to(w.dtype))
 
 
 def numerical_zero(values: Tensor, *, tolerance: float = 0.0) -> Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from pion_hf.errors import listing, unknown
 from pion_hf.linalg.precision import full_float32
-from pion_hf.linalg.reading import LateReader
-from pion_hf.linalg.rotation import Generator
+from pion_hf.linalg.rotation import angles
 from pion_hf.optim import blocks, elementwise, gradients, groups, precision, sharding
 from pion_hf.optim.batches import KEPT, REST, Batch, Block, Plan, is_apart, unshared
 from pion_hf.optim.checks import check_common, check_finite, check_flag, check_parameter, check_size, check_words
@@ -65,11 +64,10 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         self.inputs = inputs
         self.share_work = share_work
         self.observers: list[Observer] = [SelfCheck()]
-        self._rotations: dict[str, tuple[Generator, Tensor | float]] | None = None  # of the observed batch
+        self._rotations: dict[str, tuple[Tensor, Tensor]] | None = None  # of the observed batch
+        self._clipped: dict[torch.device, Tensor] = {}  # how many so far
         self._plans: dict[int, Plan] = {}  # by the group's index
         self._forms: dict[tuple[int, torch.Size, torch.dtype], dict[str, Tensor]] = {}
-        self._readers: defaultdict[tuple, LateReader] = defaultdict(LateReader)
-        self._updating: tuple = ()  # the key of the batch
         self._options: dict[int, dict[str, Any]] = {}  # by the group's index, those that its state is of
         self._rewritten, self._formed = Counter(), {}  # see `rewritten`
         super().__init__(groups.as_groups(params, owner=type(self).__name__), defaults)
@@ -216,7 +214,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
     def _state_forms(self, shape: torch.Size, dtype: torch.dtype, group: dict) -> dict[str, Tensor]:
         """What the state of a matrix parameter holds after its first step, as tensors without memory."""
         p, forms = torch.empty(shape, dtype=dtype, device="meta"), {}
-        if dtype in precision.HALF:
+        if dtype in precision.HALF and not self.is_master(group):
             forms[REST] = torch.empty_like(p, dtype=precision.REST_DTYPES[dtype])
         for index, view in enumerate(blocks.split(p, blocks.Layout.parse(group["layout"]))):
             weight = blocks.merge_rows(view).to(working_dtype(dtype))
@@ -232,6 +230,10 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
     def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
         """What the state of `matrices`, `(E, m, n)` of a group's parameter at `position`, holds at first."""
         return {}
+
+    def is_master(self, group: dict) -> bool:
+        """Whether state gives the group's weights in float32, so that half-precision ones need no masters."""
+        return False
 
     def keeps_spectrum(self, group: dict) -> bool:
         """Whether the group's matrices keep their singular values."""
@@ -279,7 +281,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         """Of loading, copying and unpickling: what is not state starts anew."""
         super().__setstate__(state)
         self._plans, self._forms = {}, {}
-        self._readers, self._updating = defaultdict(LateReader), ()
+        self._clipped = {}
         self._options, self._rewritten, self._formed = {}, Counter(), {}
         self.__dict__.setdefault("skipped_steps", 0)
         self.__dict__.setdefault("skipped_in_a_row", 0)
@@ -369,7 +371,6 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         weights, grad = batch.weights(states), batch.gradients()
         watching = [(observer, observer.before(weights)) for observer in self.observers if observer.wants(group)]
         self._rotations = {} if watching else None
-        self._updating = batch.key
         directions = None if self.keeps_by_itself else state.get(KEPT)
         outputs = None if directions is None else weights @ directions
         new = self.update(weights, grad, state, group=group, step=step)
@@ -381,16 +382,21 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         batch.store(state, states, by_block=self.per_block_state)
         batch.write(new, states)
 
-    def note_rotation(self, side: str, a: Generator, alpha: Tensor | float) -> None:
-        """For rules: tell observers, if there are any, of the rotation `E(alpha A)` of a batch on `side`, in or out."""
+    def note_rotation(self, side: str, q: Tensor, x: Tensor, alpha: Tensor) -> None:
+        """For rules: tell observers, if there are any, how far a batch turns on `side`, in or out; see `angles`."""
         if self._rotations is not None:
-            self._rotations[side] = a, alpha
+            self._rotations[side] = angles(q, x, alpha)
 
-    def reader(self, key: str, group: dict) -> LateReader:
-        """For rules: what reads values of the batch that is updated; `key` tells apart those of one name."""
-        reader = self._readers[self._updating, key]
-        reader.lr = float(group["lr"])
-        return reader
+    def note_clipped(self, clipped: Tensor) -> None:
+        """For rules: which matrices of a batch would have turned by more than a step may."""
+        if not clipped.is_meta:
+            count = clipped.sum()
+            self._clipped[count.device] = self._clipped.get(count.device, 0) + count
+
+    @property
+    def clipped_steps(self) -> int:
+        """How many steps of single matrices were clipped so far, by this process; reading it waits for the device."""
+        return sum(int(count) for count in self._clipped.values())
 
     def _make_plan(self, index: int) -> Plan:
         """Which matrices are updated together: stacks, then all others alone; their state, where they have none.
@@ -435,7 +441,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
             if self.keep_of(group):
                 entries[KEPT] = self.kept_inputs(name, matrices, group).repeat(len(view), 1, 1)
             state.update({f"{key}.{i}": sharding.placed(value, p, key) for key, value in entries.items()})
-        if p.dtype in precision.HALF:
+        if p.dtype in precision.HALF and not self.is_master(group):
             state[REST] = no_rest(p)
         state["step"] = 0
         self._formed[p] = p.shape, p.dtype, p.device

@@ -156,17 +156,17 @@ class Batch:
 
     def weights(self, state: dict) -> Tensor:
         """In full precision where they are stored in half; a lone matrix is its parameter's own memory."""
-        if self.first.view.dtype in precision.HALF:
+        if REST in state[self.first.param]:
             low, rest = self._gather(_param), self._gather(lambda b: state[b.param][REST])
             return precision.join(low, rest)
-        return self._gather(_param)
+        return self._gather(_param).to(self.dtype)
 
     def gradients(self) -> Tensor:
         return self._gather(_gradient).to(self.dtype)
 
     def write(self, new: Tensor, state: dict) -> None:
         """Store the new weights, and with half precision what they drop."""
-        if self.first.view.dtype in precision.HALF:
+        if REST in state[self.first.param]:
             new, rest = precision.part(new, self.first.view.dtype)
             self._scatter(rest, lambda b: state[b.param][REST])
         self._scatter(new, _param)

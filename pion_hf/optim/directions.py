@@ -1,4 +1,4 @@
-"""What a step should do, and the generator of the rotation that does it: of whole matrices and of LoRA factors.
+"""What a step should do, if no spectrum had to stay: of whole matrices and of LoRA factors.
 
 `state` is that of a batch, as in `MatrixOptimizer.update`; matrices are `(b, m, n)`.
 """
@@ -10,16 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from pion_hf.linalg.ambient import ambient_generator
 from pion_hf.linalg.polar import polar_factor
-from pion_hf.linalg.precision import product_dtype
-from pion_hf.linalg.rotation import Generator, generator, without
-from pion_hf.linalg.spectrum import Basis
 from pion_hf.optim import compiled
 from pion_hf.optim.base import average, buffer
-
-# Steps between fresh decompositions of the carried singular bases; in between they only collect rounding errors.
-BASIS_REFRESH = 500
 
 
 def direction_of(
@@ -81,40 +74,6 @@ def _unseen_apart(second: Tensor) -> Tensor:
     return torch.threshold_(second, 0.0, math.inf)
 
 
-def generator_of(
-    weight: Tensor,
-    direction: Tensor,
-    *,
-    side: str,
-    basis: Basis | None = None,
-    hold: float = 0.0,
-    tolerance: float = 0.0,
-    dense: bool | None = None,
-    dtype: str = "float32",
-    fixed: Tensor | None = None,
-) -> Generator:
-    """Of the rotation on `side` that stands for `direction`: in the ambient metric of `basis`, or without in `lie`.
-
-    hold, tolerance: see `ambient_generator`; dense: see `generator`, of `lie` only; dtype: of the products that form it
-    (see `product_dtype`); fixed: directions it leaves alone, `(b, n, j)` or for `side="out"` `(b, m, j)`.
-    """
-    w, d = seen_from(weight, side), seen_from(direction, side)
-    if fixed is not None:
-        d = without(d, fixed)
-    low, rows = product_dtype(weight, dtype), 2 * w.shape[-2]  # the weight and its momentum
-    if basis is None:
-        return generator(w.to(low), d.to(low), rows=rows, dense=dense, dtype=w.dtype, fixed=fixed)
-    right = side == basis_side(weight)
-    return ambient_generator(
-        w, d, basis, right=right, hold=hold, tolerance=tolerance, rows=rows, dtype=low, fixed=fixed
-    )
-
-
 def seen_from(x: Tensor, side: str) -> Tensor:
     """The frame in which a rotation of `side`, `in` or `out`, acts from the right."""
     return x if side == "in" else x.mT
-
-
-def basis_side(weight: Tensor) -> str:
-    """The smaller side, whose singular vectors `singular_basis` returns."""
-    return "in" if weight.shape[-2] >= weight.shape[-1] else "out"

@@ -7,7 +7,7 @@ inputs or outputs: on the other, of size `r`, they would only mix what the partn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 import torch
@@ -15,14 +15,23 @@ from torch import Tensor
 
 from pion_hf.errors import unknown
 from pion_hf.linalg.polar import ITERATIONS, is_skinny, polar_factor, polar_map
-from pion_hf.linalg.reading import Reader
-from pion_hf.linalg.rotation import Generator, without
-from pion_hf.linalg.spectrum import Basis, numerical_zero, singular_basis, singular_values
+from pion_hf.linalg.rotation import (
+    Factors,
+    carried,
+    factorized,
+    product_of,
+    reach,
+    retracted,
+    step_size,
+    tangent,
+    without,
+)
+from pion_hf.linalg.spectrum import numerical_zero, singular_values
 from pion_hf.optim.base import MatrixOptimizer, average
 from pion_hf.optim.batches import KEPT
 from pion_hf.optim.blocks import Layout
 from pion_hf.optim.checks import check_polar, check_range, check_rotatable, check_unused
-from pion_hf.optim.directions import BASIS_REFRESH, direction_of, generator_of
+from pion_hf.optim.directions import direction_of
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.precision import HALF
 from pion_hf.optim.teon import Teon
@@ -97,7 +106,6 @@ class PionLora(_Factors):
         momentum: `transported` (carried along by the rotations) or `ambient` (left where it is).
         rank_tolerance: singular values below this fraction of the largest count as zero in the ambient metric.
         polar, polar_steps: how a step is orthogonalised; see `Teon`. `gram` has kernels for ranks of 256 and more only.
-        retraction: `cayley` or `root`, both exact.
         batch_elements: the most elements of the factors that are updated at once; see `Pion`.
         keep: number of leading directions of every adapted layer's inputs whose outputs stay (of `A`: those of adapters
             that begin at zero). inputs: `pion_hf.Inputs(model, keep)`; see `Pion`.
@@ -109,8 +117,8 @@ class PionLora(_Factors):
     """
 
     matrix_rules = ("pion_lora",)
-    per_block_state = frozenset({"basis", "values", "reach"})
-    of_weights = frozenset({"basis", "values"})
+    per_block_state = frozenset({"u", "s", "v", "reach"})
+    of_weights = frozenset({"u", "s", "v"})
 
     def __init__(
         self,
@@ -125,7 +133,6 @@ class PionLora(_Factors):
         rank_tolerance: float = 0.02,
         polar: Literal["express", "quintic", "svd", "gram"] = "express",
         polar_steps: int = 5,
-        retraction: Literal["root", "cayley"] = "cayley",
         batch_elements: int | None = None,
         keep: int = 0,
         inputs: Inputs | None = None,
@@ -142,7 +149,6 @@ class PionLora(_Factors):
             "rank_tolerance": rank_tolerance,
             "polar": polar,
             "polar_steps": polar_steps,
-            "retraction": retraction,
             "batch_elements": batch_elements,
             "keep": keep,
             "weight_decay": weight_decay,
@@ -184,69 +190,59 @@ class PionLora(_Factors):
             )
         check_rotatable(name, matrix)
 
+    def is_master(self, group: dict) -> bool:
+        return group["method"] == "rotate"
+
     def described(self, weights: Tensor, kept: Tensor | None, group: dict) -> dict[str, Tensor]:
-        if group["method"] != "rotate" or group["metric"] != "ambient":
+        if group["method"] != "rotate":
             return {}
-        basis = singular_basis(weights if kept is None else without(weights, kept))
-        return {"basis": basis.rows, "values": basis.values}
+        return factorized(_wide(weights if kept is None else without(weights, kept)))._asdict()
 
     def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
         return {} if group["method"] == "rotate" else _reach(position, matrices, group)
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
         if group["method"] == "rotate":
-            reader = self.reader("in", group)
-            return _rotated(weight, grad, state, group=group, step=step, note=self._note, reader=reader)
+            return self._rotated(weight, grad, state, group=group, step=step)
         return grown(weight, grad, state, group=group, mu=group["betas"][0])
 
-    def _note(self, group: dict, a: Generator, alpha: Tensor) -> None:
-        """`B` is seen transposed, and turns on the side of its layer's outputs."""
-        self.note_rotation("out" if Layout.parse(group["layout"]).transposed else "in", a, alpha)
+    def _rotated(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+        if step == 1:
+            state.update(self.described(weight, state.get(KEPT), group))
+        factors, kept = Factors(state["u"], state["s"], state["v"]), state.get(KEPT)
+        long = weight.shape[-2] <= weight.shape[-1]
+        direction = _direction(grad, state, group=group, step=step)
+        if kept is not None:  # orthogonal to them, as the factors are, a rotation has no part in them
+            direction = without(direction, kept)
+        size = factors.s[..., :1, None]
+        unit = factors._replace(s=factors.s / size[..., 0])
+        peak = torch.linalg.vector_norm(direction, float("inf"), dim=(-2, -1), keepdim=True)
+        options = {"ambient": group["metric"] == "ambient", "tolerance": group["rank_tolerance"]}
+        x = tangent(unit, _wide(direction), peak.clamp_min(_tiny(peak)), long=long, **options)
+        moved, bound = reach(unit, x)
+        # Without a gradient, as A's while B is zero, it stays as it is to the bit.
+        length = torch.linalg.vector_norm(unit.s, dim=-1)[..., None, None]
+        alpha, clipped = step_size(torch.where(moved > 0, group["lr"] * length / moved, 0), bound)
+        self.note_clipped(clipped)
+        after = retracted(factors.side(long), x, alpha)
+        new = factors.turned(long, after if kept is None else without(after, kept))
+        if group["momentum"] == "transported":
+            m = _wide(state["momentum"])
+            m.add_(carried(m, factors.side(long), x, alpha, long=long))
+        # `B` is seen transposed, and turns on the side of its layer's outputs.
+        side = "out" if Layout.parse(group["layout"]).transposed else "in"
+        self.note_rotation(side, factors.side(long), x, alpha)
+        state.update(new._asdict())
+        return torch.where(alpha > 0, product_of(new, transposed=not long), weight)
 
 
-def _rotated(
-    weight: Tensor,
-    grad: Tensor,
-    state: dict[str, Tensor],
-    *,
-    group: dict,
-    step: int,
-    note: Callable[[dict, Generator, Tensor], None],
-    reader: Reader,
-) -> Tensor:
-    direction = direction_of(
-        grad,
-        state,
-        kind=group["direction"],
-        betas=group["betas"],
-        eps=group["eps"],
-        step=step,
-        polar=group["polar"],
-        polar_steps=group["polar_steps"],
-    )
-    if KEPT in state:  # orthogonal to them both, a rotation has no part in them
-        weight, direction = (without(x, state[KEPT]) for x in (weight, direction))
-    # Of the size of the weight, so that one Gram matrix holds both without loss. The angle is set below.
-    size, length = (torch.linalg.matrix_norm(x, keepdim=True) for x in (weight, direction))
-    direction = direction * torch.where(length > _tiny(length), size / length, 0)
-    basis = None
-    if group["metric"] == "ambient":
-        if (step - 1) % BASIS_REFRESH == 0:
-            state["basis"], state["values"] = singular_basis(weight)  # less what it keeps, as in `described`
-        basis = Basis(state["basis"], state["values"])
-    a = generator_of(weight, direction, side="in", basis=basis, tolerance=group["rank_tolerance"])
-    # In the lie metric the weight is the upper half of the generator's factor: their product is in its Gram matrix.
-    seen = a.gram[..., : weight.shape[-2], :] if group["metric"] == "lie" and a.gram is not None else None
-    moved = a.act_norm(weight, seen=seen)
-    # Without a gradient, as A's while B is zero, it stays as it is to the bit.
-    alpha = torch.where(moved > _tiny(moved), group["lr"] * size / moved, 0)
-    note(group, a, alpha)
-    increment = a.increment(alpha, retraction=group["retraction"], rows=weight.shape[-2], reader=reader)
-    if group["momentum"] == "transported":
-        state["momentum"].add_(increment.change(state["momentum"]))
-    if "basis" in state and weight.shape[-2] >= weight.shape[-1]:  # of the other side it stays
-        state["basis"].add_(increment.change(state["basis"]))
-    return weight.add_(increment.change(weight, seen=seen))
+def _wide(x: Tensor) -> Tensor:
+    return x if x.shape[-2] <= x.shape[-1] else x.mT
+
+
+def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+    options = {key: group[key] for key in ("betas", "eps", "polar", "polar_steps")}
+    return direction_of(grad, state, kind=group["direction"], step=step, **options)
 
 
 def _tiny(x: Tensor) -> float:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pion_hf.errors import listing
-from pion_hf.linalg.rotation import Generator
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +19,8 @@ class Update(NamedTuple):
     """One step of a batch of matrices; tensors `(b, m, n)`, or `(b, K, m, n)` for stacks of K.
 
     names: of the matrices, in the order of the flattened leading dimensions; experts that share a tensor share a name.
-    before: what the observer kept of the old weights. rotations: by side (`in`, `out`) the generator `A` and the step
-    `alpha` of the rotation `E(alpha A)`, if the rule rotates.
+    before: what the observer kept of the old weights. rotations: by side (`in`, `out`) the root mean square and the
+    largest angle (radians) of every matrix, each `(b,)`, if the rule rotates.
     """
 
     names: list[str]
@@ -29,7 +28,7 @@ class Update(NamedTuple):
     before: Tensor
     after: Tensor
     grad: Tensor
-    rotations: dict[str, tuple[Generator, Tensor | float]]
+    rotations: dict[str, tuple[Tensor, Tensor]]
 
 
 class Observer(Protocol):
@@ -46,20 +45,6 @@ class Observer(Protocol):
 
     def step_done(self) -> bool:
         """Called after a step; whether it is to be called again."""
-
-
-def angles(a: Generator, alpha: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Root mean square and largest angle (radians) of the rotations by `alpha A`, each `(b,)`.
-
-    The first is `||alpha A||_F / sqrt(n)`, over all n directions; the second an estimate from below, within a tenth.
-    """
-    if a.factor is None:
-        squares, n = a.core.square().sum((-2, -1), keepdim=True), a.core.shape[-1]
-    else:  # ||A||_F^2 = -tr(A^2), in the small core
-        product = a.core @ a.precise_factor()[1]
-        squares, n = -(product * product.mT).sum((-2, -1), keepdim=True), a.factor.shape[-1]
-    mean = (squares.clamp_min(0) / n).sqrt()
-    return tuple((size * alpha).flatten() for size in (mean, a.spectral_norm(iterations=4)))
 
 
 class SelfCheck:
@@ -81,7 +66,12 @@ class SelfCheck:
         return weights.clone()
 
     def see(self, update: Update) -> None:
-        flags = [x.flatten(-2).any(-1).flatten() for x in (update.after != update.before, update.grad != 0)]
+        if update.rotations:  # the product of factors is the weight to rounding only
+            norm, change = (x.flatten(-2).norm(dim=-1) for x in (update.before, update.after - update.before))
+            moved = change > 2 * torch.finfo(norm.dtype).eps * norm
+        else:
+            moved = (update.after != update.before).flatten(-2).any(-1)
+        flags = [x.flatten() for x in (moved, (update.grad != 0).flatten(-2).any(-1))]
         none = update.before.new_empty(0)
         # Of the tensors, which would otherwise live until the end of the step, nothing stays.
         rotations = dict.fromkeys(update.rotations)

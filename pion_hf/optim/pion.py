@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -10,15 +11,26 @@ import torch
 from torch import Tensor
 
 from pion_hf.errors import unknown
-from pion_hf.linalg.ambient import ambient_tangent, has_long_side, is_well_conditioned
 from pion_hf.linalg.polar import polar_factor
-from pion_hf.linalg.precision import product_dtype
-from pion_hf.linalg.rotation import Generator, rms_scale, skew, without
-from pion_hf.linalg.spectrum import Basis, singular_basis
+from pion_hf.linalg.rotation import (
+    Factors,
+    Fixed,
+    anchored,
+    carried,
+    factorized,
+    product_of,
+    reach,
+    retracted,
+    skew,
+    spectral_norm,
+    step_size,
+    tangent,
+    taylor_change,
+)
 from pion_hf.optim.base import MatrixOptimizer, average
 from pion_hf.optim.batches import KEPT
 from pion_hf.optim.checks import check_polar, check_range, check_rotatable
-from pion_hf.optim.directions import BASIS_REFRESH, basis_side, direction_of, generator_of, seen_from
+from pion_hf.optim.directions import direction_of, seen_from
 from pion_hf.optim.inputs import Inputs
 
 # The set of choices of arXiv 2605.12492.
@@ -40,7 +52,10 @@ class Pion(MatrixOptimizer):
     """Isospectral optimizer: a step rotates every matrix, so that its singular values never change.
 
     A step is `W <- W E(alpha A_in)` and/or `W <- E(alpha A_out) W` with skew generators `A` and an orthogonal
-    retraction `E`. Matrices of a group with rule `pion` are rotated; groups with rule `adamw` (and tensors that are
+    retraction `E`. The state holds the factors of `W = U diag(s) V^T` in float32; a step moves one of them, and the
+    weight is their product (see `linalg.rotation`).
+
+    Matrices of a group with rule `pion` are rotated; groups with rule `adamw` (and tensors that are
     not 2-D) get torch's AdamW with the group's own `lr`, `betas`, `eps`, `weight_decay`. A rotated matrix has no
     weight decay: it would change the spectrum.
 
@@ -65,11 +80,11 @@ class Pion(MatrixOptimizer):
         rank_tolerance: singular values below this fraction of the largest count as zero in the ambient metric: pairs of
             them would turn by large angles to move almost nothing.
         polar: `express`, `quintic`, `svd` or `gram` (see `Teon`), for `polar` and `msign`; polar_steps: its iterations.
-        retraction: `root` and `cayley` are orthogonal to rounding; `taylor` of `degree` grows singular values by
-            `theta^4 / 8` a step at degree 2. In the ambient metric a side one and a half times as long as the other or
-            longer has, for `root`, the polar retraction, as exact: nothing of that size is formed (`linalg.ambient`).
-        generator_dtype: of the products that form a generator and carry the momentum; they are skewed exactly
-            afterwards, so the spectrum does not notice. `auto` is bfloat16 where the hardware multiplies it faster.
+        retraction: `polar`, the polar factor of singular vectors that were moved along, is orthogonal to rounding, and
+            a step that would turn by more than 0.25 rad is clipped to that (`clipped_steps` counts); `taylor` of
+            `degree`, the paper's, has no bound and grows singular values by `theta^4 / 8` a step at degree 2.
+        generator_dtype: of the products that form a generator and carry the momentum, which the spectrum does not
+            notice. `auto` is bfloat16 where the hardware multiplies it faster.
         compile: the elementwise part of `adam` and `natural` through `torch.compile`.
         batch_elements: the most elements of equal matrices that are updated at once, which bounds the extra memory of
             a step; a larger matrix is updated alone, experts of one parameter some at a time. None: what is fastest on
@@ -87,8 +102,8 @@ class Pion(MatrixOptimizer):
     """
 
     matrix_rules = ("pion",)
-    per_block_state = frozenset({"basis", "values", "lie_in", "lie_out", "lie_in_sq", "lie_out_sq"})
-    of_weights = frozenset({"basis", "values"})
+    per_block_state = frozenset({"u", "s", "v", "outputs", "coupling", "lie_in", "lie_out", "lie_in_sq", "lie_out_sq"})
+    of_weights = frozenset({"u", "s", "v", "outputs", "coupling"})
     keeps_by_itself = True
 
     def __init__(
@@ -109,7 +124,7 @@ class Pion(MatrixOptimizer):
         rank_tolerance: float = 0.02,
         polar: Literal["express", "quintic", "svd", "gram"] = "express",
         polar_steps: int = 5,
-        retraction: Literal["root", "cayley", "taylor"] = "root",
+        retraction: Literal["polar", "taylor"] = "polar",
         degree: int = 2,
         generator_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         compile: bool = False,
@@ -180,6 +195,10 @@ class Pion(MatrixOptimizer):
                 "keep chooses generators that fix what is kept, which averages and polar factors of generators do not: "
                 "set keep=0",
             ),
+            (
+                group["retraction"] == "taylor" and (ambient or group["keep"] > 0),
+                "retraction='taylor' is for metric='lie' without keep: set retraction='polar'",
+            ),
         )
         for clash, message in clashes:
             if clash:
@@ -188,11 +207,21 @@ class Pion(MatrixOptimizer):
     def keeps_spectrum(self, group: dict) -> bool:
         return group["rule"] == "pion"
 
+    def is_master(self, group: dict) -> bool:
+        return group["retraction"] == "polar"
+
     def described(self, weights: Tensor, kept: Tensor | None, group: dict) -> dict[str, Tensor]:
-        if group["metric"] != "ambient":
+        if group["retraction"] == "taylor":
             return {}
-        basis = singular_basis(_free_part(weights, _fixed_directions(weights, kept)))
-        return {"basis": basis.rows, "values": basis.values}
+        tall = _is_tall(weights)
+        wide = weights.mT if tall else weights
+        if kept is None:
+            return factorized(wide)._asdict()
+        # Directions that the inputs did not show are zero, and come last.
+        outputs = torch.linalg.qr(weights @ kept).Q * kept.any(-2, keepdim=True)
+        stays = outputs if tall else kept
+        factors = factorized(wide, stays)
+        return {**factors._asdict(), "outputs": outputs, "coupling": factors.u @ (wide @ stays)}
 
     def most_kept(self, m: int, n: int) -> int:
         """A rotation needs a plane, on either side."""
@@ -214,83 +243,83 @@ class Pion(MatrixOptimizer):
             )
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
-        sides, fixed = _sides(group["side"], step), _fixed_directions(weight, state.get(KEPT))
-        if group["momentum"] == "lie":
-            generators = _lie_momentum_generators(weight, grad, state, group=group, sides=sides)
+        sides = _sides(group["side"], step)
+        dense = group["momentum"] == "lie" or group["direction"] == "msign"
+        if group["retraction"] == "taylor":
+            return self._published(weight, grad, state, sides=sides, group=group, step=step)
+        if step == 1:
+            state.update(self.described(weight, state.get(KEPT), group))
+        tall, dtype = _is_tall(weight), group["generator_dtype"]
+        factors, fixed = Factors(state["u"], state["s"], state["v"]), _fixed(state, tall)
+        long_side = "out" if tall else "in"
+        # Of a spectral norm of 1, so that no power of it overflows.
+        size = factors.s[..., :1, None]
+        unit = factors._replace(s=factors.s / size[..., 0])
+        if dense:
+            generators = self._generators(weight, grad, state, sides=sides, group=group, step=step)
+            scale = torch.stack([_largest(a) for a in generators.values()]).amax(0)
+            tangents = {side: factors.side(side == long_side) @ (a / scale) for side, a in generators.items()}
         else:
             direction = _direction(grad, state, group=group, step=step)
-            free = _free_part(weight, fixed)
-            if group["metric"] == "ambient":
-                if (step - 1) % BASIS_REFRESH == 0:
-                    state.update(self.described(weight, state.get(KEPT), group))
-                stepped = self._move_long_side(weight, free, fixed, direction, state, side=sides[0], group=group)
-                if stepped is not None:
-                    return stepped
-            generators = _generators(free, direction, state, group=group, sides=sides, fixed=fixed)
+            peak, ambient = _largest(direction), group["metric"] == "ambient"
+            # A generator grows with the direction, and in one metric with the weight, in the other with its inverse.
+            scale = peak / size if ambient else peak * size
+            options = {"ambient": ambient, "hold": group["hold"], "tolerance": group["rank_tolerance"]}
+            options |= {"dtype": dtype, "fixed": fixed}
+            tangents = {
+                side: tangent(unit, direction.mT if tall else direction, peak, long=side == long_side, **options)
+                for side in sides
+            }
+        wanted, bound = _reach(unit, tangents, size, scale, long_side=long_side, group=group)
+        alpha, clipped = step_size(wanted, bound)
+        self.note_clipped(clipped)
+        new = factors
+        for side, x in tangents.items():
+            long = side == long_side
+            before = factors.side(long)
+            after = retracted(before, x, alpha, dtype=dtype)
+            new = new.turned(long, after if fixed is None else anchored(after, before, fixed, long=long))
+            if group["momentum"] == "transported":
+                m = state["momentum"].mT if tall else state["momentum"]
+                m.add_(carried(m, before, x, alpha, long=long, dtype=dtype))
+            self.note_rotation(side, before, x, alpha)
+        state.update(new._asdict())
+        return torch.where(alpha > 0, product_of(new, fixed, transposed=tall), weight)
+
+    def _generators(
+        self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, sides: tuple[str, ...], group: dict, step: int
+    ) -> dict[str, Tensor]:
+        """By side, as `(n, n)` or `(m, m)`, in the frame in which it acts from the right: for rules that need them."""
+        if group["momentum"] == "lie":
+            generators = _lie_averages(weight, grad, state, sides=sides, group=group)
+        else:
+            direction = _direction(grad, state, group=group, step=step)
+            generators = {side: -skew(seen_from(weight, side).mT @ seen_from(direction, side)) for side in sides}
         if group["direction"] == "msign":
             options = {"method": group["polar"], "steps": group["polar_steps"], "dtype": group["generator_dtype"]}
-            polars = {side: polar_factor(a.core, **options) for side, a in generators.items()}
-            generators = {side: Generator(skew(polar) / 2) for side, polar in polars.items()}
-        # What a lone dense generator moves at first order gives the size of the step, and is the rotation's first term.
-        moved = {side: a.moved(weight, side=side) for side, a in generators.items() if len(generators) == 1}
-        alpha = _step_size(weight, generators, moved, group=group)
-        for side, a in generators.items():
-            self.note_rotation(side, a, alpha)
-            rows = seen_from(weight, side).shape[-2]
-            reader = self.reader(side, group)
-            increment = a.increment(
-                alpha, retraction=group["retraction"], degree=group["degree"], rows=rows, reader=reader
-            )
-            weight.add_(increment.change(weight, side=side, first=moved.get(side)))
-            if group["momentum"] == "transported":
-                state["momentum"].add_(increment.change(state["momentum"], side=side, low=True))
-            if "basis" in state and side == basis_side(weight):
-                state["basis"].add_(increment.change(state["basis"], name="basis"))
-            if side in fixed and side == "in":
-                # A rounded generator turns a little of what is kept, and the basis belongs to the weight less that.
-                state[KEPT].add_(increment.change(state[KEPT].mT, name="kept").mT)
-        return weight
+            generators = {side: skew(polar_factor(a, **options)) / 2 for side, a in generators.items()}
+        return generators
 
-    def _move_long_side(
-        self,
-        weight: Tensor,
-        free: Tensor,
-        fixed: dict[str, Tensor],
-        direction: Tensor,
-        state: dict[str, Tensor],
-        *,
-        side: str,
-        group: dict,
-    ) -> Tensor | None:
-        """The step through a `Tangent`; None where `side` is not long, or the options ask for a generator."""
-        basis = Basis(state["basis"], state["values"])
-        if weight.is_meta or group["retraction"] != "root" or group["scale"] == "spectral":
-            return None
-        reader = self.reader(side, group)
-        zeros = group["keep"] if fixed and side == "out" else 0
-        if not has_long_side(weight.shape, side) or not is_well_conditioned(basis, zeros=zeros, reader=reader):
-            return None
-        direction = _without_fixed(direction, fixed, side)
-        tangent = ambient_tangent(
-            free,
-            direction,
-            basis,
-            tall=side == "out",
-            hold=group["hold"],
-            tolerance=group["rank_tolerance"],
-            dtype=product_dtype(weight, group["generator_dtype"]),
-        )
-        change = tangent.change(reader=reader)
-        alpha = _alpha(change, group)
-        step = tangent.retract(free, change, alpha, reader=reader)
-        if step is None:
-            return None
-        if self._rotations is not None:
-            self.note_rotation(side, tangent.generator(), alpha)
-        if group["momentum"] == "transported":
-            state["momentum"].add_(tangent.carry(state["momentum"], alpha))
-        # Rounding turns what is fixed too, on either side, and its cross terms would change singular values.
-        return weight.add_(_without_fixed(_without_fixed(step, fixed, side), fixed, "in"))
+    def _published(
+        self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, sides: tuple[str, ...], group: dict, step: int
+    ) -> Tensor:
+        """The paper's step: generators in full, its Taylor retraction, no factors."""
+        generators = self._generators(weight, grad, state, sides=sides, group=group, step=step)
+        identity = {side: torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) for side, a in generators.items()}
+        if group["scale"] == "spectral":
+            norm = torch.stack([spectral_norm(identity[side], a) for side, a in generators.items()]).amax(0)
+            alpha = torch.where(norm > 0, group["lr"] / norm, 0)
+        else:
+            moved = sum(seen_from(seen_from(weight, side) @ a, side) for side, a in generators.items())
+            alpha = _wanted(torch.linalg.matrix_norm(moved, keepdim=True), 1.0, moved[0].numel(), group)
+        for side, a in generators.items():
+            x, w = a * alpha, seen_from(weight, side)
+            w.add_(taylor_change(w, x, group["degree"]))
+            if group["momentum"] == "transported":
+                m = seen_from(state["momentum"], side)
+                m.add_(taylor_change(m, x, group["degree"]))
+            self.note_rotation(side, identity[side], a, alpha)
+        return weight
 
 
 def _preset_options(preset: str, given: dict) -> dict:
@@ -343,94 +372,68 @@ def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int
     )
 
 
-def _fixed_directions(weight: Tensor, kept: Tensor | None) -> dict[str, Tensor]:
-    """By side, what rotations leave as it is for outputs of kept inputs to stay; nothing where nothing is kept.
-
-    Of inputs these themselves, of outputs what the weight makes of them: orthonormal columns `(b, n, j)`, `(b, m, j)`.
-    """
-    if kept is None:
-        return {}
-    # Directions that the inputs did not show are zero, and come last.
-    shown = kept.any(-2, keepdim=True)
-    return {"in": kept, "out": torch.linalg.qr(weight @ kept).Q * shown}
+def _is_tall(weight: Tensor) -> bool:
+    return weight.shape[-2] > weight.shape[-1]
 
 
-def _free_part(weight: Tensor, fixed: dict[str, Tensor]) -> Tensor:
-    """The weight less the side's part that stays, of which the rotations keep the singular values too.
-
-    It has the basis that is carried: on the smaller side, as the whole weight's (see `_basis_side`).
-    """
-    return _without_fixed(weight, fixed, "out" if basis_side(weight) == "in" else "in")
+def _largest(x: Tensor) -> Tensor:
+    """The largest entry, `(..., 1, 1)`; of what is zero something to divide by."""
+    return torch.linalg.vector_norm(x, float("inf"), dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
-def _without_fixed(x: Tensor, fixed: dict[str, Tensor], side: str) -> Tensor:
-    return seen_from(without(seen_from(x, side), fixed[side]), side) if fixed else x
+def _fixed(state: dict[str, Tensor], tall: bool) -> Fixed | None:
+    if KEPT not in state:
+        return None
+    kept, outputs = state[KEPT], state["outputs"]
+    return Fixed(outputs, kept, state["coupling"]) if tall else Fixed(kept, outputs, state["coupling"])
 
 
-def _generators(
-    weight: Tensor,
-    direction: Tensor,
-    state: dict[str, Tensor],
-    *,
-    group: dict,
-    sides: tuple[str, ...],
-    fixed: dict[str, Tensor],
-) -> dict[str, Generator]:
-    """By side, of the rotations that stand for `direction`."""
-    basis = Basis(state["basis"], state["values"]) if group["metric"] == "ambient" else None
-    return {
-        side: generator_of(
-            weight,
-            direction,
-            side=side,
-            basis=basis,
-            hold=group["hold"],
-            tolerance=group["rank_tolerance"],
-            dense=True if group["direction"] == "msign" else None,
-            dtype=group["generator_dtype"],
-            fixed=fixed.get(side),
-        )
-        for side in sides
-    }
-
-
-def _lie_momentum_generators(
-    weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, sides: tuple[str, ...]
-) -> dict[str, Generator]:
+def _lie_averages(
+    weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, sides: tuple[str, ...], group: dict
+) -> dict[str, Tensor]:
     """Averages of the generators themselves; both are updated at every step, whichever side moves."""
     beta1, beta2 = group["betas"]
     generators = {}
     for side in ("in", "out"):
-        w, g = seen_from(weight, side), seen_from(grad, side)
-        s = skew(w.mT @ g)
+        s = skew(seen_from(weight, side).mT @ seen_from(grad, side))
         mean = average(state, f"lie_{side}", s, beta1)
         if group["second_moment"]:
             mean = mean / (average(state, f"lie_{side}_sq", s.square(), beta2).sqrt() + group["eps"])
         if side in sides:
-            generators[side] = Generator(-mean)
+            generators[side] = -mean
     return generators
 
 
-def _step_size(
-    weight: Tensor, generators: dict[str, Generator], moved: dict[str, Tensor | None], *, group: dict
-) -> Tensor | float:
-    if group["scale"] == "none":
-        return group["lr"]
+def _reach(
+    unit: Factors, tangents: dict[str, Tensor], size: Tensor, scale: Tensor, *, long_side: str, group: dict
+) -> tuple[Tensor, Tensor]:
+    """The step that is wanted, and what bounds the angle of a step of 1.
+
+    unit: of the weight over `size`; scale: what the generators are divided by.
+    """
+    moved, bound = reach(unit, next(iter(tangents.values())), dtype=group["generator_dtype"])
+    if len(tangents) > 1:
+        *_, last = tangents.values()
+        bound = torch.maximum(bound, reach(unit, last, dtype=group["generator_dtype"]).bound)
+        moved = _moved(unit, tangents, long_side)
     if group["scale"] == "spectral":
-        norm = torch.stack([a.spectral_norm() for a in generators.values()]).amax(0)
-        return torch.where(norm > 0, group["lr"] / norm.clamp_min(1e-12), 0)
-    if len(generators) > 1:
-        return _alpha(sum(seen_from(a.act(seen_from(weight, side)), side) for side, a in generators.items()), group)
-    ((side, a),) = generators.items()
-    if moved[side] is not None:
-        return _alpha(moved[side], group)
-    norm = a.act_norm(seen_from(weight, side))
-    return rms_scale(norm, lr=group["lr"], rms=group["rms"], numel=weight.shape[-2] * weight.shape[-1])
+        norms = [spectral_norm(unit.side(side == long_side), x) for side, x in tangents.items()]
+        norm = torch.stack(norms).amax(0)
+        return torch.where(norm > 0, group["lr"] / norm, 0), bound
+    return _wanted(moved * size, scale, unit.u.shape[-1] * unit.v.shape[-1], group), bound
 
 
-def _alpha(change: Tensor, group: dict) -> Tensor | float:
-    """The step size of a change `(..., m, n)` at `alpha = 1`."""
+def _moved(unit: Factors, tangents: dict[str, Tensor], long_side: str) -> Tensor:
+    """`||dW||_F` of two sides together, as `U^T dW`."""
+    s = unit.s.unsqueeze(-1)
+    both = sum(s * x if side == long_side else (s * (x @ unit.u.mT)).mT @ unit.v for side, x in tangents.items())
+    return torch.linalg.matrix_norm(both, keepdim=True)
+
+
+def _wanted(moved: Tensor, scale: Tensor | float, numel: int, group: dict) -> Tensor:
+    """The step that is wanted of a generator that is `scale` times too small, and moves the weight by `moved`."""
     if group["scale"] == "none":
-        return group["lr"]
-    norm = torch.linalg.matrix_norm(change, keepdim=True)
-    return rms_scale(norm, lr=group["lr"], rms=group["rms"], numel=change.shape[-2] * change.shape[-1])
+        want = group["lr"] * scale
+    else:
+        want = group["lr"] * group["rms"] * math.sqrt(numel) / (moved + 1e-12)
+    return torch.where(moved > 0, want, 0)

@@ -84,7 +84,7 @@ class StateOfWeights:
         Raises:
             ValueError: the weight is not finite.
         """
-        if p.dtype in precision.HALF:
+        if REST in self.state[p] and p.dtype in precision.HALF:
             self.state[p][REST] = no_rest(p)
         self._describe(name, group, p)
 

@@ -25,6 +25,8 @@ RULES_IN_NUMBERS = ("keep", "hold")
 NOT_COMPARED = ("lr", "differentiable", *OWN)
 ADAMW_OPTIONS = ("betas", "eps", "weight_decay")
 # Of a sharded bfloat16 weight it is kept as bfloat16 bits (see `sharding`).
+# Of a weight that is the product of factors in its state, whatever its own precision.
+FACTOR = "u.0"
 HALF_OF_REST = {**{rest: half for half, rest in REST_DTYPES.items()}, torch.bfloat16: torch.bfloat16}
 
 
@@ -147,11 +149,17 @@ def _forms(
     found = []
     for (name, group), index, p in zip(by_name.items(), indices, params, strict=True):
         # Entries of one matrix of several (`basis.0`) have shapes of their own.
-        state = {k: v for k, v in saved["state"].get(index, {}).items() if isinstance(v, Tensor) and "." not in k}
+        everything = saved["state"].get(index, {})
+        state = {k: v for k, v in everything.items() if isinstance(v, Tensor) and "." not in k}
         shapes = [tuple(v.shape) for v in state.values() if v.ndim and v.shape != p.shape]
         half = HALF_OF_REST.get(state["rest"].dtype) if "rest" in state else None
         if shapes:
             found.append(f"{name} was {shapes[0]} and is {tuple(p.shape)}")
-        elif state and group["rule"] not in elementwise and half != (p.dtype if p.dtype in REST_DTYPES else None):
+        elif (
+            state
+            and group["rule"] not in elementwise
+            and FACTOR not in everything
+            and half != (p.dtype if p.dtype in REST_DTYPES else None)
+        ):
             found.append(f"{name} was {half or 'of full precision'} and is {p.dtype}")
     return found
