@@ -5,74 +5,84 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import threading
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Matrices of a smaller side are multiplied as they are.
+SPLIT_SIDE = 128
+# The setting is the process's: of two threads one waits.
+_lock = threading.RLock()
 
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
     """Run float32 products in true float32, and put the caller's setting back afterwards.
 
-    With TF32 products Cayley's orthogonality error is 4e-3 instead of 4e-6.
+    With TF32 products what should be orthogonal is off by 4e-3 instead of 4e-6.
     """
     # Not torch.get_float32_matmul_precision, which fails after the newer settings (as of transformers' --tf32).
     places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [place.fp32_precision for place in places]
-    for place in places:
-        place.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for place, precision in zip(places, before, strict=True):
-            place.fp32_precision = precision
+    with _lock:
+        before = [place.fp32_precision for place in places]
+        for place in places:
+            place.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for place, precision in zip(places, before, strict=True):
+                place.fp32_precision = precision
+
+
+class Halves(NamedTuple):
+    """A float32 matrix as two bfloat16 ones, whose sum is within a relative 2^-16 of it."""
+
+    high: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Halves | None:
+        """None where products of `x` as it is are as fast."""
+        if x.ndim != 3 or min(x.shape[-2:]) < SPLIT_SIDE or x.dtype != torch.float32 or not splitting_pays(x.device):
+            return None
+        high = x.bfloat16()
+        return cls(high, (x - high).bfloat16())
 
 
 def halves_product(a: Tensor, b: Tensor) -> Tensor:
-    """`a b` of float32 batches: where splitting pays with both cut in two bfloat16 numbers, 16 of
-    their 24 bits, else exact.
-
-    To a relative 2^-16, as fast as three bfloat16 products: that of the two rests is left out.
-    """
-    if a.dtype != torch.float32 or a.ndim != 3 or not splitting_pays(a.device):
+    """`a b` of float32 batches: where splitting pays by three products of halves, that of the two rests left out."""
+    left = Halves.of(a)
+    right = None if left is None else Halves.of(b)
+    if right is None:
         return a @ b
-    return _summed_in_float32(_halves(a, -1, "hhr"), _halves(b, -2, "hrh"))
+    small = torch.baddbmm(left.high @ right.rest, left.rest, right.high)
+    return torch.bmm(left.high, right.high, out_dtype=torch.float32).add_(small)
 
 
-def gram(y: Tensor) -> Tensor:
-    """`y y^T` of float32 batches; where splitting pays to a relative 2^-16, by two bfloat16 products, else exact."""
-    if y.dtype != torch.float32 or y.ndim != 3 or not splitting_pays(y.device):
-        return y @ y.mT
-    high = y.to(torch.bfloat16)
-    across = _summed_in_float32(high, (y - high).to(torch.bfloat16).mT)
-    return _summed_in_float32(high, high.mT).add_(across).add_(across.mT)
+def gram_error(y: Tensor, halves: Halves | None) -> Tensor:
+    """`y y^T - I` of batches whose rows are nearly orthonormal, to float32 rounding of the identity.
 
-
-def _halves(x: Tensor, dim: int, order: str) -> Tensor:
-    """High half (h) and rest (r) of `x`, float32, whose sum it is, as bfloat16 and one after the other along `dim`."""
-    shape = list(x.shape)
-    shape[dim] *= len(order)
-    out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
-    places = dict(zip(order, out.chunk(len(order), dim), strict=True))  # of two high ones the last
-    high = places["h"].copy_(x)
-    torch.sub(x, high, out=places["r"])
-    if order.count("h") > 1:
-        out.narrow(dim, 0, x.shape[dim]).copy_(high)
-    return out
-
-
-def _summed_in_float32(a: Tensor, b: Tensor) -> Tensor:
-    """`a b` of bfloat16 batches, in float32; CPU products would round it."""
-    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
+    From `halves`, if there are any: what is not on the diagonal is small, and comes from two bfloat16 products.
+    """
+    if halves is None:
+        error = y @ y.mT
+    else:
+        across = halves.high @ halves.rest.mT
+        error = (halves.high @ halves.high.mT).float().add_(across.add_(across.mT.clone()))
+        error.diagonal(dim1=-2, dim2=-1).copy_(torch.linalg.vector_norm(y, dim=-1).square())
+    error.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return error
 
 
 @functools.cache
 def splitting_pays(device: torch.device) -> bool:
-    """Whether `halves_product` is faster than a float32 product: by 3 or more where bfloat16 has units of its own.
+    """Whether products of halves are faster than a float32 product: by 3 or more where bfloat16 has units of its own.
 
-    On a CPU with such units (AMX) the memory that cutting `x` moves eats what is won.
+    On a CPU with such units (AMX) the memory that cutting moves eats what is won.
     """
     return device.type == "cuda" and _multiplies_bfloat16(device) and _sums_in_float32(device)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pion_hf.linalg.precision import gram, halves_product, product_dtype
+from pion_hf.linalg.precision import Halves, gram_error, halves_product, product_dtype
 from pion_hf.linalg.spectrum import numerical_zero
 
 # The largest angle of a step (radians): longer ones are clipped to it.
@@ -128,27 +128,27 @@ def tangent(
 
     size: what `D` is divided by, `(..., 1, 1)`. hold: of the ambient metric, the fraction of leading singular
     directions that no rotation moves. tolerance: see `numerical_zero`. dtype: of the products with `D` (see
-    `product_dtype`); `X` has that of the factors.
+    `product_dtype`), and of `X`.
     """
-    low = product_dtype(factors.v, dtype)
-    u, s, v = (factors.u / size).to(low), factors.s, factors.v.to(low)
-    d = d.to(low)
+    s, low = factors.s, product_dtype(factors.v, dtype)
+    u, v, d = factors.u.to(low), factors.v.to(low), d.to(low)
+    reduced = (factors.u / size).to(low)
     if long:
-        p = u @ d
+        p = reduced @ d
         p = p if fixed is None else without(p, fixed.long.to(low))
         b = (p @ v.mT).to(s.dtype)
     else:
-        b = (u @ (d @ v.mT)).to(s.dtype).mT
-    inside, outside = _ambient(b, s, hold, tolerance) if ambient else (-skew(s.unsqueeze(-1) * b), s)
+        b = (reduced @ (d @ v.mT)).to(s.dtype).mT
+    inside, outside = _ambient(b, s, hold, tolerance) if ambient else (skew((s.unsqueeze(-1) * b).mT), s)
     if not long:
         if fixed is not None:
             stays = factors.u @ fixed.short
             inside = without(without(inside, stays).mT, stays).mT
-        return (inside.to(low) @ factors.u.to(low)).to(s.dtype)
-    outside = outside.unsqueeze(-1)
+        return inside.to(low) @ u
     if v.shape[-2] == v.shape[-1] and fixed is None:  # nothing is outside
-        return (inside.to(low) @ v).to(s.dtype)
-    return ((inside + outside * b).to(low) @ v).to(s.dtype).sub_(outside * p)
+        return inside.to(low) @ v
+    outside = outside.unsqueeze(-1)
+    return (torch.addcmul(inside, outside, b).to(low) @ v).addcmul_(outside.to(low), p, value=-1)
 
 
 def _ambient(b: Tensor, s: Tensor, hold: float, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -156,7 +156,8 @@ def _ambient(b: Tensor, s: Tensor, hold: float, tolerance: float) -> tuple[Tenso
     zero = numerical_zero(s, tolerance=tolerance)
     z = s.masked_fill(zero, 0)
     sums = z.square().unsqueeze(-1) + z.square().unsqueeze(-2)
-    inside = -skew(z.unsqueeze(-1) * b) / sums.clamp_min(torch.finfo(s.dtype).tiny)  # where both are 0 it is 0 / tiny
+    # Where both are 0 it is 0 over the smallest number.
+    inside = skew((z.unsqueeze(-1) * b).mT).div_(sums.clamp_min_(torch.finfo(s.dtype).tiny))
     outside = torch.where(zero, 0, s.reciprocal())
     held = int(hold * s.shape[-1])
     if held:
@@ -179,41 +180,39 @@ class Reach(NamedTuple):
     bound: Tensor
 
 
-def reach(factors: Factors, x: Tensor, *, dtype: str = "float32") -> Reach:
+def reach(factors: Factors, x: Tensor) -> Reach:
     """From `H = X X^T`: `||W A||_F^2 = sum_i s_i^2 H_ii`, and `||H^2||_F^(1/4) >= ||X||_2`."""
-    low = x.to(product_dtype(x, dtype))
-    h = (low @ low.mT).to(x.dtype)
+    h, dtype = x @ x.mT, factors.s.dtype
     moved = (h.diagonal(dim1=-2, dim2=-1) * factors.s.square()).sum(-1).sqrt()[..., None, None]
-    norm = torch.linalg.matrix_norm(h, keepdim=True)
-    low = (h / norm.clamp_min(torch.finfo(h.dtype).tiny)).to(low.dtype)
-    square = torch.linalg.matrix_norm((low @ low).to(h.dtype), keepdim=True)
+    norm = torch.linalg.matrix_norm(h, keepdim=True, dtype=dtype)
+    unit = h * norm.clamp_min(torch.finfo(dtype).tiny).reciprocal().to(h.dtype)
+    square = torch.linalg.matrix_norm(unit @ unit, keepdim=True, dtype=dtype)
     return Reach(moved, SAFETY * (norm * square.sqrt()).sqrt())
 
 
-def retracted(q: Tensor, x: Tensor, alpha: Tensor, *, dtype: str = "float32") -> Tensor:
+def retracted(q: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
     """The polar factor of `Y = Q^T + alpha X`, `(I + K)^(-1/2) Y` with `Y Y^T = I + K`; `Q^T` where `alpha` is 0.
 
     `K` holds what is wrong with `Q^T` and `X` too. The root is a polynomial, good up to `||alpha X||_2 = MAX_ANGLE`; in
-    float64 it is exact. Rows of zeros stay zeros. alpha: `(..., 1, 1)`. dtype: of the products that correct.
+    float64 it is exact. Rows of zeros stay zeros. alpha: `(..., 1, 1)`.
     """
     y = torch.addcmul(q, x, alpha)
-    k = gram(y)
-    k.diagonal(dim1=-2, dim2=-1).sub_(1)
+    halves = Halves.of(y)
+    k = gram_error(y, halves)
     if k.dtype == torch.float64:
         values, vectors = torch.linalg.eigh(k)
         root = torch.where(values > -0.5, (1 + values).rsqrt() - 1, 0)
         p = (vectors * root.unsqueeze(-2)) @ vectors.mT
         return y + torch.where(alpha > 0, p, 0) @ y
-    low = k.to(product_dtype(k, dtype))
+    low = k.to(x.dtype)
     p = torch.add(ROOT[0] * k, (low @ low).to(k.dtype), alpha=ROOT[1])
     p = torch.where(alpha > 0, p, 0)
-    if low.dtype == k.dtype:
-        return y + p @ y
-    # What a matrix keeps of itself is exact: only small numbers are rounded.
+    # What a row keeps of itself is exact: only small numbers are rounded.
     own = p.diagonal(dim1=-2, dim2=-1)
-    kept = own.unsqueeze(-1).clone()
+    kept = 1 + own.unsqueeze(-1)
     own.zero_()
-    return torch.addcmul(y, y, kept).add_(p.to(low.dtype) @ y.to(low.dtype))
+    rounded = y.to(x.dtype) if halves is None or x.dtype == y.dtype else halves.high
+    return torch.addcmul(p.to(x.dtype) @ rounded, y, kept)
 
 
 def step_size(want: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,16 +226,15 @@ def anchored(new: Tensor, old: Tensor, fixed: Fixed, *, long: bool) -> Tensor:
     return without(new, fixed.long) if long else new - (new - old) @ fixed.short @ fixed.short.mT
 
 
-def carried(m: Tensor, q: Tensor, x: Tensor, alpha: Tensor, *, long: bool, dtype: str = "float32") -> Tensor:
+def carried(m: Tensor, q: Tensor, x: Tensor, alpha: Tensor, *, long: bool) -> Tensor:
     """How a momentum `M`, `(..., k, l)`, changes that the rotation carries along: `alpha M A` on the long side, on the
-    short one `alpha A^T M`; at first order, by rounded products."""
-    low = product_dtype(m, dtype)
-    m, q, turn = m.to(low), q.to(low), (alpha * x).to(low)
+    short one `alpha A^T M`; at first order, with products in the precision of `X`."""
+    m, q, turn = m.to(x.dtype), q.to(x.dtype), (alpha * x).to(x.dtype)
     if not long:
-        return (turn.mT @ (q @ m)).to(x.dtype)
+        return turn.mT @ (q @ m)
     seen = m @ q.mT
     back = m @ turn.mT + seen @ (turn @ q.mT)
-    return (seen @ turn - back @ q).to(x.dtype)
+    return (seen @ turn).sub_(back @ q)
 
 
 def angles(q: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,6 +243,7 @@ def angles(q: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     The first is `||alpha A||_F / sqrt(n)`, over all directions of the side; the second is estimated from below, within
     a few percent.
     """
+    x = x.to(q.dtype)
     squares = 2 * x.square().sum((-2, -1), keepdim=True) - (x @ q.mT).square().sum((-2, -1), keepdim=True)
     mean = (squares.clamp_min(0) / q.shape[-1]).sqrt()
     return tuple((size * alpha)[..., 0, 0] for size in (mean, spectral_norm(q, x)))

@@ -180,7 +180,9 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
             self.inputs.close()
         return loss
 
-    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+    def update(
+        self, weight: Tensor | None, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int
+    ) -> Tensor:
         """The rule: the new weights of a batch of matrices of one shape, in working precision.
 
         `weight` and `grad` are `(b, m, n)`, or `(b, K, m, n)` for stacks of `K` (see `stacks_of`); both may be the
@@ -230,6 +232,10 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
     def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
         """What the state of `matrices`, `(E, m, n)` of a group's parameter at `position`, holds at first."""
         return {}
+
+    def reads_weights(self, group: dict) -> bool:
+        """Whether `update` needs the weights after the first step; else it may be given None."""
+        return not self.is_master(group)
 
     def is_master(self, group: dict) -> bool:
         """Whether state gives the group's weights in float32, so that half-precision ones need no masters."""
@@ -368,8 +374,10 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
     def _update_batch(self, batch: Batch, states: dict, group: dict) -> None:
         state = batch.load(states)
         step = states[batch.first.param]["step"]
-        weights, grad = batch.weights(states), batch.gradients()
-        watching = [(observer, observer.before(weights)) for observer in self.observers if observer.wants(group)]
+        observers, grad = [observer for observer in self.observers if observer.wants(group)], batch.gradients()
+        read = step == 1 or observers or self.reads_weights(group)
+        weights = batch.weights(states) if read else None
+        watching = [(observer, observer.before(weights)) for observer in observers]
         self._rotations = {} if watching else None
         directions = None if self.keeps_by_itself else state.get(KEPT)
         outputs = None if directions is None else weights @ directions

@@ -210,7 +210,7 @@ class PionLora(_Factors):
         if step == 1:
             state.update(self.described(weight, state.get(KEPT), group))
         factors, kept = Factors(state["u"], state["s"], state["v"]), state.get(KEPT)
-        long = weight.shape[-2] <= weight.shape[-1]
+        long = grad.shape[-2] <= grad.shape[-1]
         direction = _direction(grad, state, group=group, step=step)
         if kept is not None:  # orthogonal to them, as the factors are, a rotation has no part in them
             direction = without(direction, kept)
@@ -233,7 +233,9 @@ class PionLora(_Factors):
         side = "out" if Layout.parse(group["layout"]).transposed else "in"
         self.note_rotation(side, factors.side(long), x, alpha)
         state.update(new._asdict())
-        return torch.where(alpha > 0, product_of(new, transposed=not long), weight)
+        moved = product_of(new, transposed=not long)
+        # What was its product before has not changed without a step; at first it is that to rounding only.
+        return torch.where(alpha > 0, moved, weight) if step == 1 else moved
 
 
 def _wide(x: Tensor) -> Tensor:

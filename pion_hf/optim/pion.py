@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pion_hf.errors import unknown
 from pion_hf.linalg.polar import polar_factor
+from pion_hf.linalg.precision import product_dtype
 from pion_hf.linalg.rotation import (
     Factors,
     Fixed,
@@ -210,6 +211,9 @@ class Pion(MatrixOptimizer):
     def is_master(self, group: dict) -> bool:
         return group["retraction"] == "polar"
 
+    def reads_weights(self, group: dict) -> bool:
+        return not self.is_master(group) or _needs_generators(group)
+
     def described(self, weights: Tensor, kept: Tensor | None, group: dict) -> dict[str, Tensor]:
         if group["retraction"] == "taylor":
             return {}
@@ -244,21 +248,21 @@ class Pion(MatrixOptimizer):
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
         sides = _sides(group["side"], step)
-        dense = group["momentum"] == "lie" or group["direction"] == "msign"
         if group["retraction"] == "taylor":
             return self._published(weight, grad, state, sides=sides, group=group, step=step)
         if step == 1:
             state.update(self.described(weight, state.get(KEPT), group))
-        tall, dtype = _is_tall(weight), group["generator_dtype"]
+        tall, dtype = _is_tall(grad), group["generator_dtype"]
         factors, fixed = Factors(state["u"], state["s"], state["v"]), _fixed(state, tall)
         long_side = "out" if tall else "in"
         # Of a spectral norm of 1, so that no power of it overflows.
         size = factors.s[..., :1, None]
         unit = factors._replace(s=factors.s / size[..., 0])
-        if dense:
+        if _needs_generators(group):
             generators = self._generators(weight, grad, state, sides=sides, group=group, step=step)
             scale = torch.stack([_largest(a) for a in generators.values()]).amax(0)
-            tangents = {side: factors.side(side == long_side) @ (a / scale) for side, a in generators.items()}
+            low = product_dtype(factors.v, dtype)
+            tangents = {side: (factors.side(side == long_side) @ (a / scale)).to(low) for side, a in generators.items()}
         else:
             direction = _direction(grad, state, group=group, step=step)
             peak, ambient = _largest(direction), group["metric"] == "ambient"
@@ -277,14 +281,16 @@ class Pion(MatrixOptimizer):
         for side, x in tangents.items():
             long = side == long_side
             before = factors.side(long)
-            after = retracted(before, x, alpha, dtype=dtype)
+            after = retracted(before, x, alpha)
             new = new.turned(long, after if fixed is None else anchored(after, before, fixed, long=long))
             if group["momentum"] == "transported":
                 m = state["momentum"].mT if tall else state["momentum"]
-                m.add_(carried(m, before, x, alpha, long=long, dtype=dtype))
+                m.add_(carried(m, before, x, alpha, long=long))
             self.note_rotation(side, before, x, alpha)
         state.update(new._asdict())
-        return torch.where(alpha > 0, product_of(new, fixed, transposed=tall), weight)
+        moved = product_of(new, fixed, transposed=tall)
+        # What was its product before has not changed without a step; at first it is that to rounding only.
+        return torch.where(alpha > 0, moved, weight) if step == 1 else moved
 
     def _generators(
         self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, sides: tuple[str, ...], group: dict, step: int
@@ -372,13 +378,18 @@ def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int
     )
 
 
-def _is_tall(weight: Tensor) -> bool:
-    return weight.shape[-2] > weight.shape[-1]
+def _is_tall(x: Tensor) -> bool:
+    return x.shape[-2] > x.shape[-1]
+
+
+def _needs_generators(group: dict) -> bool:
+    """Whether generators are formed in full, as `(n, n)` or `(m, m)`."""
+    return group["momentum"] == "lie" or group["direction"] == "msign"
 
 
 def _largest(x: Tensor) -> Tensor:
     """The largest entry, `(..., 1, 1)`; of what is zero something to divide by."""
-    return torch.linalg.vector_norm(x, float("inf"), dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def _fixed(state: dict[str, Tensor], tall: bool) -> Fixed | None:
@@ -411,13 +422,13 @@ def _reach(
 
     unit: of the weight over `size`; scale: what the generators are divided by.
     """
-    moved, bound = reach(unit, next(iter(tangents.values())), dtype=group["generator_dtype"])
+    moved, bound = reach(unit, next(iter(tangents.values())))
     if len(tangents) > 1:
         *_, last = tangents.values()
-        bound = torch.maximum(bound, reach(unit, last, dtype=group["generator_dtype"]).bound)
+        bound = torch.maximum(bound, reach(unit, last).bound)
         moved = _moved(unit, tangents, long_side)
     if group["scale"] == "spectral":
-        norms = [spectral_norm(unit.side(side == long_side), x) for side, x in tangents.items()]
+        norms = [spectral_norm(unit.side(side == long_side), x.to(unit.u.dtype)) for side, x in tangents.items()]
         norm = torch.stack(norms).amax(0)
         return torch.where(norm > 0, group["lr"] / norm, 0), bound
     return _wanted(moved * size, scale, unit.u.shape[-1] * unit.v.shape[-1], group), bound
