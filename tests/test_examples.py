@@ -76,10 +76,3 @@ def test_the_demo_is_as_long_as_the_machine_affords(rate, speedup, steps):
 
 def test_the_demo_measures_a_rate():
     assert loaded(EXAMPLES / "demo.py").gflops(side=256) > 0.01
-
-
-def test_what_the_benchmark_of_retractions_shows():
-    script = loaded(EXAMPLES / "benchmarks" / "retraction.py")
-    assert script.defect("root", 0.1, n=32) < 1e-6
-    assert script.defect("taylor", 1.0, n=32) > 1e-2
-    assert script.seconds("root", 0.1) > 0

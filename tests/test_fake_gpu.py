@@ -14,7 +14,6 @@ from pion_hf import Inputs, Pion, PionLora, RoutedAdamW, Teon
 SCRIPT = Path(__file__).parent.parent / "examples" / "benchmarks" / "fake_gpu.py"
 SHAPES = ((64, 64), (96, 64), (64, 96), (64, 320), (320, 64))
 LIE = {"metric": "lie"}
-READ = {"angle": 0.1, "gram": 0.05, "effect": 1e-3, "smallest": 0.05, "free": True, "moved weight": 0.01}
 
 
 def lora(params: list[nn.Parameter]) -> PionLora:
@@ -43,7 +42,7 @@ OPTIMIZERS = {
     "both sides": lambda params: Pion(params, direction="gradient", side="both", **LIE),
     "lie momentum": lambda params: Pion(params, direction="gradient", momentum="lie", second_moment=True, **LIE),
     "paper": lambda params: Pion(params, preset="paper"),
-    "cayley": lambda params: Pion(params, retraction="cayley", direction="gradient", **LIE),
+    "without transport": lambda params: Pion(params, momentum="ambient"),
     "float32": lambda params: Pion(params, generator_dtype="float32"),
     "keep": lambda params: Pion(params, keep=4, inputs=Kept()),
     "muon": lambda params: Teon(params, stack=1),
@@ -78,7 +77,7 @@ def steps(name, counts, dtype=torch.float32):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_stays_on_the_device(name, dtype, fake_gpu, monkeypatch):
     monkeypatch.setattr(PionLora, "check_matrix", lambda *args: None)  # that there are no zeros no fake tensor knows
-    with fake_gpu(READ.__getitem__) as counts:
+    with fake_gpu() as counts:
         for number, optimizer in steps(name, counts, dtype):
             if number:  # the first one makes and checks the state
                 assert counts.waits == 1  # whether the gradients are finite
@@ -89,8 +88,8 @@ def test_a_step_stays_on_the_device(name, dtype, fake_gpu, monkeypatch):
 
 @pytest.mark.parametrize("name", ["default", "gradient, lie", "polar, lie"])
 def test_products_are_in_bfloat16(name, fake_gpu):
-    """What is left to float32 are a few vectors: its products take ten times as long there."""
-    with fake_gpu(READ.__getitem__) as counts:
+    """All of them: those of float32 take ten times as long there."""
+    with fake_gpu() as counts:
         for number, _ in steps(name, counts):
             if number:
-                assert 0 < counts.flops("float32") < 0.1 * counts.flops("bfloat16")
+                assert counts.flops("float32") == 0 < counts.flops("bfloat16")

@@ -5,7 +5,7 @@ the way that it takes on an NVIDIA GPU from Hopper on; mixing devices is an erro
 of products by precision, bytes that kernels read and write, kernels, values that the host waits for, and copies between
 devices.
 
-`like_a_gpu`: the processor takes the ways of a GPU, with real numbers: products are cut in halves, values read late.
+`like_a_gpu`: the processor takes the ways of a GPU, with real numbers: float32 products are cut in halves of bfloat16.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from pion_hf.linalg import ambient, precision, reading, rotation, series
+from pion_hf.linalg import precision
 
 CAPABILITY = (9, 0)
 ALL = 2**62
@@ -114,22 +114,14 @@ def _at(x: Tensor, index: object) -> Tensor:
 
 
 @contextlib.contextmanager
-def fake_gpu(
-    read: Callable[[str], float] | None = None, host: Callable[[Tensor], float | bool] = lambda x: True
-) -> Iterator[Counts]:
-    """Tensors made under it with `device="cuda"` are fake; gives what ran.
-
-    read: the values that rules read late, by key (see `pion_hf.linalg.reading`). host: see `Counts`.
-    """
-    late = (lambda self, key, value, **options: read(key)) if read else reading.LateReader.read
+def fake_gpu(host: Callable[[Tensor], float | bool] = lambda x: True) -> Iterator[Counts]:
+    """Tensors made under it with `device="cuda"` are fake; gives what ran. host: see `Counts`."""
     caches = precision.splitting_pays, precision._multiplies_bfloat16
     for cached in caches:
         cached.cache_clear()
     try:
         with (
             mock.patch.object(torch.cuda, "get_device_capability", return_value=CAPABILITY),
-            mock.patch.object(reading.LateReader, "read", late),
-            mock.patch.object(reading, "_send", lambda value, lr: reading._Sent(value.detach().clone(), None, lr)),
             FakeTensorMode(),
             Counts(host) as counts,
             torch.no_grad(),
@@ -143,9 +135,5 @@ def fake_gpu(
 
 @contextlib.contextmanager
 def like_a_gpu() -> Iterator[None]:
-    with contextlib.ExitStack() as patches:
-        for module in (reading, series, rotation, ambient):
-            patches.enter_context(mock.patch.object(module, "reading_waits", return_value=True))
-        for module in (precision, rotation, ambient):
-            patches.enter_context(mock.patch.object(module, "splitting_pays", return_value=True))
+    with mock.patch.object(precision, "splitting_pays", return_value=True):
         yield

@@ -8,7 +8,7 @@ is a persistent part of rank 4 and as much noise; three take turns.
 Every contender trains a copy of its own of the same weights on the same gradients. The contenders take turns, one step
 each in every round, and so do the bare products that tell what the machine can do in the same minutes. A time is the
 mean of two medians, over odd steps and over even ones: rotations act on one side of a matrix at a time, and the two
-differ. The first step makes the state; in the ambient metric it decomposes every matrix too, as does one in 500 later.
+differ. The first step makes the state; that of a rotation decomposes every matrix.
 
 Products (mm, bmm, addmm, baddbmm) are counted as they run, by torch's own formulas and by precision. A contender's
 share is the time that its products alone would take, each at the best rate measured for its precision (a product
@@ -98,6 +98,8 @@ CONTENDERS: dict[str, Build] = {
         for metric in ("lie", "ambient")
         if (direction, metric) != ("msign", "ambient")
     },
+    "pion, gradient, lie, not transported": pion("gradient", "lie", momentum="ambient"),
+    "pion, natural, ambient, not transported": pion("natural", "ambient", momentum="ambient"),
     "pion, polar, lie, 3 polar steps": pion("polar", "lie", polar_steps=3),
     "pion, natural, ambient, compiled": pion("natural", "ambient", compile=True),
     "teon, stack 1 (muon)": ours("muon"),
