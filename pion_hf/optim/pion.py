@@ -436,7 +436,7 @@ def _reach(
 
 def _moved(unit: Factors, tangents: dict[str, Tensor], long_side: str) -> Tensor:
     """`||dW||_F` of two sides together, as `U^T dW`."""
-    s = unit.s.unsqueeze(-1)
+    s, tangents = unit.s.unsqueeze(-1), {side: x.to(unit.s.dtype) for side, x in tangents.items()}
     both = sum(s * x if side == long_side else (s * (x @ unit.u.mT)).mT @ unit.v for side, x in tangents.items())
     return torch.linalg.matrix_norm(both, keepdim=True)
 
