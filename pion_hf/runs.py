@@ -60,7 +60,7 @@ RECORD_FIELDS = {
     "status": STATUS,
     **dict.fromkeys(("started", "device", "error"), TEXT),
     **dict.fromkeys(("seconds", "peak_memory_bytes", "spectrum_drift", "optimizer_share"), AMOUNT),
-    **dict.fromkeys(("steps", "skipped_steps"), COUNT),
+    **dict.fromkeys(("steps", "skipped_steps", "clipped_steps"), COUNT),
     "model": {"name": TEXT, "class": TEXT, "parameters": COUNT, "trainable": COUNT},
     "data": {...: TEXT},
     "optimizer": {

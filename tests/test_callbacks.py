@@ -30,6 +30,7 @@ from pion_hf.integrations.callbacks import RunCallback, watch
 from pion_hf.integrations.matrices import HiddenMatrix, Norms, Spectra, hidden_matrices, spread
 from pion_hf.linalg.spectrum import spectral_drift
 from pion_hf.optim.blocks import Layout
+from pion_hf.report.facts import facts
 from pion_hf.runs import LOG, MATRICES, RECORD, read_run
 from tests.conftest import toy_llama
 
@@ -180,7 +181,7 @@ def test_input_tokens_in_every_entry_are_not_the_end(train):
 
 
 def test_the_logs_are_those_of_the_trainer_and_of_trackers(train):
-    trainer, run = train(optim="pion", extra=[tracker := Tracker()])
+    trainer, run = train(optim="pion", learning_rate=1e-3, extra=[tracker := Tracker()])
     assert [entry["step"] for entry in run.logs] == [2, 4, 6, 6]
     for logged, kept, sent in zip(run.logs, trainer.state.log_history, tracker.sent, strict=True):
         assert logged.items() >= kept.items()
@@ -188,7 +189,7 @@ def test_the_logs_are_those_of_the_trainer_and_of_trackers(train):
     entry = run.logs[1]
     wanted = {f"{key}/{rule}" for key in ("learning_rate", "update_rms") for rule in ("pion", "adamw")}
     wanted |= {f"angle_{side}/{kind}" for side in ("in", "out") for kind in ("mean", "max")}
-    wanted |= {"skipped_steps", "optimizer_share", "spectral_norm/max", "stable_rank/mean", "spectrum_drift"}
+    wanted |= {"skipped_steps", "clipped", "optimizer_share", "spectral_norm/max", "stable_rank/mean", "spectrum_drift"}
     assert entry.keys() >= wanted | {"orthogonality_error"}
     # Of the chord; a step's size is that of the tangent, which is longer at second order.
     assert entry["update_rms/pion"] == pytest.approx(0.2 * entry["learning_rate/pion"], rel=5e-3)
@@ -437,6 +438,23 @@ def test_skipped_steps_are_counted(train):
         trainer, run = train(optim="pion", extra=[Poison()])
     assert run.series("skipped_steps")[1][:3] == [1, 1, 1]
     assert trainer.run_callback.summary["skipped_steps"] == 1
+
+
+def test_clipped_steps_are_counted(train):
+    """Of 14 matrices, in six steps logged by twos: at an absurd rate all of them, at a small one none."""
+    trainer, run = train(optim="pion", learning_rate=100.0)
+    assert run.series("clipped")[1] == [28, 28, 28]
+    assert {of["clipped_steps"] for of in (run.record, run.logs[-1], trainer.run_callback.summary)} == {84}
+    assert ("clipped steps of a matrix", "84") in facts(run)
+    again, run = train(optim="pion", learning_rate=1e-4)
+    assert run.series("clipped")[1] == [0, 0, 0]
+    assert "clipped_steps" not in again.run_callback.summary | run.record
+
+
+@pytest.mark.parametrize("optim", ["muon", "adamw_torch"])
+def test_what_does_not_rotate_is_not_clipped(train, optim):
+    _, run = train(optim=optim)
+    assert not any("clipped" in entry for entry in run.logs)
 
 
 def test_rank_deficient_matrices_are_named(make, monkeypatch):

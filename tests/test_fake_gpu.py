@@ -62,10 +62,10 @@ def fake_gpu():
 
 
 def steps(name, counts, dtype=torch.float32):
-    """Four steps, each with what ran in it counted; gives their number and the optimizer."""
+    """Three steps, each with what ran in it counted; gives their number and the optimizer."""
     params = [nn.Parameter(torch.randn(shape, device="cuda", dtype=dtype)) for shape in SHAPES]
     optimizer = OPTIMIZERS[name](params)
-    for number in range(4):
+    for number in range(3):
         for p in params:
             p.grad = torch.randn_like(p)
         counts.reset()

@@ -46,6 +46,7 @@ SUMMARY = (
     "optimizer_seconds",
     "logging_share",
     "skipped_steps",
+    "clipped_steps",
     "spectrum_drift",
     "rotated_matrices",
     "measured_spectra",
@@ -56,14 +57,16 @@ class RunCallback(TrainerCallback):
     """Measures what training does, adds it to the logs and keeps it in the run's folder. One line: `watch(trainer)`.
 
     At logging steps the logs also hold every group's learning rate, the root mean square of the updates by rule,
-    rotation angles, skipped steps and the optimizer's share of the time. Snapshots of every hidden matrix (spectral
-    norm, stable rank) are taken at the start, at the end and at ten points between, whatever the optimizer; the change
-    of the singular values of as many as time allows joins them. Measuring takes a hundredth of the training time:
-    where it would take more, fewer steps and spectra are measured, and `run.json` says how many.
+    rotation angles, skipped steps, how many steps of rotated matrices were clipped since the last entry (`clipped`),
+    and the optimizer's share of the time. Snapshots of every hidden matrix (spectral norm, stable rank) are taken at
+    the start, at the end and at ten points between, whatever the optimizer; the change of the singular values of as
+    many as time allows joins them. Measuring takes a hundredth of the training time: where it would take more, fewer
+    steps and spectra are measured, and `run.json` says how many.
 
     `summary` holds what is known at the end: `optimizer_share`, `optimizer_seconds`, `logging_share`, `skipped_steps`
-    if there were any; of rotated matrices `spectrum_drift` (the largest change of a singular value relative to its
-    matrix's spectral norm), their number, and of how many the spectrum was measured. It joins the last log entry.
+    and `clipped_steps` if there were any; of rotated matrices `spectrum_drift` (the largest change of a singular value
+    relative to its matrix's spectral norm), their number, and of how many the spectrum was measured. It joins the last
+    log entry.
 
     Only the first process measures and writes.
     """
@@ -187,6 +190,8 @@ class _Run:
         self.measured = False  # whether the end has been
         known = state.global_step, 0 if self.ours is None else self.ours.skipped_steps
         self.counted = {"loss": known, "train_loss": known}  # step, and steps skipped until then
+        self.rotates = self.ours is not None and any(map(self.ours.keeps_spectrum, self.ours.param_groups))
+        self._clipped = self.ours.clipped_steps if self.rotates else 0  # until the last entry
         self.first_step = 0.0
         self._started = False
         self._planned: set[int] = set()
@@ -255,7 +260,7 @@ class _Run:
             return {}
         news = self.meter.news()  # keeps its own time
         began = time.perf_counter()
-        added = {**self.rates, **news, **self._shares(), **self.pending}
+        added = {**self.rates, **news, **self._shares(), **self._newly_clipped(), **self.pending}
         self.pending = {}
         self.seconds["logging"] += time.perf_counter() - began
         return added
@@ -352,8 +357,10 @@ class _Run:
             self.folder.write_spectra(self.spectra.before, self.spectra.after)
         self.measured = True
         summary = self._shares()
-        if not summary.get("skipped_steps"):
-            summary.pop("skipped_steps", None)
+        summary["clipped_steps"] = self.ours.clipped_steps if self.rotates else 0
+        for count in ("skipped_steps", "clipped_steps"):
+            if not summary.get(count):
+                summary.pop(count, None)
         times = self.times()
         if self.first_step:
             summary["optimizer_seconds"] = times["optimizer"]
@@ -419,6 +426,13 @@ class _Run:
         if self.first_step:
             found["optimizer_share"] = self.times()["optimizer"] / (time.perf_counter() - self.first_step)
         return found
+
+    def _newly_clipped(self) -> dict[str, int]:
+        """How many steps of rotated matrices were clipped since the last entry; it waits for the device."""
+        if not self.rotates:
+            return {}
+        before, self._clipped = self._clipped, self.ours.clipped_steps
+        return {"clipped": self._clipped - before}
 
 
 def _is_logged(step: int, args: Any, state: Any) -> bool:

@@ -224,13 +224,13 @@ class Spectra:
 
 @torch.no_grad()
 def orthogonality_error(optimizer: MatrixOptimizer, matrices: list[HiddenMatrix]) -> float | None:
-    """Largest entry of `|V V^T - I|` of the singular bases that Pion's ambient metric carries along; None without."""
+    """Largest entry of `|Q Q^T - I|` of the singular vectors that rotations carry along; None without."""
     errors = []
     for matrix in matrices:
-        basis = optimizer.state.get(matrix.parameter, {}).get(f"basis.{matrix.index}")
-        if basis is not None:
+        state = optimizer.state.get(matrix.parameter, {})
+        for q in (state[key] for key in (f"u.{matrix.index}", f"v.{matrix.index}") if key in state):
             with full_float32():
-                gram = basis @ basis.mT
-            gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+                gram = q @ q.mT
+            gram.diagonal(dim1=-2, dim2=-1).sub_(q.any(-1).to(q.dtype))  # what `keep` leaves out are rows of zeros
             errors.append(gram.abs().max())
     return torch.stack([error.double().cpu() for error in errors]).max().item() if errors else None

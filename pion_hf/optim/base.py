@@ -241,6 +241,10 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         """Whether state gives the group's weights in float32, so that half-precision ones need no masters."""
         return False
 
+    def masters(self, weights: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """The weights of a batch as state gives them, where the rule `is_master`."""
+        return weights
+
     def keeps_spectrum(self, group: dict) -> bool:
         """Whether the group's matrices keep their singular values."""
         return False
@@ -250,8 +254,8 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         check_finite(name, matrix)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, and `skipped_steps`."""
-        return {**super().state_dict(), "skipped_steps": self.skipped_steps}
+        """As torch's, and `skipped_steps` and `clipped_steps`."""
+        return {**super().state_dict(), **{name: getattr(self, name) for name in ("skipped_steps", "clipped_steps")}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but state keeps its dtype: torch casts it to the parameter's, rounding that of half weights.
@@ -264,6 +268,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         own = [{key: group[key] for key in (*OWN, *CALLED) if key in group} for group in self.param_groups]
         super().load_state_dict(state_dict)
         self.skipped_steps = state_dict.get("skipped_steps", 0)
+        self._clipped = {torch.device("cpu"): torch.tensor(state_dict.get("clipped_steps", 0))}
         for group, options in zip(self.param_groups, own, strict=True):
             group.update(options)
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
@@ -280,17 +285,17 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
                 "`inputs`, a pion_hf.Inputs of its model, or copy the optimizer after its first step.",
                 stacklevel=4,
             )
-        own = ("share_work", "skipped_steps", "skipped_in_a_row")
+        own = ("share_work", "skipped_steps", "skipped_in_a_row", "_clipped")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of loading, copying and unpickling: what is not state starts anew."""
         super().__setstate__(state)
         self._plans, self._forms = {}, {}
-        self._clipped = {}
         self._options, self._rewritten, self._formed = {}, Counter(), {}
         self.__dict__.setdefault("skipped_steps", 0)
         self.__dict__.setdefault("skipped_in_a_row", 0)
+        self.__dict__.setdefault("_clipped", {})
         self.__dict__.setdefault("inputs", None)
         self.__dict__.setdefault("share_work", False)
         self.__dict__.setdefault("observers", [])
@@ -377,7 +382,9 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         observers, grad = [observer for observer in self.observers if observer.wants(group)], batch.gradients()
         read = step == 1 or observers or self.reads_weights(group)
         weights = batch.weights(states) if read else None
-        watching = [(observer, observer.before(weights)) for observer in observers]
+        rounded = step > 1 and self.is_master(group) and batch.first.view.dtype in precision.HALF
+        exact = self.masters(weights, state) if observers and rounded else weights
+        watching = [(observer, observer.before(exact)) for observer in observers]
         self._rotations = {} if watching else None
         directions = None if self.keeps_by_itself else state.get(KEPT)
         outputs = None if directions is None else weights @ directions
@@ -403,7 +410,10 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
 
     @property
     def clipped_steps(self) -> int:
-        """How many steps of single matrices were clipped so far, by this process; reading it waits for the device."""
+        """How many steps of single matrices were clipped so far, by this process; reading it waits for the device.
+
+        Saved with `state_dict`; sharded checkpoints hold none, and the count begins anew.
+        """
         return sum(int(count) for count in self._clipped.values())
 
     def _make_plan(self, index: int) -> Plan:

@@ -193,6 +193,9 @@ class PionLora(_Factors):
     def is_master(self, group: dict) -> bool:
         return group["method"] == "rotate"
 
+    def masters(self, weights: Tensor, state: dict[str, Tensor]) -> Tensor:
+        return product_of(Factors(state["u"], state["s"], state["v"]), transposed=weights.shape[-2] > weights.shape[-1])
+
     def described(self, weights: Tensor, kept: Tensor | None, group: dict) -> dict[str, Tensor]:
         if group["method"] != "rotate":
             return {}

@@ -214,6 +214,10 @@ class Pion(MatrixOptimizer):
     def reads_weights(self, group: dict) -> bool:
         return not self.is_master(group) or _needs_generators(group)
 
+    def masters(self, weights: Tensor, state: dict[str, Tensor]) -> Tensor:
+        tall = _is_tall(weights)
+        return product_of(_factors(state), _fixed(state, tall), transposed=tall)
+
     def described(self, weights: Tensor, kept: Tensor | None, group: dict) -> dict[str, Tensor]:
         if group["retraction"] == "taylor":
             return {}
@@ -253,7 +257,7 @@ class Pion(MatrixOptimizer):
         if step == 1:
             state.update(self.described(weight, state.get(KEPT), group))
         tall, dtype = _is_tall(grad), group["generator_dtype"]
-        factors, fixed = Factors(state["u"], state["s"], state["v"]), _fixed(state, tall)
+        factors, fixed = _factors(state), _fixed(state, tall)
         long_side = "out" if tall else "in"
         # Of a spectral norm of 1, so that no power of it overflows.
         size = factors.s[..., :1, None]
@@ -390,6 +394,10 @@ def _needs_generators(group: dict) -> bool:
 def _largest(x: Tensor) -> Tensor:
     """The largest entry, `(..., 1, 1)`; of what is zero something to divide by."""
     return x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def _factors(state: dict[str, Tensor]) -> Factors:
+    return Factors(state["u"], state["s"], state["v"])
 
 
 def _fixed(state: dict[str, Tensor], tall: bool) -> Fixed | None:

@@ -82,6 +82,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         "drift of the spectrum": _formatted(drift_of(run), "{:.1e}".format),
         "optimizer's share of the time": _formatted(record.get("optimizer_share"), "{:.1%}".format),
         "skipped steps": _formatted(record.get("skipped_steps"), "{:,}".format),
+        "clipped steps of a matrix": _formatted(record.get("clipped_steps"), "{:,}".format),
     }
     return [(name, value) for name, value in found.items() if value]
 
