@@ -22,7 +22,13 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from torch import Tensor  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+from pion_hf.linalg.rotation import Factors, product_of  # noqa: E402
+from pion_hf.optim import blocks  # noqa: E402
+from pion_hf.optim.base import MatrixOptimizer  # noqa: E402
+from pion_hf.optim.precision import join  # noqa: E402
 
 # Those whose versions the end of a session tells.
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -173,6 +179,19 @@ def finished_run(tmp_path_factory) -> Path:
 def run(finished_run, tmp_path) -> Path:
     """A copy of it."""
     return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+def master(p: Tensor, optimizer: MatrixOptimizer) -> Tensor:
+    """The float32 weight of which a half-precision parameter is the rounding, as its state has it."""
+    state = optimizer.state[p]
+    if "rest" in state:
+        return join(p.detach(), state["rest"])
+    layout = next(group["layout"] for group in optimizer.param_groups if any(q is p for q in group["params"]))
+    found = torch.empty(p.shape)
+    for i, view in enumerate(blocks.split(found, blocks.Layout.parse(layout))):
+        w = product_of(Factors(*(state[f"{key}.{i}"] for key in "usv")))
+        view.copy_((w if w.shape[-2:] == blocks.merge_rows(view).shape[-2:] else w.mT).reshape(view.shape))
+    return found
 
 
 @pytest.fixture

@@ -35,6 +35,8 @@ from tests.conftest import toy_llama
 from tests.distributed_worker import launch
 from tests.test_inputs import KEEP, Net, ids, inputs_of, leading, rows_of
 
+DRIFT = 1e-4  # of singular values, relative to the largest
+
 # -- what is kept -----------------------------------------------------------------------------------------------------
 
 
@@ -61,10 +63,7 @@ OPTIMIZERS = {
     "pion": (pion, {"generator_dtype": "float32"}),
     "pion, lie, both": (pion, {"metric": "lie", "side": "both", "generator_dtype": "float32"}),
     "pion, polar, hold": (pion, {"direction": "polar", "hold": 0.1, "generator_dtype": "float32"}),
-    "pion, adam, cayley": (
-        pion,
-        {"direction": "adam", "scale": "none", "retraction": "cayley", "generator_dtype": "float32"},
-    ),
+    "pion, adam": (pion, {"direction": "adam", "scale": "none", "generator_dtype": "float32"}),
     "pion, bfloat16": (pion, {"generator_dtype": "bfloat16"}),
 }
 
@@ -104,7 +103,7 @@ def test_outputs_of_kept_directions_stay(case, dtype):
         assert change.norm() > 0.02 * before[name].norm()
         assert (change @ kept).norm() < tolerance * change.norm(), name
         if build is pion and dtype == torch.float32:
-            assert spectral_drift(singular_values(before[name]), singular_values(p.detach())) < 2e-6
+            assert spectral_drift(singular_values(before[name]), singular_values(p.detach())) < DRIFT
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -127,7 +126,7 @@ def test_rotations_keep_the_spectrum_beside(dtype):
         optimizer.step()
     for start, layer in zip(before, layers, strict=True):
         assert (layer.weight - start).norm() > 0.1 * start.norm()
-        assert spectral_drift(singular_values(start), singular_values(layer.weight.detach())) < 1e-6
+        assert spectral_drift(singular_values(start), singular_values(layer.weight.detach())) < DRIFT
 
 
 def test_the_directions_are_those_of_the_first_steps_inputs():
@@ -308,7 +307,7 @@ def test_adapters_have_no_effect_on_what_is_kept(case):
         assert (ba @ kept).norm() < 1e-5 * ba.norm()
         assert (a @ kept).norm() < 1e-5 * a.norm()
         if build is pion_lora and not options.get("lora_a"):
-            assert spectral_drift(after_init[i], singular_values(a)) < 2e-6
+            assert spectral_drift(after_init[i], singular_values(a)) < DRIFT
     assert not torch.allclose(model(tokens(0)).logits, before, atol=1e-2)
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.test_precision import RULES, gradients, master, start, step
+from tests.conftest import master
+from tests.test_precision import ISOSPECTRAL, RULES, gradients, start, step
 
-LR = 1e-6
-ISOSPECTRAL = ("pion", "rotate")
-LENGTHS = [1000, pytest.param(10_000, marks=pytest.mark.slow)]
+LR = 3e-6
+LENGTHS = [300, pytest.param(10_000, marks=pytest.mark.slow)]
 
 
 def drift(before: Tensor, after: Tensor) -> float:
@@ -33,13 +33,13 @@ def test_masters_follow_the_float32_run(rule, steps, tried):
         step(half, grad, first)
         step(full, grad, second)
     kept = master(half, first)
-    assert (full - start().float()).norm() > 5e-7 * steps * full.norm(), "the run went nowhere: it shows nothing"
+    assert (full - start().float()).norm() > LR / 2 * steps * full.norm(), "the run went nowhere: it shows nothing"
     assert (kept - full).norm() <= 1e-6 * full.norm()
     torch.testing.assert_close(half.float(), kept, rtol=2**-8, atol=0)
     assert changed(half) == changed(full.bfloat16()) > 0
     if rule in ISOSPECTRAL:
         assert drift(start(), kept) < 1e-5
-    tried("bfloat16 weights at lr 1e-6: the path of float32", steps, "steps")
+    tried(f"bfloat16 weights at lr {LR:g}: the path of float32", steps, "steps")
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -47,7 +47,7 @@ def test_without_masters_no_weight_changes(rule):
     """Each step rounded to bfloat16, as it is where nothing keeps the rest."""
     p = nn.Parameter(start().float())
     optimizer = RULES[rule](p, LR)
-    for grad in gradients(1000):
+    for grad in gradients(100):
         step(p, grad, optimizer)
         p.data.copy_(p.data.bfloat16())
     assert changed(p) == 0
@@ -56,6 +56,6 @@ def test_without_masters_no_weight_changes(rule):
 def test_adamw_without_masters_changes_no_weight_either():
     p = nn.Parameter(start())
     optimizer = torch.optim.AdamW([p], lr=LR)
-    for grad in gradients(1000):
+    for grad in gradients(100):
         step(p, grad, optimizer)
     assert changed(p) == 0

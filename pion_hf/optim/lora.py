@@ -213,6 +213,8 @@ class PionLora(_Factors):
         if step == 1:
             state.update(self.described(weight, state.get(KEPT), group))
         factors, kept = Factors(state["u"], state["s"], state["v"]), state.get(KEPT)
+        if step == 1 and kept is not None:  # before its partner grows, with a gradient or without
+            weight = without(weight, kept)
         long = grad.shape[-2] <= grad.shape[-1]
         direction = _direction(grad, state, group=group, step=step)
         if kept is not None:  # orthogonal to them, as the factors are, a rotation has no part in them
