@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import operator
 import os
 import platform
 import shutil
@@ -25,10 +26,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noq
 from torch import Tensor  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from pion_hf.linalg.rotation import Factors, product_of  # noqa: E402
-from pion_hf.optim import blocks  # noqa: E402
+from pion_hf.linalg.rotation import Factors, Fixed, product_of  # noqa: E402
+from pion_hf.optim import blocks, sharding  # noqa: E402
 from pion_hf.optim.base import MatrixOptimizer  # noqa: E402
-from pion_hf.optim.precision import join  # noqa: E402
+from pion_hf.optim.precision import REST_DTYPES, join  # noqa: E402
 
 # Those whose versions the end of a session tells.
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -183,14 +184,19 @@ def run(finished_run, tmp_path) -> Path:
 
 def master(p: Tensor, optimizer: MatrixOptimizer) -> Tensor:
     """The float32 weight of which a half-precision parameter is the rounding, as its state has it."""
-    state = optimizer.state[p]
+    weight, state = sharding.whole(p.detach()), optimizer.state[p]
     if "rest" in state:
-        return join(p.detach(), state["rest"])
+        return join(weight, sharding.whole(state["rest"]).view(REST_DTYPES[p.dtype]))
     layout = next(group["layout"] for group in optimizer.param_groups if any(q is p for q in group["params"]))
-    found = torch.empty(p.shape)
+    found = weight.float()
     for i, view in enumerate(blocks.split(found, blocks.Layout.parse(layout))):
-        w = product_of(Factors(*(state[f"{key}.{i}"] for key in "usv")))
-        view.copy_((w if w.shape[-2:] == blocks.merge_rows(view).shape[-2:] else w.mT).reshape(view.shape))
+        own = {key.partition(".")[0]: sharding.whole(x) for key, x in state.items() if key.endswith(f".{i}")}
+        tall, fixed = operator.gt(*blocks.merge_rows(view).shape[-2:]), None
+        if "outputs" in own:
+            sides = own["kept"], own["outputs"]
+            fixed = Fixed(*(sides[::-1] if tall else sides), own["coupling"])
+        w = product_of(Factors(own["u"], own["s"], own["v"]), fixed, transposed=tall)
+        view.copy_(w.reshape(view.shape))
     return found
 
 

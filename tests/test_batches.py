@@ -171,14 +171,14 @@ def test_some_experts_at_a_time_do_as_all_at_once(case, dtype):
     """Fused and transposed ones, and such as hold several matrices each; what is saved goes on in parts of any size."""
     layouts = {(5, 12, 8): "rows=8,4", (5, 8, 12): "transposed", (4, 6, 10): ""}
     found = {}
-    for sizes in ((2**30, 2**30), (1, 1), (200, 200), (200, 2**30), (2**30, 100)):
+    for sizes in ((2**30, 2**30), (1, 1), (200, 2**30), (2**30, 100)):
         params, saved = weights(dtype, list(layouts)), None
         for part, elements in enumerate(sizes):
             with mock.patch.dict(LAYOUTS, layouts):
                 optimizer = BUILDERS[case](params, batch_elements=elements)
             if saved is not None:
                 optimizer.load_state_dict(saved)
-            for seed in range(3):
+            for seed in range(2):
                 set_gradients(params, 10 * part + seed)
                 optimizer.step()
             saved = optimizer.state_dict()

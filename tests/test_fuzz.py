@@ -27,13 +27,13 @@ import pion_hf
 from pion_hf.optim import MatrixOptimizer, Pion, PionLora, Teon, TeonLora, blocks
 from pion_hf.optim.groups import kept_columns
 from pion_hf.optim.inputs import Inputs
-from pion_hf.optim.precision import join
+from pion_hf.optim.precision import HALF
+from tests.conftest import master
 
 FUZZ = settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 CLASSES = (Pion, Teon, PionLora, TeonLora)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OURS = Path(pion_hf.__file__).parent
-EXACT_RETRACTIONS = ("root", "cayley")
 # Of options that take numbers: what is inside the range of most, and what is in that of none.
 FRACTIONS = st.sampled_from([0.0, 0.02, 0.5, 0.9])
 NO_NUMBERS = st.sampled_from([-1.0, math.nan, math.inf, "much", None])
@@ -190,11 +190,6 @@ def step(optimizer: MatrixOptimizer, params: dict[str, nn.Parameter], grads: dic
     optimizer.step()
 
 
-def master(p: Tensor, optimizer: MatrixOptimizer) -> Tensor:
-    rest = optimizer.state[p].get("rest")
-    return p.detach() if rest is None else join(p.detach(), rest)
-
-
 def pairs(setup: Setup, optimizer: MatrixOptimizer) -> Iterator[tuple[str, dict, Tensor, Tensor]]:
     """Every matrix at the start and now, `(E, m, n)`, with its name and group."""
     for group in optimizer.param_groups:
@@ -202,18 +197,18 @@ def pairs(setup: Setup, optimizer: MatrixOptimizer) -> Iterator[tuple[str, dict,
             continue
         layout = blocks.Layout.parse(group["layout"])
         for name, p in zip(group["param_names"], group["params"], strict=True):
-            now = master(p, optimizer)
+            now = master(p, optimizer) if p.dtype in HALF else p.detach()
             views = (blocks.split(x, layout) for x in (setup.params[name].to(now.dtype), now))
             for i, (before, after) in enumerate(zip(*views, strict=True)):
                 yield f"{name}[{i}]", group, blocks.merge_rows(before), blocks.merge_rows(after)
 
 
 def unmoved(setup: Setup, optimizer: MatrixOptimizer) -> set[str]:
-    """Names of matrices that are as they were at the start, and their shapes."""
+    """Names of matrices that are as they were at the start, but for rounding, and their shapes."""
     return {
         f"{name} {tuple(before.shape)}"
         for name, _, before, after in pairs(setup, optimizer)
-        if not (before != after).flatten(1).any(1).all()
+        if not ((after - before).flatten(1).norm(dim=1) > 1e-6 * before.flatten(1).norm(dim=1)).all()
     }
 
 
@@ -224,12 +219,10 @@ def check(setup: Setup, optimizer: MatrixOptimizer, params: dict[str, nn.Paramet
         for key, value in optimizer.state[p].items():
             assert torch.as_tensor(value).isfinite().all(), f"{key} of {name} is not finite"
     for name, group, before, after in pairs(setup, optimizer):
-        # Angles of a scale of `none` are of any size, and rounding grows with them.
-        exact = group.get("retraction") in EXACT_RETRACTIONS and group.get("scale") != "none"
-        if optimizer.keeps_spectrum(group) and exact:
+        if optimizer.keeps_spectrum(group) and group.get("retraction") != "taylor":
             old, new = (torch.linalg.svdvals(w.double()) for w in (before, after))
             drift = ((new - old).abs().amax(-1) / old[..., 0]).max().item()
-            assert drift < 1e-5, f"the spectrum of {name} drifted by {drift:.1e}"
+            assert drift < 1e-4, f"the spectrum of {name} drifted by {drift:.1e}"
 
 
 @pytest.mark.tried("models, shapes, dtypes and options at random (hypothesis)", 200, "examples")
@@ -293,8 +286,6 @@ def test_saving_and_loading_between_any_two_steps_changes_nothing(setup):
 @settings(FUZZ, max_examples=60)
 @given(setups(dtypes=(torch.float64,)))
 def test_matrices_together_move_as_each_alone(setup):
-    # By angles near 1 rad the series of one may not converge, and all of its batch take the other exact retraction.
-    assume(setup.options["lr"] < 1)
     try:
         together, params = setup.build()
         step(together, params, setup.gradients(0))

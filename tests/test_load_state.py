@@ -37,8 +37,8 @@ def teon(*stacks: str, names: str = LETTERS) -> Teon:
     return Teon([{"params": named(names), "rule": "teon", "stacks": [list(s) for s in stacks]}], lr=1e-2)
 
 
-def muon() -> Teon:
-    return Teon([{"params": named(), "rule": "muon"}], lr=1e-2)
+def muon(dtype: torch.dtype = torch.float32) -> Teon:
+    return Teon([{"params": named(dtype=dtype), "rule": "muon"}], lr=1e-2)
 
 
 def step(optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -77,11 +77,11 @@ MISFITS: dict[str, tuple[Callable, Callable, str]] = {
     "stacks": (lambda: teon("ab", "cd"), lambda: teon("ab", "dc"), "stacks of a was ['c', 'd'] and is ['d', 'c']"),
     "no stack": (lambda: teon("ab"), lambda: teon("ab", "cd"), "stacks of a was None and is ['c', 'd']"),
     "shape": (pion, lambda: pion(shape=(9, 6)), "a was (6, 9) and is (9, 6), b was (6, 9) and is (9, 6)"),
-    "half": (lambda: pion(dtype=torch.bfloat16), pion, "a was torch.bfloat16 and is torch.float32"),
-    "full": (pion, lambda: pion(dtype=torch.bfloat16), "a was of full precision and is torch.bfloat16"),
+    "half": (lambda: muon(torch.bfloat16), muon, "a was torch.bfloat16 and is torch.float32"),
+    "full": (muon, lambda: muon(torch.bfloat16), "a was of full precision and is torch.bfloat16"),
     "halves": (
-        lambda: pion(dtype=torch.float16),
-        lambda: pion(dtype=torch.bfloat16),
+        lambda: muon(torch.float16),
+        lambda: muon(torch.bfloat16),
         "a was torch.float16 and is torch.bfloat16",
     ),
     "adamw": (lambda: torch.optim.AdamW(named()), pion, "rule of a was None and is 'pion'"),
@@ -148,6 +148,25 @@ def test_adamw_goes_on_in_another_precision():
     start = [p.clone() for p in weights(optimizer)]
     step(optimizer, 2)
     assert not any(torch.equal(p, q) for p, q in zip(weights(optimizer), start, strict=True))
+
+
+@pytest.mark.parametrize(("before", "after"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_rotations_go_on_in_another_precision(before, after):
+    """The factors are those of the weight as it is now; averages of gradients stay."""
+    first, second = pion(dtype=getattr(torch, before)), pion(dtype=getattr(torch, after))
+    state = saved(first)
+    with torch.no_grad():
+        for p, q in zip(weights(second), weights(first), strict=True):
+            p.copy_(q)
+    start = [p.clone() for p in weights(second)]
+    second.load_state_dict(state)
+    averages = [second.state[p]["momentum"].clone() for p in second.param_groups[0]["params"]]
+    assert all(torch.equal(m, state["state"][i]["momentum"]) for i, m in enumerate(averages))
+    step(first, 2)
+    step(second, 2)
+    for p, q, w in zip(weights(second), weights(first), start, strict=True):
+        assert not torch.equal(p, w)
+        torch.testing.assert_close(p.float(), q.float(), rtol=2**-6, atol=2**-6)
 
 
 def test_groups_added_after_loading_are_no_difference():

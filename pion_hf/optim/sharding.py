@@ -281,7 +281,8 @@ class Form(NamedTuple):
 
 def pack(tensors: Sequence[Tensor], buffer: Tensor) -> None:
     """Write tensors into a buffer of bytes, one after the other."""
-    raw = [x.contiguous().reshape(-1).view(torch.uint8) for x in tensors]
+    # Not `reshape(-1)`: a single number, of any stride, would keep that.
+    raw = [x.contiguous().as_strided((x.numel(),), (1,)).view(torch.uint8) for x in tensors]
     copy(unpack(buffer, [Form(x.shape, x.dtype) for x in raw]), raw)
 
 
