@@ -173,8 +173,8 @@ def test_wrong_options_fail_when_the_optimizer_is_built(options, message, argume
 
 
 def test_misspelt_constructor_values_name_the_right_one():
-    with pytest.raises(ValueError, match="Did you mean 'cayley'"):
-        Pion([torch.eye(3)], retraction="caley")
+    with pytest.raises(ValueError, match="Did you mean 'taylor'"):
+        Pion([torch.eye(3)], retraction="tailor")
 
 
 def test_no_model(arguments):

@@ -29,7 +29,7 @@ REFUSED: dict[tuple[str, str], tuple[str, ...]] = {
             *("betas=0.9", "betas=(0.9,)", "betas=(0.9, 1.5)", "betas=(a, b)", "adamw_betas=0.9", "share_work=maybe"),
             *("lr=1e-3", "learning_rate=1", "weight_decay=0.1", "fused=true", "foreach=true", "optim_bits=8"),
             *("stack=2", "nesterov=true", "inputs=3", "params=3", "__class__=3", "self=3", "nothing=1"),
-            *("targets=", "retraction=cayly", "generator_dtype=fp8", "rank_tolerance=2", "eps=-1", "eps=x"),
+            *("targets=", "retraction=cayley", "generator_dtype=fp8", "rank_tolerance=2", "eps=-1", "eps=x"),
         )
     },
     ("pion", "rms=0.2, rms=0.3"): ("rms",),
