@@ -6,6 +6,7 @@ The examples are the same at every run (`derandomize`).
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import math
@@ -37,6 +38,14 @@ OURS = Path(pion_hf.__file__).parent
 # Of options that take numbers: what is inside the range of most, and what is in that of none.
 FRACTIONS = st.sampled_from([0.0, 0.02, 0.5, 0.9])
 NO_NUMBERS = st.sampled_from([-1.0, math.nan, math.inf, "much", None])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def traced():
+    """What a compiler makes of the elementwise parts takes minutes, and is tried elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        yield
 
 
 @dataclass
