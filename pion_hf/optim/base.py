@@ -16,12 +16,20 @@ from pion_hf.linalg.precision import full_float32
 from pion_hf.linalg.rotation import angles
 from pion_hf.optim import blocks, elementwise, gradients, groups, precision, sharding
 from pion_hf.optim.batches import KEPT, REST, Batch, Block, Plan, is_apart, unshared
-from pion_hf.optim.checks import check_common, check_finite, check_flag, check_parameter, check_size, check_words
+from pion_hf.optim.checks import (
+    check_common,
+    check_finite,
+    check_flag,
+    check_parameter,
+    check_size,
+    check_switches,
+    check_words,
+)
 from pion_hf.optim.fingerprints import FINGERPRINT, FINGERPRINT_BYTES
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Observer, SelfCheck, Update
 from pion_hf.optim.rewritten import StateOfWeights, no_rest, working_dtype
-from pion_hf.optim.saved import CALLED, OWN, check_saved, options_of_state
+from pion_hf.optim.saved import ADAMW_OPTIONS, CALLED, OWN, check_saved, options_of_state
 
 
 class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
@@ -93,9 +101,10 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
                 del self.param_groups[before:]
                 raise
             return
+        options = dict.fromkeys((*self._options_of_groups(), *groups.SWITCHES))
         for key in param_group:
-            if key not in groups.STRUCTURAL_KEYS and key not in self.defaults:
-                raise unknown(f"option of {type(self).__name__}", key, self.defaults)
+            if key not in groups.STRUCTURAL_KEYS | groups.SCHEDULERS_KEYS | options.keys():
+                raise unknown(f"option of {type(self).__name__}", key, options)
         param_group.setdefault("layout", "")
         super().add_param_group(param_group)
         try:
@@ -107,6 +116,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
     def _check_group(self, group: dict) -> None:
         rule, layout = group["rule"], blocks.Layout.parse(group["layout"])
         self._check_rule(rule)
+        check_switches(group)
         check_common(group)
         check_words(group, type(self))
         for name, p in groups.named_parameters(group):
@@ -127,6 +137,10 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
                 "it with fp16=True), or in bfloat16.",
                 stacklevel=2,
             )
+
+    def _options_of_groups(self) -> dict[str, None]:
+        """Their names, in order; of some a subclass may set no default (see `Teon`)."""
+        return dict.fromkeys((*self.defaults, *ADAMW_OPTIONS))
 
     def _check_rule(self, rule: str) -> None:
         rules = (*self.matrix_rules, "adamw")
@@ -264,7 +278,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
             ValueError: the state is of other parameters, or of another rule or option (see `check_saved`).
         """
         groups.follow_zeros(state_dict["param_groups"], self.param_groups)
-        check_saved(state_dict, self.param_groups, self.defaults, self.elementwise_rules)
+        check_saved(state_dict, self.param_groups, self._options_of_groups(), self.elementwise_rules)
         own = [{key: group[key] for key in (*OWN, *CALLED) if key in group} for group in self.param_groups]
         super().load_state_dict(state_dict)
         self.skipped_steps = state_dict.get("skipped_steps", 0)
@@ -380,6 +394,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         state = batch.load(states)
         step = states[batch.first.param]["step"]
         observers, grad = [observer for observer in self.observers if observer.wants(group)], batch.gradients()
+        grad = -grad if group.get("maximize") else grad
         read = step == 1 or observers or self.reads_weights(group)
         weights = batch.weights(states) if read else None
         rounded = step > 1 and self.is_master(group) and batch.first.view.dtype in precision.HALF

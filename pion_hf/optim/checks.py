@@ -15,7 +15,15 @@ from torch import Tensor
 from pion_hf.errors import unknown
 from pion_hf.linalg.polar import MOST_STEPS, check_method
 from pion_hf.optim import sharding
+from pion_hf.optim.groups import SWITCHES
 
+# What groups of torch's optimizers may ask for and nobody does here.
+REFUSED = {
+    ("capturable", True): "a step reads on the host whether gradients are finite, which no CUDA graph can hold",
+    ("differentiable", True): "no gradient passes through a step",
+    ("amsgrad", True): "no rule keeps a maximum of its second moments",
+    ("decoupled_weight_decay", False): "weight decay is AdamW's, never a part of the gradient",
+}
 # Of a matrix's largest entry. Every form of Pion was tried and stays finite between these in float32; beyond them the
 # products of some do not.
 SMALLEST, LARGEST = 1e-9, 1e15
@@ -45,6 +53,21 @@ def check_flag(option: str, value: Any) -> None:
     """Raises ValueError for what is neither True nor False: every other word would count as True."""
     if not isinstance(value, bool):
         raise ValueError(f"{option} must be True or False, got {value!r}")
+
+
+def check_switches(group: dict) -> None:
+    """Raises ValueError for a switch of torch's optimizers that asks for something that is not done here.
+
+    `maximize` is; `foreach` and `fused` may be anything, as matrices are stepped in batches and the rest is fused
+    whatever they say; None leaves a choice open.
+    """
+    for option in SWITCHES:
+        value = group.get(option)
+        if value is None:
+            continue
+        check_flag(option, value)
+        if (option, value) in REFUSED:
+            raise ValueError(f"{option}={value} of a param group: {REFUSED[option, value]}. Leave it out.")
 
 
 def check_range(option: str, value: Any, ok: Callable[[float], bool], wanted: str, *, whole: bool = False) -> None:

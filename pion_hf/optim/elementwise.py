@@ -40,5 +40,5 @@ def step(group: dict, state: dict[Tensor, dict[str, Tensor]]) -> None:
         lr=group["lr"],
         weight_decay=group["weight_decay"],
         eps=group["eps"],
-        maximize=False,
+        maximize=bool(group.get("maximize")),
     )

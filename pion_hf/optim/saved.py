@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pion_hf.errors import listing
+from pion_hf.optim.checks import check_switches
 from pion_hf.optim.precision import REST_DTYPES
 
 # What state depends on, of what the routing puts into a group. (`reach` is measured anew; state holds the first one.)
@@ -23,6 +24,8 @@ CALLED = ("param_names", "stacks")
 RULES_IN_NUMBERS = ("keep", "hold")
 # A learning rate is a schedule's; the other one torch's, which only groups have that were added after loading.
 NOT_COMPARED = ("lr", "differentiable", *OWN)
+# So is what OneCycleLR and CyclicLR cycle, of groups in which they leave their bounds.
+CYCLED = ("betas", "momentum")
 ADAMW_OPTIONS = ("betas", "eps", "weight_decay")
 # Of a sharded bfloat16 weight it is kept as bfloat16 bits (see `sharding`).
 # Of a weight that is the product of factors in its state, whatever its own precision.
@@ -49,6 +52,7 @@ def check_saved(
             stack or other option that is a word.
     """
     for group in saved["param_groups"]:
+        check_switches(group)
         names, params = group.get("param_names", group["params"]), group["params"]
         if len(names) != len(params):
             raise ValueError(
@@ -108,8 +112,10 @@ def _options(name: str, before: dict, group: dict, options: Iterable[str]) -> tu
     """What differs between two groups, in words and in numbers; `name` is the group's first parameter."""
     adamw = before.get("rule") == group["rule"] == "adamw"
     words, numbers = [], []
-    for key in ADAMW_OPTIONS if adamw else (*ROUTED, *options):
+    for key in ("maximize", *(ADAMW_OPTIONS if adamw else (*ROUTED, *options))):
         saved, given = before.get(key), group.get(key)
+        if key == "maximize":
+            saved, given = bool(saved), bool(given)
         if key == "stacks":
             saved, given = ([[plain_name(name) for name in stack] for stack in of or ()] for of in (saved, given))
         # torch.distributed.checkpoint makes lists of tuples, and loses empty ones.
@@ -118,6 +124,8 @@ def _options(name: str, before: dict, group: dict, options: Iterable[str]) -> tu
         if key in NOT_COMPARED or saved == given or (saved is None and given == []):
             continue
         number = _is_number(saved) and _is_number(given) and key not in RULES_IN_NUMBERS
+        if number and key in CYCLED and "max_momentum" in before:
+            continue
         kind = numbers if number else words
         if isinstance(saved, list) and isinstance(given, list):  # the first of many stacks says enough
             saved, given = next(pair for pair in itertools.zip_longest(saved, given) if pair[0] != pair[1])

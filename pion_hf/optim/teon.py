@@ -6,7 +6,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -100,9 +100,9 @@ class Teon(MatrixOptimizer):
             "keep": keep,
             "keep_soft": keep_soft,
             "weight_decay": weight_decay,
-            "betas": adamw_betas,
             "eps": adamw_eps,
         }
+        self.adamw_betas = adamw_betas
         super().__init__(params, defaults, share_work=share_work, inputs=inputs)
         usual = inspect.signature(type(self).__init__).parameters["stack"].default
         found = {group["stack"] for group in self.param_groups if group["rule"] == self.stacked_rule} - {stack}
@@ -110,6 +110,19 @@ class Teon(MatrixOptimizer):
             raise ValueError(
                 f"stack={stack} was given, but the groups hold stacks of {found.pop()}: give it to one only."
             )
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As ever. No default says `betas`: schedulers that cycle momentum would take them, and not `momentum`."""
+        super().add_param_group({"betas": self.adamw_betas, **param_group})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "adamw_betas": self.adamw_betas}
+
+    def _elementwise_step(self, group: dict) -> None:
+        """The momentum that a scheduler cycles is that of AdamW's groups too."""
+        if "max_momentum" in group:
+            group["betas"] = (group["momentum"], group["betas"][1])
+        super()._elementwise_step(group)
 
     def check_options(self, group: dict) -> None:
         check_polar(group)
