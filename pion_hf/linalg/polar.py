@@ -66,7 +66,8 @@ def _iterated(x: Tensor, method: str, steps: int) -> Tensor:
     if is_skinny(x) and x.dtype in (torch.float32, torch.float64):
         return polar_map(x, method=method, steps=steps) @ x
     batch = x.reshape(-1, *x.shape[-2:])
-    # On CPU a product of two matrices is faster than a batch of one.
+    if x.device.type == "cpu" and len(batch) > 1:  # one at a time is faster, and what each would be alone
+        return torch.stack([_iterated(each, method, steps) for each in batch]).reshape(x.shape)
     start = batch[0] if len(batch) == 1 else batch
     start = start / torch.linalg.matrix_norm(start, keepdim=True).clamp_min(_smallest_norm(x.dtype))
     return (_express(start, steps) if method == "express" else _iterate(start, [QUINTIC] * steps)).reshape(x.shape)

@@ -38,6 +38,19 @@ def full_float32() -> Iterator[None]:
                 place.fp32_precision = precision
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a b` of batches `(b, ., .)`, which for every one of them is what it would be alone.
+
+    On a CPU half-precision products of a batch round otherwise than those of a matrix, and are made one by one.
+    """
+    if a.dtype != torch.bfloat16 or a.device.type != "cpu" or a.ndim != 3:
+        return a @ b
+    out = a.new_empty(len(a), a.shape[-2], b.shape[-1])
+    for x, y, to in zip(a, b, out, strict=True):
+        torch.mm(x, y, out=to)
+    return out
+
+
 class Halves(NamedTuple):
     """A float32 matrix as two bfloat16 ones, whose sum is within a relative 2^-16 of it."""
 

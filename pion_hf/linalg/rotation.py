@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pion_hf.linalg.precision import Halves, gram_error, halves_product, product_dtype
+from pion_hf.linalg.precision import Halves, gram_error, halves_product, product, product_dtype
 from pion_hf.linalg.spectrum import numerical_zero
 
 # The largest angle of a step (radians): longer ones are clipped to it.
@@ -134,21 +134,21 @@ def tangent(
     u, v, d = factors.u.to(low), factors.v.to(low), d.to(low)
     reduced = (factors.u / size).to(low)
     if long:
-        p = reduced @ d
+        p = product(reduced, d)
         p = p if fixed is None else without(p, fixed.long.to(low))
-        b = (p @ v.mT).to(s.dtype)
+        b = product(p, v.mT).to(s.dtype)
     else:
-        b = (reduced @ (d @ v.mT)).to(s.dtype).mT
+        b = product(reduced, product(d, v.mT)).to(s.dtype).mT
     inside, outside = _ambient(b, s, hold, tolerance) if ambient else (skew((s.unsqueeze(-1) * b).mT), s)
     if not long:
         if fixed is not None:
             stays = factors.u @ fixed.short
             inside = without(without(inside, stays).mT, stays).mT
-        return inside.to(low) @ u
+        return product(inside.to(low), u)
     if v.shape[-2] == v.shape[-1] and fixed is None:  # nothing is outside
-        return inside.to(low) @ v
+        return product(inside.to(low), v)
     outside = outside.unsqueeze(-1)
-    return (torch.addcmul(inside, outside, b).to(low) @ v).addcmul_(outside.to(low), p, value=-1)
+    return product(torch.addcmul(inside, outside, b).to(low), v).addcmul_(outside.to(low), p, value=-1)
 
 
 def _ambient(b: Tensor, s: Tensor, hold: float, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -182,11 +182,11 @@ class Reach(NamedTuple):
 
 def reach(factors: Factors, x: Tensor) -> Reach:
     """From `H = X X^T`: `||W A||_F^2 = sum_i s_i^2 H_ii`, and `||H^2||_F^(1/4) >= ||X||_2`."""
-    h, dtype = x @ x.mT, factors.s.dtype
+    h, dtype = product(x, x.mT), factors.s.dtype
     moved = (h.diagonal(dim1=-2, dim2=-1) * factors.s.square()).sum(-1).sqrt()[..., None, None]
     norm = torch.linalg.matrix_norm(h, keepdim=True, dtype=dtype)
     unit = h * norm.clamp_min(torch.finfo(dtype).tiny).reciprocal().to(h.dtype)
-    square = torch.linalg.matrix_norm(unit @ unit, keepdim=True, dtype=dtype)
+    square = torch.linalg.matrix_norm(product(unit, unit), keepdim=True, dtype=dtype)
     return Reach(moved, SAFETY * (norm * square.sqrt()).sqrt())
 
 
@@ -205,14 +205,14 @@ def retracted(q: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
         p = (vectors * root.unsqueeze(-2)) @ vectors.mT
         return y + torch.where(alpha > 0, p, 0) @ y
     low = k.to(x.dtype)
-    p = torch.add(ROOT[0] * k, (low @ low).to(k.dtype), alpha=ROOT[1])
+    p = torch.add(ROOT[0] * k, product(low, low).to(k.dtype), alpha=ROOT[1])
     p = torch.where(alpha > 0, p, 0)
     # What a row keeps of itself is exact: only small numbers are rounded.
     own = p.diagonal(dim1=-2, dim2=-1)
     kept = 1 + own.unsqueeze(-1)
     own.zero_()
     rounded = y.to(x.dtype) if halves is None or x.dtype == y.dtype else halves.high
-    return torch.addcmul(p.to(x.dtype) @ rounded, y, kept)
+    return torch.addcmul(product(p.to(x.dtype), rounded), y, kept)
 
 
 def step_size(want: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,10 +231,10 @@ def carried(m: Tensor, q: Tensor, x: Tensor, alpha: Tensor, *, long: bool) -> Te
     short one `alpha A^T M`; at first order, with products in the precision of `X`."""
     m, q, turn = m.to(x.dtype), q.to(x.dtype), (alpha * x).to(x.dtype)
     if not long:
-        return turn.mT @ (q @ m)
-    seen = m @ q.mT
-    back = m @ turn.mT + seen @ (turn @ q.mT)
-    return (seen @ turn).sub_(back @ q)
+        return product(turn.mT, product(q, m))
+    seen = product(m, q.mT)
+    back = product(m, turn.mT) + product(seen, product(turn, q.mT))
+    return product(seen, turn).sub_(product(back, q))
 
 
 def angles(q: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
