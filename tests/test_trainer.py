@@ -138,9 +138,19 @@ def test_arguments_without_an_optimizer_of_ours_are_pointed_out(model, token_row
 
 
 def test_rates_by_which_spectra_do_change_are_pointed_out(model, token_rows, options, caplog):
-    args = PionTrainingArguments(**{**options, "learning_rate": 1e6, "max_steps": 2}, optim_adamw_lr=0.0)
+    absurd = {**options, "learning_rate": 10.0, "max_steps": 2, "optim_adamw_lr": 0.0}
+    args = PionTrainingArguments(**absurd, optim_preset="paper")
     PionTrainer(model=model, args=args, train_dataset=token_rows).train()
-    assert "is the learning rate (1e+06) right?" in caplog.text
+    assert "is the learning rate (10) right?" in caplog.text
+
+
+def test_at_absurd_rates_spectra_stay_and_steps_are_clipped(model, token_rows, options, caplog):
+    absurd = {**options, "learning_rate": 1e6, "max_steps": 2, "optim_adamw_lr": 0.0}
+    trainer = PionTrainer(model=model, args=PionTrainingArguments(**absurd), train_dataset=token_rows)
+    metrics = trainer.train().metrics
+    assert metrics["spectrum_drift"] < 1e-4
+    assert metrics["clipped_steps"] == 2 * metrics["rotated_matrices"]
+    assert "learning rate" not in caplog.text
 
 
 def test_lora_adapters_get_the_form_for_adapters(model, token_rows, options):

@@ -135,5 +135,14 @@ def fake_gpu(host: Callable[[Tensor], float | bool] = lambda x: True) -> Iterato
 
 @contextlib.contextmanager
 def like_a_gpu() -> Iterator[None]:
-    with mock.patch.object(precision, "splitting_pays", return_value=True):
+    bmm = torch.bmm
+
+    def summed(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """A processor's products have the dtype of their factors."""
+        return bmm(a, b) if out_dtype is None else bmm(a.to(out_dtype), b.to(out_dtype))
+
+    with (
+        mock.patch.object(precision, "splitting_pays", return_value=True),
+        mock.patch.object(torch, "bmm", summed),
+    ):
         yield

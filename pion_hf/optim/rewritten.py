@@ -1,6 +1,6 @@
 """State that describes a weight, for as long as the weight is the one that it describes.
 
-Masters' low bits, singular bases and such are of the weight that the last step has left. Others write weights too:
+Masters' low bits, factors and such are of the weight that the last step has left. Others write weights too:
 pruning masks, averages, restarts, `load_state_dict`, a merge. What they have written is told by its fingerprint, which
 is kept and saved with the state.
 """

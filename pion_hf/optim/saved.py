@@ -27,9 +27,9 @@ NOT_COMPARED = ("lr", "differentiable", *OWN)
 # So is what OneCycleLR and CyclicLR cycle, of groups in which they leave their bounds.
 CYCLED = ("betas", "momentum")
 ADAMW_OPTIONS = ("betas", "eps", "weight_decay")
-# Of a sharded bfloat16 weight it is kept as bfloat16 bits (see `sharding`).
 # Of a weight that is the product of factors in its state, whatever its own precision.
 FACTOR = "u.0"
+# Of a sharded bfloat16 weight it is kept as bfloat16 bits (see `sharding`).
 HALF_OF_REST = {**{rest: half for half, rest in REST_DTYPES.items()}, torch.bfloat16: torch.bfloat16}
 
 
@@ -156,7 +156,7 @@ def _forms(
     params = [p for group in groups for p in group["params"]]
     found = []
     for (name, group), index, p in zip(by_name.items(), indices, params, strict=True):
-        # Entries of one matrix of several (`basis.0`) have shapes of their own.
+        # Entries of one matrix of several (`u.0`) have shapes of their own.
         everything = saved["state"].get(index, {})
         state = {k: v for k, v in everything.items() if isinstance(v, Tensor) and "." not in k}
         shapes = [tuple(v.shape) for v in state.values() if v.ndim and v.shape != p.shape]
