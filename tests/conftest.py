@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 from pion_hf.linalg.rotation import Factors, Fixed, product_of  # noqa: E402
 from pion_hf.optim import blocks, sharding  # noqa: E402
 from pion_hf.optim.base import MatrixOptimizer  # noqa: E402
-from pion_hf.optim.precision import REST_DTYPES, join  # noqa: E402
+from pion_hf.optim.precision import HALF, REST_DTYPES, join  # noqa: E402
 
 # Those whose versions the end of a session tells.
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -183,10 +183,12 @@ def run(finished_run, tmp_path) -> Path:
 
 
 def master(p: Tensor, optimizer: MatrixOptimizer) -> Tensor:
-    """The float32 weight of which a half-precision parameter is the rounding, as its state has it."""
-    weight, state = sharding.whole(p.detach()), optimizer.state[p]
+    """The float32 weight of which a half-precision parameter is the rounding, as its state has it; of others itself."""
+    weight, state = sharding.whole(p.detach()), optimizer.state.get(p, {})
     if "rest" in state:
         return join(weight, sharding.whole(state["rest"]).view(REST_DTYPES[p.dtype]))
+    if p.dtype not in HALF or "u.0" not in state:
+        return weight
     layout = next(group["layout"] for group in optimizer.param_groups if any(q is p for q in group["params"]))
     found = weight.float()
     for i, view in enumerate(blocks.split(found, blocks.Layout.parse(layout))):

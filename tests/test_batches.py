@@ -72,6 +72,17 @@ BUILDERS: dict[str, Callable[..., MatrixOptimizer]] = {
     "pion_lora orthogonal": functools.partial(pion_lora, method="orthogonal"),
 }
 
+# Rules of rotations that the matrices of a batch could have in common more than they should.
+NEIGHBOURS = {
+    "default": {},
+    "gradient": {"direction": "gradient"},
+    "adam": {"direction": "adam"},
+    "polar": {"direction": "polar", "polar": "svd"},
+    "lie, both sides": {"metric": "lie", "direction": "gradient", "side": "both"},
+    "spectral": {"scale": "spectral"},
+    "paper": {"preset": "paper"},
+}
+
 
 def weights(dtype: torch.dtype = torch.float32, shapes: list[tuple[int, ...]] = SHAPES) -> list[nn.Parameter]:
     draw = torch.Generator().manual_seed(0)
@@ -115,6 +126,40 @@ def test_results_do_not_depend_on_it(case, dtype, tried):
             torch.testing.assert_close(p, usual, **TOLERANCE[dtype])
             assert not torch.equal(p, before)
     tried("batch_elements 1 and 1000, 6 steps: weights of the usual batches", len(SHAPES) * EACH, "matrices")
+
+
+def among_others() -> list[Tensor]:
+    """A matrix of ordinary spectrum, and such as are hard: ill-conditioned, rank-deficient, a million times larger."""
+    draw = torch.Generator().manual_seed(0)
+    found = [torch.randn(16, 64, generator=draw, dtype=torch.float64) for _ in range(4)]
+    for i, values in ((1, torch.logspace(0, -5, 16)), (2, (torch.arange(16) < 8).float())):
+        u, _, vh = torch.linalg.svd(found[i], full_matrices=False)
+        found[i] = u * values.double() @ vh
+    return [x.float() for x in (*found[:3], 1e6 * found[3])]
+
+
+@pytest.mark.parametrize("lr", [1e-3, 5e-2])
+@pytest.mark.parametrize("rule", NEIGHBOURS)
+def test_neighbours_have_no_influence(rule, lr):
+    """With gradients that jump as well, each of a size of its own."""
+    start = among_others()
+    together = [nn.Parameter(x.clone()) for x in start]
+    alone = [nn.Parameter(x.clone()) for x in start]
+    options = {"lr": lr, "generator_dtype": "float32", **NEIGHBOURS[rule]}
+    optimizers = [Pion(params, **options) for params in (together, *([p] for p in alone))]
+    for seed in range(30):
+        for params in (together, alone):
+            set_gradients(params, seed)
+            for i, p in enumerate(params):
+                p.grad *= 1000.0 ** (i == seed % 7)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, before in zip(together, alone, start, strict=True):
+        apart, moved = (p - q).norm(), (q - before).norm()
+        assert apart <= 1e-6 * q.norm()
+        if before is not start[-1]:  # which hardly notices steps of such a size
+            assert moved > 0.1 * lr * before.norm()
+            assert apart <= 1e-4 * moved
 
 
 def test_state_does_not_say_it():

@@ -28,7 +28,6 @@ import pion_hf
 from pion_hf.optim import MatrixOptimizer, Pion, PionLora, Teon, TeonLora, blocks
 from pion_hf.optim.groups import kept_columns
 from pion_hf.optim.inputs import Inputs
-from pion_hf.optim.precision import HALF
 from tests.conftest import master
 
 FUZZ = settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -206,7 +205,7 @@ def pairs(setup: Setup, optimizer: MatrixOptimizer) -> Iterator[tuple[str, dict,
             continue
         layout = blocks.Layout.parse(group["layout"])
         for name, p in zip(group["param_names"], group["params"], strict=True):
-            now = master(p, optimizer) if p.dtype in HALF else p.detach()
+            now = master(p, optimizer)
             views = (blocks.split(x, layout) for x in (setup.params[name].to(now.dtype), now))
             for i, (before, after) in enumerate(zip(*views, strict=True)):
                 yield f"{name}[{i}]", group, blocks.merge_rows(before), blocks.merge_rows(after)

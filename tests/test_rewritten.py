@@ -18,8 +18,8 @@ from pion_hf import Blend, Pion, PionLora, Teon, TeonLora, param_groups
 from pion_hf.linalg.rotation import Factors, factorized, product_of
 from pion_hf.optim import MatrixOptimizer
 from pion_hf.optim.fingerprints import FINGERPRINT, LINE, Part, fingerprint, fingerprints
-from pion_hf.optim.precision import REST_DTYPES, join
-from tests.conftest import toy_llama
+from pion_hf.optim.precision import REST_DTYPES
+from tests.conftest import master, toy_llama
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPE = (8, 16)
@@ -124,13 +124,7 @@ def train(pair: nn.Module, optimizer: MatrixOptimizer, steps: range) -> None:
 
 
 def masters(pair: Pair, optimizer: MatrixOptimizer) -> list[Tensor]:
-    return [master(p.detach(), optimizer.state[p]) for p in pair.parameters()]
-
-
-def master(p: Tensor, state: dict) -> Tensor:
-    if "u.0" in state:
-        return product_of(Factors(state["u.0"], state["s.0"], state["v.0"]))[0]
-    return join(p, state["rest"]) if "rest" in state else p
+    return [master(p, optimizer) for p in pair.parameters()]
 
 
 def fresh(build: Callable, pair: Pair, optimizer: MatrixOptimizer, written: set[Tensor]) -> tuple[Pair, Any]:
@@ -379,7 +373,8 @@ def test_a_metric_that_comes_back_goes_on_with_its_factors():
     for number, metric in enumerate(["ambient", "lie", "ambient", "lie", "ambient"]):
         optimizer.param_groups[0]["metric"] = metric
         train(pair, optimizer, range(3 * number, 3 * number + 3))
-    torch.testing.assert_close(master(pair.a.detach(), optimizer.state[pair.a]), pair.a.detach())
+    factors = Factors(*(optimizer.state[pair.a][f"{key}.0"] for key in "usv"))
+    torch.testing.assert_close(product_of(factors)[0], pair.a.detach())
 
 
 @pytest.mark.parametrize(

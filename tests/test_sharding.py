@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from pion_hf import Inputs, Pion, PionLora, RoutedAdamW, Teon, TeonLora
 from pion_hf.linalg.sketch import sketch_of
 from pion_hf.linalg.sketch import test_matrix as random_test_matrix
-from pion_hf.optim import MatrixOptimizer, precision, sharding
+from pion_hf.optim import MatrixOptimizer, sharding
 from pion_hf.optim.batches import Block
 from pion_hf.optim.fingerprints import fingerprint
 from tests.conftest import master
@@ -174,8 +174,7 @@ def set_weights(model: nn.ParameterDict, weights: dict[str, Tensor]) -> None:
 
 def masters(model: nn.ParameterDict, optimizer: MatrixOptimizer) -> dict[str, Tensor]:
     """The weights, of half precision those that they are the rounding of."""
-    halves = {p for p in optimizer.state if p.dtype in precision.HALF and p.ndim > 1}
-    return {n: (master(p, optimizer) if p in halves else sharding.whole(p.detach())).clone() for n, p in model.items()}
+    return {name: master(p, optimizer).clone() for name, p in model.items()}
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
