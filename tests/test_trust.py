@@ -1,0 +1,143 @@
+"""What every step promises: a matrix moves as it would alone, its spectrum stays, and a resumed run is the same."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pion_hf.linalg.rotation import Factors, product_of
+from pion_hf.linalg.spectrum import singular_values, spectral_drift
+from pion_hf.optim import Pion, Teon
+from tests.test_pion import RULES
+
+SHAPES = [(16, 16), (24, 10), (10, 24)]
+PRECISIONS = ["float32", "bfloat16"]
+SPECTRA = {
+    "random": None,
+    "down to 1e-6": lambda k: torch.logspace(0, -6, k),
+    "of half rank": lambda k: (torch.arange(k) < k // 2).float(),
+    "all equal": torch.ones,
+}
+
+
+def matrix(shape: tuple[int, int], spectrum: str, draw: torch.Generator) -> torch.Tensor:
+    w = torch.randn(shape, generator=draw) * 0.05
+    if SPECTRA[spectrum] is None:
+        return w
+    u, s, vh = torch.linalg.svd(w.double(), full_matrices=False)
+    return ((u * SPECTRA[spectrum](len(s)).double()) @ vh).float()
+
+
+def neighbours(shape: tuple[int, int]) -> list[torch.Tensor]:
+    """Of every kind, and of other sizes."""
+    draw = torch.Generator().manual_seed(1)
+    sizes = [1.0, 1.0, 1.0, 1.0, 1e3, 1e-3]
+    return [
+        matrix(shape, kind, draw) * size for kind, size in zip([*SPECTRA, "random", "all equal"], sizes, strict=True)
+    ]
+
+
+def gradients(shape: tuple[int, int], steps: int, jump: float = 1.0) -> list[torch.Tensor]:
+    """From leading to trailing directions of entries, noise, and jumps up and down."""
+    draw, found = torch.Generator().manual_seed(2), []
+    for t in range(steps):
+        g = torch.randn(shape, generator=draw)
+        g[t * (shape[0] - 1) // steps] *= 10
+        found.append(1e-2 * g * (jump if t % 17 == 9 else 1 / jump if t % 23 == 11 else 1.0))
+    return found
+
+
+def run(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], grads: list[list[torch.Tensor]]) -> None:
+    for of_step in grads:
+        for p, g in zip(weights, of_step, strict=True):
+            p.grad = g.to(p.dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("products", PRECISIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "bfloat16 generators"])
+def test_neighbours_have_no_influence(rule, shape, products):
+    """To the bit, and so in batches of any size and order."""
+    options = {**RULES[rule], "lr": 1e-2, "generator_dtype": products}
+    starts = neighbours(shape)
+    of_all = [gradients(shape, 12, 1.0 + 999.0 * (i == 1)) for i in range(len(starts))]
+    together = [nn.Parameter(w.clone()) for w in starts]
+    run(Pion(together, **options), together, list(zip(*of_all, strict=True)))
+    for i in (0, 1, 3):
+        alone = [nn.Parameter(starts[i].clone())]
+        run(Pion(alone, **options), alone, [[g] for g in of_all[i]])
+        assert torch.equal(alone[0], together[i])
+        assert not torch.equal(alone[0], starts[i])
+    split = [nn.Parameter(w.clone()) for w in reversed(starts)]
+    run(Pion(split, batch_elements=2 * starts[0].numel(), **options), split, list(zip(*reversed(of_all), strict=True)))
+    for p, q in zip(split, reversed(together), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("products", PRECISIONS)
+def test_neighbours_have_no_influence_on_muon(products):
+    starts = neighbours((10, 24))
+    of_all = [gradients((10, 24), 6) for _ in starts]
+    together = [nn.Parameter(w.clone()) for w in starts]
+    options = {"lr": 1e-2, "stack": 1, "polar_dtype": products}
+    run(Teon(together, **options), together, list(zip(*of_all, strict=True)))
+    alone = [nn.Parameter(starts[1].clone())]
+    run(Teon(alone, **options), alone, [[g] for g in of_all[1]])
+    assert torch.equal(alone[0], together[1])
+
+
+def master(p: nn.Parameter, optimizer: Pion) -> torch.Tensor:
+    """The float32 weight before it was rounded."""
+    state = optimizer.state[p]
+    tall = p.shape[0] > p.shape[1]
+    return product_of(Factors(state["u.0"], state["s.0"], state["v.0"]), transposed=tall)[0]
+
+
+@pytest.mark.parametrize("jump", [1.0, 1000.0])
+@pytest.mark.parametrize("lr", [1e-5, 1e-2, 0.3])
+@pytest.mark.parametrize("products", PRECISIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "rule", ["default", "gradient", "gradient, both sides", "polar, ambient", "adam, ambient, hold"]
+)
+def test_the_spectrum_stays(rule, dtype, products, lr, jump):
+    """At any rate and conditioning: errors do not add up, so that 100 steps show what 1,000 would."""
+    for shape in SHAPES:
+        draw = torch.Generator().manual_seed(0)
+        weights = [nn.Parameter(matrix(shape, kind, draw).to(dtype)) for kind in SPECTRA]
+        before = [singular_values(p.detach().float()) for p in weights]
+        optimizer = Pion(weights, **{**RULES[rule], "lr": lr, "generator_dtype": products})
+        run(optimizer, weights, [[g] * len(weights) for g in gradients(shape, 100, jump)])
+        for p, values in zip(weights, before, strict=True):
+            assert spectral_drift(values, singular_values(master(p, optimizer))) < 1e-4
+
+
+@pytest.mark.parametrize("products", PRECISIONS)
+@pytest.mark.parametrize("rule", ["default", "gradient", "lie momentum, second moment", "polar, ambient", "msign"])
+def test_a_resumed_run_is_the_same_to_the_bit(rule, products):
+    options = {**RULES[rule], "lr": 1e-2, "generator_dtype": products}
+    starts = neighbours((10, 24))[:3]
+    grads = [[g] * 3 for g in gradients((10, 24), 12, 1000.0)]
+    straight, resumed = ([nn.Parameter(w.clone()) for w in starts] for _ in range(2))
+    run(Pion(straight, **options), straight, grads)
+    first = Pion(resumed, **options)
+    run(first, resumed, grads[:5])
+    second = Pion(resumed, **options)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    run(second, resumed, grads[5:])
+    for p, q in zip(straight, resumed, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_long_steps_are_clipped_and_counted():
+    p = nn.Parameter(matrix((10, 24), "random", torch.Generator().manual_seed(0)))
+    optimizer = Pion([p], lr=1e-3, direction="gradient", scale="none", metric="lie")
+    run(optimizer, [p], [[g] for g in gradients((10, 24), 3)])
+    assert optimizer.clipped_steps == 0
+    p.grad = torch.full_like(p, 1e9)
+    before = p.detach().clone()
+    optimizer.step()
+    assert optimizer.clipped_steps == 1
+    assert 0.01 < (p - before).norm() / before.norm() < 0.3
