@@ -194,9 +194,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
             self.inputs.close()
         return loss
 
-    def update(
-        self, weight: Tensor | None, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int
-    ) -> Tensor:
+    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
         """The rule: the new weights of a batch of matrices of one shape, in working precision.
 
         `weight` and `grad` are `(b, m, n)`, or `(b, K, m, n)` for stacks of `K` (see `stacks_of`); both may be the
@@ -246,10 +244,6 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
     def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
         """What the state of `matrices`, `(E, m, n)` of a group's parameter at `position`, holds at first."""
         return {}
-
-    def reads_weights(self, group: dict) -> bool:
-        """Whether `update` needs the weights after the first step; else it may be given None."""
-        return not self.is_master(group)
 
     def is_master(self, group: dict) -> bool:
         """Whether state gives the group's weights in float32, so that half-precision ones need no masters."""
@@ -395,8 +389,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         step = states[batch.first.param]["step"]
         observers, grad = [observer for observer in self.observers if observer.wants(group)], batch.gradients()
         grad = -grad if group.get("maximize") else grad
-        read = step == 1 or observers or self.reads_weights(group)
-        weights = batch.weights(states) if read else None
+        weights = batch.weights(states)
         rounded = step > 1 and self.is_master(group) and batch.first.view.dtype in precision.HALF
         exact = self.masters(weights, state) if observers and rounded else weights
         watching = [(observer, observer.before(exact)) for observer in observers]

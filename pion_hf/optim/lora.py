@@ -238,9 +238,7 @@ class PionLora(_Factors):
         side = "out" if Layout.parse(group["layout"]).transposed else "in"
         self.note_rotation(side, factors.side(long), x, alpha)
         state.update(new._asdict())
-        moved = product_of(new, transposed=not long)
-        # What was its product before has not changed without a step; at first it is that to rounding only.
-        return torch.where(alpha > 0, moved, weight) if step == 1 else moved
+        return torch.where(alpha > 0, product_of(new, transposed=not long), weight)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -211,9 +211,6 @@ class Pion(MatrixOptimizer):
     def is_master(self, group: dict) -> bool:
         return group["retraction"] == "polar"
 
-    def reads_weights(self, group: dict) -> bool:
-        return not self.is_master(group) or _needs_generators(group)
-
     def masters(self, weights: Tensor, state: dict[str, Tensor]) -> Tensor:
         tall = _is_tall(weights)
         return product_of(_factors(state), _fixed(state, tall), transposed=tall)
@@ -292,9 +289,7 @@ class Pion(MatrixOptimizer):
                 m.add_(carried(m, before, x, alpha, long=long))
             self.note_rotation(side, before, x, alpha)
         state.update(new._asdict())
-        moved = product_of(new, fixed, transposed=tall)
-        # What was its product before has not changed without a step; at first it is that to rounding only.
-        return torch.where(alpha > 0, moved, weight) if step == 1 else moved
+        return torch.where(alpha > 0, product_of(new, fixed, transposed=tall), weight)
 
     def _generators(
         self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, sides: tuple[str, ...], group: dict, step: int
