@@ -265,15 +265,10 @@ def test_factors_updated_together_move_as_each_alone(method, shape, layout):
 
 
 def assert_stays(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
-    """At first to the bit, then as the product of its factors, which stay to the bit."""
-    seen = [p.detach().clone()]
+    before = p.detach().clone()
     for _ in range(4):
         step([p], [torch.zeros_like(p)], optimizer)
-        seen.append(p.detach().clone())
-    assert torch.equal(seen[1], seen[0])
-    torch.testing.assert_close(seen[2], seen[0], rtol=0, atol=1e-6 * seen[0].abs().max().item())
-    assert torch.equal(seen[3], seen[2])
-    assert torch.equal(seen[4], seen[2])
+        assert torch.equal(p, before)
 
 
 @pytest.mark.parametrize("metric", ["lie", "ambient"])
