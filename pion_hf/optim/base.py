@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from pion_hf.errors import listing, unknown
 from pion_hf.linalg.precision import full_float32
 from pion_hf.linalg.rotation import angles
 from pion_hf.optim import blocks, elementwise, gradients, groups, precision, sharding
-from pion_hf.optim.batches import KEPT, REST, Batch, Block, Plan, is_apart, unshared
+from pion_hf.optim.batches import KEPT, REST, Batch, Block, Plan, Step, is_apart, unshared
 from pion_hf.optim.checks import (
     check_common,
     check_finite,
@@ -194,15 +194,22 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
             self.inputs.close()
         return loss
 
-    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
         """The rule: the new weights of a batch of matrices of one shape, in working precision.
 
         `weight` and `grad` are `(b, m, n)`, or `(b, K, m, n)` for stacks of `K` (see `stacks_of`); both may be the
         parameter's own memory: the rule may change `weight` in place, `grad` it leaves as it is. `state` is empty at a
         matrix's first step and afterwards holds what the rule put there, each entry with the dimensions of the batch
-        first; the rule replaces, adds or changes entries. `step` counts from 1.
+        first; the rule replaces, adds or changes entries.
         """
         raise NotImplementedError
+
+    def turn_of(self, group: dict, number: int) -> Hashable:
+        """What the number of a step decides of how it is made, besides its being the first and what averages weigh.
+
+        Matrices of one turn are updated together.
+        """
+        return None
 
     def stacks_of(self, group: dict) -> list[list[str]]:
         """Names (`blocks.name_of`) of matrices that are updated as one; what no list names is updated alone."""
@@ -235,7 +242,8 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
             state = self.initial_state(0, weight, group)
             if self.keep_of(group):
                 state[KEPT] = weight.new_empty(len(weight), weight.shape[-1], groups.kept_columns(group))
-            self.update(weight, torch.empty_like(weight), state, group=group, step=1)
+            first = Step((1,), self.turn_of(group, 1))
+            self.update(weight, torch.empty_like(weight), state, group=group, step=first)
             for name, value in state.items():
                 apart = is_apart(name, value, weight.shape[-2:], self.per_block_state)
                 forms[f"{name}.{index}" if apart else name] = value if apart else torch.empty_like(p, dtype=value.dtype)
@@ -372,8 +380,14 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
             self._forms = {kind: forms for kind, forms in self._forms.items() if kind[0] != index}
         if group["rule"] not in self.elementwise_rules:
             plan = self._plans.get(index)
-            if plan is None or not plan.fits(group["params"]) or any(p not in self.state for p in plan.params):
-                self._plans[index] = self._make_plan(index)
+            if plan is None or not plan.fits(group["params"]):
+                plan = self._plans[index] = self._make_plan(index)
+            fresh = self._begin(index, plan)
+            steps = {p: self.state[p]["step"] + 1 for p in group["params"] if p.grad is not None}
+            kinds = {number: (number == 1, self.turn_of(group, number)) for number in set(steps.values())}
+            plan.arrange({p: kinds[number] for p, number in steps.items()}, self.state)
+            plan.inspect(lambda name, matrices: self.check_matrix(name, matrices, group), fresh)
+            plan.begun.update(plan.params)
         self._options[index] = options
 
     def _matrix_step(self, index: int) -> None:
@@ -386,11 +400,12 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
 
     def _update_batch(self, batch: Batch, states: dict, group: dict) -> None:
         state = batch.load(states)
-        step = states[batch.first.param]["step"]
+        numbers = batch.numbers(states)
+        step = Step(numbers, self.turn_of(group, numbers[0]))
         observers, grad = [observer for observer in self.observers if observer.wants(group)], batch.gradients()
         grad = -grad if group.get("maximize") else grad
         weights = batch.weights(states)
-        rounded = step > 1 and self.is_master(group) and batch.first.view.dtype in precision.HALF
+        rounded = not step.first and self.is_master(group) and batch.first.view.dtype in precision.HALF
         exact = self.masters(weights, state) if observers and rounded else weights
         watching = [(observer, observer.before(exact)) for observer in observers]
         self._rotations = {} if watching else None
@@ -425,35 +440,32 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         return sum(int(count) for count in self._clipped.values())
 
     def _make_plan(self, index: int) -> Plan:
-        """Which matrices are updated together: stacks, then all others alone; their state, where they have none.
-
-        Matrices of a stack that have no gradient are left out of it, and those that have taken fewer steps than
-        others (a layer that was frozen for a while) form a stack of their own.
-        """
+        """Which matrices are updated together: stacks, then all others alone."""
         group = self.param_groups[index]
         layout = blocks.Layout.parse(group["layout"])
         stacked = {name: i for i, names in enumerate(self.stacks_of(group)) for name in names}
-        units: dict[tuple, list[Block]] = defaultdict(list)
-        plan_class, fresh = sharding.plan_class(group["params"], share_work=self.share_work), set()
-        for position, (name, p) in enumerate(groups.named_parameters(group)):
-            if p.grad is None:
-                if p in self.state:
-                    self.state[p] = unshared(self.state[p])
-                continue
+        stacks: dict[int | str, list[Block]] = defaultdict(list)
+        for name, p in groups.named_parameters(group):
             views = blocks.split(sharding.stand_in(p), layout)
-            if not self._fits(index, name, p):
-                fresh.add(p)
-                self._begin_matrix(position, name, p, views, group)
             for i, view in enumerate(views):
                 own = blocks.name_of(name, i, len(views))
-                units[stacked.get(own, own), self.state[p]["step"]].append(Block(p, name, i, view))
-        found = ((tuple(unit), step) for (_, step), unit in units.items())
-        if plan_class is Plan:
-            return Plan(found, layout, group["params"], group.get("batch_elements"))
-        forms = functools.partial(self._forms_of, index)
-        plan = plan_class(found, layout, group["params"], group.get("batch_elements"), forms)
-        plan.inspect(lambda name, matrices: self.check_matrix(name, matrices, group), fresh)
-        return plan
+                stacks[stacked.get(own, own)].append(Block(p, name, i, view))
+            if p.grad is None and p in self.state:  # it may be in the memory of an older plan
+                self.state[p] = unshared(self.state[p])
+        plan_class = sharding.plan_class(group["params"], share_work=self.share_work)
+        of_several = () if plan_class is Plan else (functools.partial(self._forms_of, index),)
+        return plan_class(stacks.values(), layout, group["params"], group.get("batch_elements"), *of_several)
+
+    def _begin(self, index: int, plan: Plan) -> set[Tensor]:
+        """The parameters with a gradient that have no state, or none that fits them, and its beginning."""
+        group, fresh = self.param_groups[index], set()
+        for position, (name, p) in enumerate(groups.named_parameters(group)):
+            known = p in plan.begun and p in self.state
+            if p.grad is not None and not known and not self._fits(index, name, p):
+                fresh.add(p)
+                views = blocks.split(sharding.stand_in(p), blocks.Layout.parse(group["layout"]))
+                self._begin_matrix(position, name, p, views, group)
+        return fresh
 
     def _begin_matrix(self, position: int, name: str, p: Tensor, views: list[Tensor], group: dict) -> None:
         """The state of a group's parameter at `position` before its first step; views: of its matrices."""

@@ -1,13 +1,13 @@
 """Which matrices of a group are updated together, and how they and their state come into one tensor and back.
 
-Equal shapes form batches, decided once and kept while the parameters stay the same. After a batch's first step its
-state lives in one tensor per entry, of which the parameters' own entries are views: it is not copied again.
+Equal shapes form batches. After a batch's first step its state lives in one tensor per entry, of which the parameters'
+own entries are views: it is not copied again until some of them have a gradient and others none.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -51,42 +51,112 @@ Unit = tuple[Block, ...]
 """Blocks that are updated as one: the matrices of a stack, or a single one."""
 
 
+class Step(NamedTuple):
+    """The step that the matrices of a batch take. How it is made is the same of all; its number need not be."""
+
+    numbers: tuple[int, ...]
+    """From 1, of every matrix, in the order of the leading dimensions."""
+    turn: Hashable = None
+    """See `MatrixOptimizer.turn_of`."""
+
+    @property
+    def first(self) -> bool:
+        return self.numbers[0] == 1
+
+    @property
+    def mixed(self) -> bool:
+        return len(set(self.numbers)) > 1
+
+    def weight(self, beta: float, like: Tensor, *, ahead: int = 0) -> float | Tensor:
+        """`1 - beta^t`: of what it averages, the part that an average has which began at zero.
+
+        At step `t`, or so many ahead; `(..., 1, 1)`, one for every matrix of `like`, where they are at different steps.
+        """
+        if not self.mixed:
+            return 1 - beta ** (self.numbers[0] + ahead)
+        weights = torch.tensor([1 - beta ** (number + ahead) for number in self.numbers], dtype=like.dtype)
+        return weights.to(like.device, non_blocking=True).view(*like.shape[:-2], 1, 1)
+
+
 class Plan:
-    """The batches of a group, for the parameters that had a gradient when it was made."""
+    """Which matrices of a group are updated together, whichever of its parameters have a gradient.
+
+    What had one in the last step and what has one now may differ at every step, as of experts: `arrange` says it. A
+    batch that is there again finds its state as it has left it, if none of its matrices was in another one since.
+    """
 
     def __init__(
-        self, units: Iterable[tuple[Unit, int]], layout: blocks.Layout, params: list[Tensor], elements: int | None
+        self, stacks: Iterable[list[Block]], layout: blocks.Layout, params: list[Tensor], elements: int | None
     ) -> None:
-        """elements: as for `batches_of`."""
-        self.watch(params)
-        self.batches = batches_of(units, layout, elements)
-
-    def watch(self, params: list[Tensor]) -> None:
-        """Remember these, the group's, to see whether the plan still fits them."""
+        """stacks: what is updated as one. params: the group's. elements: as for `batches_of`."""
+        self._stacks, self._layout, self._elements = list(stacks), layout, elements
         self._seen = _signature(params)
-        self.params = [p for p in params if p.grad is not None]
+        self._arranged: list[tuple[int, int]] | None = None
+        self._kept: dict[tuple, Batch] = {}
+        self.begun: set[Tensor] = set()
+        """Parameters whose state is known to fit."""
+        self.params: list[Tensor] = []
+        """Those with a gradient, as far as arranged."""
 
     def fits(self, params: list[Tensor]) -> bool:
-        """Whether these are still the same parameters, in the same memory, with and without gradients."""
+        """Whether these are still the same parameters, in the same memory."""
         return self._seen == _signature(params)
+
+    def arrange(self, kinds: dict[Tensor, Hashable], state: dict) -> None:
+        """For a step of the parameters in `kinds`, of which those of one kind are updated together.
+
+        Blocks of a stack that are not of one kind, or without a gradient, are apart for this step.
+        """
+        labels: dict[Hashable, int] = {}
+        found = {id(p): labels.setdefault(kind, len(labels)) for p, kind in kinds.items()}
+        self.params = list(kinds)
+        if self._arranged == (arranged := list(found.items())):
+            return
+        units: dict[tuple[int, int], list[Block]] = defaultdict(list)
+        for i, stack in enumerate(self._stacks):
+            for block in stack:
+                if (label := found.get(id(block.param))) is not None:
+                    units[i, label].append(block)
+        self._arrange([(tuple(unit), label) for (_, label), unit in units.items()], state)
+        self._arranged = arranged
+
+    def inspect(self, check: Callable[[str, Tensor], None], fresh: set[Tensor]) -> None:
+        """For plans of matrices that no process sees as a whole before."""
 
     def rounds(self, state: dict) -> Iterator[tuple[list[Batch], dict]]:
         """What is updated one after the other: batches, and the state of their parameters."""
-        yield self.batches, state
+        yield self._batches, state
+
+    def _arrange(self, units: list[tuple[Unit, int]], state: dict) -> None:
+        (self._batches,) = self._known([batches_of(units, self._layout, self._elements)], state)
+
+    def _known(self, rounds: list[list[Batch]], state: dict) -> list[list[Batch]]:
+        """The batches of before where they are the same. What leaves one takes its state along, in its own memory."""
+        now = {batch.key: self._kept.get(batch.key, batch) for batches in rounds for batch in batches}
+        new = [batch for key, batch in now.items() if key not in self._kept]
+        moving = {block.param for batch in new for block in batch.blocks}
+        alone = {batch.first.param for batch in new if len(batch.blocks) == 1}  # its state is not gathered
+        for key, batch in list(self._kept.items()):
+            params = {block.param for block in batch.blocks}
+            if key not in now and not moving.isdisjoint(params):
+                del self._kept[key]
+                state.update({p: unshared(state[p]) for p in params - (moving - alone)})
+        self._kept |= now
+        return [[now[batch.key] for batch in batches] for batches in rounds]
 
 
 def batches_of(units: Iterable[tuple[Unit, int]], layout: blocks.Layout, elements: int | None) -> list[Batch]:
-    """Batches of units of one shape; with every unit comes the step it is at, which those of a batch share.
+    """Batches of units of one shape; with every unit comes a number for what those of a batch share besides.
 
     elements: of a batch, at most, or of a unit of single matrices; None for what suits the device.
     """
     buckets: dict[tuple, list[Unit]] = defaultdict(list)
-    for whole, step in units:
+    for whole, label in units:
         view = whole[0].view
         most = elements or _usual_elements(view.device)
         for unit in _parts_of(whole, most):
             shape = len(unit), *unit[0].view.shape
-            buckets[shape[:2], shape[2] * shape[3], shape[4], view.dtype, view.device, step, most].append(unit)
+            buckets[shape[:2], shape[2] * shape[3], shape[4], view.dtype, view.device, label, most].append(unit)
     return [
         Batch(chunk, layout)
         for (*_, most), members in buckets.items()
@@ -108,8 +178,8 @@ def _elements_of(unit: Unit) -> int:
     return len(unit) * unit[0].view.numel()
 
 
-def _signature(params: list[Tensor]) -> list[tuple[int, int, bool]]:
-    return [(id(p), p.data_ptr(), p.grad is None) for p in params]
+def _signature(params: list[Tensor]) -> list[tuple[int, int]]:
+    return [(id(p), p.data_ptr()) for p in params]
 
 
 def _usual_elements(device: torch.device) -> int:
@@ -153,6 +223,12 @@ class Batch:
     def key(self) -> tuple:
         """Tells it from other batches, of this step and later ones."""
         return tuple((block.name, block.index, block.experts.start) for block in self.blocks)
+
+    def numbers(self, state: dict) -> tuple[int, ...]:
+        """Of the step that each matrix is at."""
+        return tuple(
+            state[block.param]["step"] for unit in self.units for _ in range(unit[0].view.shape[0]) for block in unit
+        )
 
     def weights(self, state: dict) -> Tensor:
         """In full precision where they are stored in half; a lone matrix is its parameter's own memory."""

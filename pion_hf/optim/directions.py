@@ -13,6 +13,7 @@ from torch import Tensor
 from pion_hf.linalg.polar import polar_factor
 from pion_hf.optim import compiled
 from pion_hf.optim.base import average, buffer
+from pion_hf.optim.batches import Step
 
 
 def direction_of(
@@ -22,7 +23,7 @@ def direction_of(
     kind: str,
     betas: tuple[float, float],
     eps: float,
-    step: int,
+    step: Step,
     polar: str = "express",
     polar_steps: int = 5,
     polar_dtype: str = "float32",
@@ -38,7 +39,7 @@ def direction_of(
     if kind in ("adam", "natural"):
         kernel = _adam_direction if kind == "adam" else _natural_direction
         buffers = buffer(state, "momentum", grad), buffer(state, "second", grad)
-        scalars = beta1, beta2, 1 - beta1**step, 1 - beta2**step, eps
+        scalars = beta1, beta2, step.weight(beta1, grad), step.weight(beta2, grad), eps
         return compiled.run(kernel, grad, *buffers, *scalars, compiled=compile)
     momentum = average(state, "momentum", grad, beta1)
     if kind == "polar":

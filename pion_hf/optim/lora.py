@@ -28,13 +28,13 @@ from pion_hf.linalg.rotation import (
 )
 from pion_hf.linalg.spectrum import numerical_zero, singular_values
 from pion_hf.optim.base import MatrixOptimizer, average
-from pion_hf.optim.batches import KEPT
+from pion_hf.optim.batches import KEPT, Step
 from pion_hf.optim.blocks import Layout
 from pion_hf.optim.checks import check_polar, check_range, check_rotatable, check_unused
 from pion_hf.optim.directions import direction_of
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.precision import HALF
-from pion_hf.optim.teon import Teon
+from pion_hf.optim.teon import Teon, evened
 
 # What a factor does; `adamw` is the rule of other groups.
 FactorMethod = Literal["rotate", "orthogonal", "adamw"]
@@ -204,16 +204,16 @@ class PionLora(_Factors):
     def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
         return {} if group["method"] == "rotate" else _reach(position, matrices, group)
 
-    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
         if group["method"] == "rotate":
             return self._rotated(weight, grad, state, group=group, step=step)
-        return grown(weight, grad, state, group=group, mu=group["betas"][0])
+        return grown(weight, grad, state, group=group, step=step, mu=group["betas"][0])
 
-    def _rotated(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
-        if step == 1:
+    def _rotated(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
+        if step.first:
             state.update(self.described(weight, state.get(KEPT), group))
         factors, kept = Factors(state["u"], state["s"], state["v"]), state.get(KEPT)
-        if step == 1 and kept is not None:  # before its partner grows, with a gradient or without
+        if step.first and kept is not None:  # before its partner grows, with a gradient or without
             weight = without(weight, kept)
         long = grad.shape[-2] <= grad.shape[-1]
         direction = _direction(grad, state, group=group, step=step)
@@ -245,7 +245,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.shape[-2] <= x.shape[-1] else x.mT
 
 
-def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
     options = {key: group[key] for key in ("betas", "eps", "polar", "polar_steps")}
     return direction_of(grad, state, kind=group["direction"], step=step, **options)
 
@@ -268,14 +268,14 @@ def _reach(position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
 
 
 def grown(
-    weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, mu: float, nesterov: bool = True
+    weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step, mu: float, nesterov: bool = True
 ) -> Tensor:
     """An orthogonalised step of factors `(b, r, n)`, or of stacks `(b, K, r, n)` along the rank, `(K r, n)`.
 
     It is `lr * reach` times the polar factor, whose mean square does not depend on the stack.
     """
     momentum = average(state, "momentum", grad, mu)
-    direction = grad.lerp(momentum, mu) if nesterov else momentum
+    direction = evened(grad.lerp(momentum, mu) if nesterov else momentum, step, mu=mu, nesterov=nesterov)
     kept = state.get(KEPT)
     if kept is not None:
         weight, direction = (without(x, kept) for x in (weight, direction))
@@ -356,5 +356,5 @@ class TeonLora(_Factors, Teon):
     def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
         return _reach(position, matrices, group)
 
-    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
-        return grown(weight, grad, state, group=group, mu=group["momentum"], nesterov=group["nesterov"])
+    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
+        return grown(weight, grad, state, group=group, step=step, mu=group["momentum"], nesterov=group["nesterov"])

@@ -29,7 +29,7 @@ from pion_hf.linalg.rotation import (
     taylor_change,
 )
 from pion_hf.optim.base import MatrixOptimizer, average
-from pion_hf.optim.batches import KEPT
+from pion_hf.optim.batches import KEPT, Step
 from pion_hf.optim.checks import check_polar, check_range, check_rotatable
 from pion_hf.optim.directions import direction_of, seen_from
 from pion_hf.optim.inputs import Inputs
@@ -205,6 +205,10 @@ class Pion(MatrixOptimizer):
             if clash:
                 raise ValueError(f"These options do not combine: {message}.")
 
+    def turn_of(self, group: dict, number: int) -> tuple[str, ...]:
+        """The sides that move."""
+        return _sides(group["side"], number)
+
     def keeps_spectrum(self, group: dict) -> bool:
         return group["rule"] == "pion"
 
@@ -247,11 +251,11 @@ class Pion(MatrixOptimizer):
                 "Train it with AdamW (exclude it from the rotated matrices), freeze it, or change these options."
             )
 
-    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
-        sides = _sides(group["side"], step)
+    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
+        sides = step.turn
         if group["retraction"] == "taylor":
             return self._published(weight, grad, state, sides=sides, group=group, step=step)
-        if step == 1:
+        if step.first:
             state.update(self.described(weight, state.get(KEPT), group))
         tall, dtype = _is_tall(grad), group["generator_dtype"]
         factors, fixed = _factors(state), _fixed(state, tall)
@@ -292,7 +296,7 @@ class Pion(MatrixOptimizer):
         return torch.where(alpha > 0, product_of(new, fixed, transposed=tall), weight)
 
     def _generators(
-        self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, sides: tuple[str, ...], group: dict, step: int
+        self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, sides: tuple[str, ...], group: dict, step: Step
     ) -> dict[str, Tensor]:
         """By side, as `(n, n)` or `(m, m)`, in the frame in which it acts from the right: for rules that need them."""
         if group["momentum"] == "lie":
@@ -306,7 +310,7 @@ class Pion(MatrixOptimizer):
         return generators
 
     def _published(
-        self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, sides: tuple[str, ...], group: dict, step: int
+        self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, sides: tuple[str, ...], group: dict, step: Step
     ) -> Tensor:
         """The paper's step: generators in full, its Taylor retraction, no factors."""
         generators = self._generators(weight, grad, state, sides=sides, group=group, step=step)
@@ -346,9 +350,9 @@ def check_preset(preset: str, given: dict) -> None:
             )
 
 
-def _sides(side: str, step: int) -> tuple[str, ...]:
+def _sides(side: str, number: int) -> tuple[str, ...]:
     if side == "alternate":
-        return ("in",) if step % 2 else ("out",)
+        return ("in",) if number % 2 else ("out",)
     return ("in", "out") if side == "both" else (side,)
 
 
@@ -357,11 +361,11 @@ def _can_move(m: int, n: int, group: dict) -> bool:
     k = min(m, n)
     free = k - int(group["hold"] * k)
     sizes = {"in": n, "out": m}
-    sides = {side for step in (1, 2) for side in _sides(group["side"], step)}
+    sides = {side for number in (1, 2) for side in _sides(group["side"], number)}
     return any(size > 1 and free > (0 if size > k else 1) for side, size in sizes.items() if side in sides)
 
 
-def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
     return direction_of(
         grad,
         state,

@@ -215,7 +215,7 @@ def _several() -> bool:
 
 class Parcel(NamedTuple):
     """Parameters that one process updates: a single one, or those that share a stack. Their matrices as units, each
-    with the step it is at."""
+    with a number (see `batches_of`)."""
 
     params: list[Tensor]
     units: list[tuple[Unit, int]]
@@ -224,12 +224,12 @@ class Parcel(NamedTuple):
 def parcels_of(units: Iterable[tuple[Unit, int]]) -> list[Parcel]:
     """The smallest parcels that cut no unit and no parameter apart."""
     of_param: dict[Tensor, Parcel] = {}
-    for unit, step in units:
+    for unit, label in units:
         params = list(dict.fromkeys(block.param for block in unit))
         met = list({id(of_param[p]): of_param[p] for p in params if p in of_param}.values())
         merged = Parcel([p for m in met for p in m.params], [u for m in met for u in m.units])
         merged.params.extend(p for p in params if p not in of_param)
-        merged.units.append((unit, step))
+        merged.units.append((unit, label))
         of_param.update(dict.fromkeys(merged.params, merged))
     return list({id(parcel): parcel for parcel in of_param.values()}.values())
 
@@ -357,17 +357,18 @@ class _PlanOfSeveral(Plan):
 
     def __init__(
         self,
-        units: Iterable[tuple[Unit, int]],
+        stacks: Iterable[list[Block]],
         layout: blocks.Layout,
         params: list[Tensor],
         elements: int | None,
         forms: Callable[[Tensor], dict[str, Tensor]],
         group: dist.ProcessGroup | None,
     ) -> None:
-        self.watch(params)
-        self._layout, self._elements, self._forms, self._process_group = layout, elements, forms, group
-        self._device = local(params[0]).device
+        super().__init__(stacks, layout, params, elements)
+        self._forms, self._process_group, self._device = forms, group, local(params[0]).device
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
+
+    def _arrange(self, units: list[tuple[Unit, int]], state: dict) -> None:
         self._rounds = rounds_of(parcels_of(units), self._ranks)
 
 
@@ -375,9 +376,9 @@ class ShardedPlan(_PlanOfSeveral):
     """As `Plan`, of parameters that are sharded (FSDP2)."""
 
     def __init__(
-        self, units: Iterable, layout: blocks.Layout, params: list[Tensor], elements: int | None, forms: Callable
+        self, stacks: Iterable, layout: blocks.Layout, params: list[Tensor], elements: int | None, forms: Callable
     ) -> None:
-        super().__init__(units, layout, params, elements, forms, _group(params[0]))
+        super().__init__(stacks, layout, params, elements, forms, _group(params[0]))
 
     def inspect(self, check: Callable[[str, Tensor], None], fresh: set[Tensor]) -> None:
         """`check(name, matrices)` of every matrix of fresh parameters, by its owner; what one raises, all raise.
@@ -414,7 +415,9 @@ class ShardedPlan(_PlanOfSeveral):
                 of_whole[weight] = {"step": state[p]["step"], **dict(zip(before[p], entries, strict=True))}
                 if REST in before[p]:
                     of_whole[weight][REST] = of_whole[weight][REST].view(REST_DTYPES[p.dtype])
-            units = [(self._of_whole(unit, whole), step) for parcel in owned[self._rank] for unit, step in parcel.units]
+            units = [
+                (self._of_whole(unit, whole), label) for parcel in owned[self._rank] for unit, label in parcel.units
+            ]
             yield batches_of(units, self._layout, self._elements), of_whole
             after = {p: [weight, *_updated(of_whole[weight], self._forms(p))] for p, weight in whole.items()}
             self._scatter(owned, after, state)
@@ -459,20 +462,18 @@ class SharedPlan(_PlanOfSeveral):
     """As `Plan`, of parameters that every process holds, with equal gradients (DDP): each updates its share."""
 
     def __init__(
-        self, units: Iterable, layout: blocks.Layout, params: list[Tensor], elements: int | None, forms: Callable
+        self, stacks: Iterable, layout: blocks.Layout, params: list[Tensor], elements: int | None, forms: Callable
     ) -> None:
-        super().__init__(units, layout, params, elements, forms, None)
-        self._batches = [
-            batches_of([unit for parcel in owned[self._rank] for unit in parcel.units], layout, elements)
-            for owned in self._rounds
-        ]
+        super().__init__(stacks, layout, params, elements, forms, None)
 
-    def inspect(self, check: Callable[[str, Tensor], None], fresh: set[Tensor]) -> None:
-        """Every process has seen them already."""
+    def _arrange(self, units: list[tuple[Unit, int]], state: dict) -> None:
+        super()._arrange(units, state)
+        mine = [[unit for parcel in owned[self._rank] for unit in parcel.units] for owned in self._rounds]
+        self._of_rounds = self._known([batches_of(own, self._layout, self._elements) for own in mine], state)
 
     def rounds(self, state: dict) -> Iterator[tuple[list[Batch], dict]]:
         """This process's share; what each has updated goes to all."""
-        for owned, batches in zip(self._rounds, self._batches, strict=True):
+        for owned, batches in zip(self._rounds, self._of_rounds, strict=True):
             yield batches, state
             params = [[p for parcel in parcels for p in parcel.params] for parcels in owned]
             forms = [

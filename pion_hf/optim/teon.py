@@ -14,6 +14,7 @@ from torch import Tensor
 from pion_hf.linalg.polar import polar_factor
 from pion_hf.optim import blocks, compiled
 from pion_hf.optim.base import MatrixOptimizer, buffer
+from pion_hf.optim.batches import Step
 from pion_hf.optim.checks import check_polar, check_range
 from pion_hf.optim.groups import named_parameters
 from pion_hf.optim.inputs import Inputs
@@ -140,12 +141,12 @@ class Teon(MatrixOptimizer):
     def stacks_of(self, group: dict) -> list[list[str]]:
         return group.get("stacks", [])
 
-    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: int) -> Tensor:
+    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
         mu, lr = group["momentum"], group["lr"]
         ahead = mu if group["nesterov"] else 1.0
         momentum = buffer(state, "momentum", grad)
         direction = compiled.run(_look_ahead, grad, momentum, mu, ahead, compiled=group["compile"])
-        factor = _orthogonalised(direction, group)
+        factor = _orthogonalised(evened(direction, step, mu=mu, nesterov=group["nesterov"]), group)
         decay, size = 1 - lr * group["weight_decay"], lr * _scale(weight.shape, group)
         return compiled.run(_decay_and_move, weight, factor, decay, size, compiled=group["compile"])
 
@@ -153,6 +154,16 @@ class Teon(MatrixOptimizer):
 def _look_ahead(grad: Tensor, momentum: Tensor, mu: float, ahead: float) -> Tensor:
     momentum.lerp_(grad, 1 - mu)
     return momentum if ahead == 1 else grad.lerp(momentum, ahead)
+
+
+def evened(direction: Tensor, step: Step, *, mu: float, nesterov: bool) -> Tensor:
+    """Of a stack whose matrices have taken different numbers of steps, as if their momenta had begun together.
+
+    A young one is small, and would get next to nothing of a polar factor that it shares.
+    """
+    if direction.ndim == 3 or not step.mixed:
+        return direction
+    return direction / step.weight(mu, direction, ahead=int(nesterov))
 
 
 def _decay_and_move(weight: Tensor, factor: Tensor, decay: float, size: float) -> Tensor:
