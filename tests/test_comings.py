@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from pion_hf import Pion, Teon, TeonLora
 from pion_hf.optim import MatrixOptimizer, batches
-from tests import test_batches
+from tests import test_batches, test_sharding
+from tests.distributed_worker import launch
 from tests.test_batches import TOLERANCE, pion
 
 EXPERTS, STEPS = 8, 60
@@ -190,3 +194,38 @@ def test_stacks_of_one_age_are_as_ever():
             for p in params:
                 p.grad = torch.randn_like(p)
             optimizer.step()
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+CASES = ["pion", "teon"]
+
+
+def trained(case: str, **options: Any) -> tuple[dict[str, Tensor], int]:
+    """A third of the parameters has no gradient at a step, the same on all processes: the weights in the end, plans."""
+    model, optimizer = test_sharding.start(case, **options)
+    draw = torch.Generator().manual_seed(2)
+
+    def leave_out(*args: Any) -> None:
+        for p, missing in zip(model.values(), torch.rand(len(model), generator=draw) < 1 / 3, strict=True):
+            p.grad = None if missing else p.grad
+
+    optimizer.register_step_pre_hook(leave_out)
+    with mock.patch.object(optimizer, "_make_plan", wraps=optimizer._make_plan) as plans:
+        for number in range(8):
+            test_sharding.step(model, optimizer, number)
+    return test_sharding.masters(model, optimizer), plans.call_count
+
+
+def in_processes() -> dict[str, Any]:
+    ways = {"sharded": {"mesh": init_device_mesh("cpu", (dist.get_world_size(),))}, "shared": {"share_work": True}}
+    return {(case, way): trained(case, **options) for case in CASES for way, options in ways.items()}
+
+
+def test_processes_agree_whatever_has_a_gradient(subtests):
+    for result in launch(in_processes, 2):
+        for (case, way), (weights, plans) in result.items():
+            with subtests.test(f"{case}, {way}"):
+                expected, plans_alone = trained(case)
+                test_sharding.assert_equal(weights, expected)
+                assert plans == plans_alone

@@ -386,7 +386,8 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
             steps = {p: self.state[p]["step"] + 1 for p in group["params"] if p.grad is not None}
             kinds = {number: (number == 1, self.turn_of(group, number)) for number in set(steps.values())}
             plan.arrange({p: kinds[number] for p, number in steps.items()}, self.state)
-            plan.inspect(lambda name, matrices: self.check_matrix(name, matrices, group), fresh)
+            if fresh:
+                plan.inspect(lambda name, matrices: self.check_matrix(name, matrices, group), fresh)
             plan.begun.update(plan.params)
         self._options[index] = options
 

@@ -251,7 +251,7 @@ def rounds_of(parcels: list[Parcel], processes: int) -> list[list[list[Parcel]]]
             sizes[rank].append(0)
         queues[rank][-1].append(parcel)
         sizes[rank][-1] += size
-    count = max(map(len, queues))
+    count = max(map(len, queues)) if parcels else 0
     return [[queue[i] if i < len(queue) else [] for queue in queues] for i in range(count)]
 
 
