@@ -447,7 +447,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         stacked = {name: i for i, names in enumerate(self.stacks_of(group)) for name in names}
         stacks: dict[int | str, list[Block]] = defaultdict(list)
         for name, p in groups.named_parameters(group):
-            views = blocks.split(sharding.stand_in(p), layout)
+            views = blocks.split(sharding.stand_in(p).detach(), layout)
             for i, view in enumerate(views):
                 own = blocks.name_of(name, i, len(views))
                 stacks[stacked.get(own, own)].append(Block(p, name, i, view))
