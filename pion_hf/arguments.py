@@ -144,6 +144,9 @@ class PionOptions:
     optim_generator_dtype: Literal["auto", "float32", "bfloat16"] | None = field(
         default=None, metadata=_help("Pion: precision of the products that form a generator.")
     )
+    optim_state_dtype: Literal["float32", "bfloat16"] | None = field(
+        default=None, metadata=_help("Pion on whole matrices: precision of the averages of gradients.")
+    )
     optim_compile: bool | None = field(
         default=None, metadata=_help("Elementwise parts of the matrices' steps through torch.compile.")
     )

@@ -33,6 +33,7 @@ from pion_hf.optim.batches import KEPT, Step
 from pion_hf.optim.checks import check_polar, check_range, check_rotatable
 from pion_hf.optim.directions import direction_of, seen_from
 from pion_hf.optim.inputs import Inputs
+from pion_hf.optim.precision import rounded_on_average
 
 # The set of choices of arXiv 2605.12492.
 PRESETS = {
@@ -47,6 +48,10 @@ PRESETS = {
         "degree": 2,
     }
 }
+
+
+# Entries of state that average what gradients were.
+AVERAGES = ("momentum", "second", "lie_in", "lie_out", "lie_in_sq", "lie_out_sq")
 
 
 class Pion(MatrixOptimizer):
@@ -86,6 +91,8 @@ class Pion(MatrixOptimizer):
             `degree`, the paper's, has no bound and grows singular values by `theta^4 / 8` a step at degree 2.
         generator_dtype: of the products that form a generator and carry the momentum, which the spectrum does not
             notice. `auto` is bfloat16 where the hardware multiplies it faster.
+        state_dtype: of the averages of gradients; `bfloat16` halves their memory, rounded so that nothing is lost on
+            average.
         compile: the elementwise part of `adam` and `natural` through `torch.compile`.
         batch_elements: the most elements of equal matrices that are updated at once, which bounds the extra memory of
             a step; a larger matrix is updated alone, experts of one parameter some at a time. None: what is fastest on
@@ -128,6 +135,7 @@ class Pion(MatrixOptimizer):
         retraction: Literal["polar", "taylor"] = "polar",
         degree: int = 2,
         generator_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        state_dtype: Literal["float32", "bfloat16"] = "float32",
         compile: bool = False,
         batch_elements: int | None = None,
         keep: int = 0,
@@ -154,6 +162,7 @@ class Pion(MatrixOptimizer):
             "retraction": retraction,
             "degree": degree,
             "generator_dtype": generator_dtype,
+            "state_dtype": state_dtype,
             "compile": compile,
             "batch_elements": batch_elements,
             "keep": keep,
@@ -252,9 +261,16 @@ class Pion(MatrixOptimizer):
             )
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
+        rotate = self._published if group["retraction"] == "taylor" else self._rotated
+        if group["state_dtype"] == "float32":
+            return rotate(weight, grad, state, group=group, step=step)
+        state.update({key: state[key].to(grad.dtype) for key in AVERAGES if key in state})
+        new = rotate(weight, grad, state, group=group, step=step)
+        state.update({key: rounded_on_average(state[key], step.numbers) for key in AVERAGES if key in state})
+        return new
+
+    def _rotated(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
         sides = step.turn
-        if group["retraction"] == "taylor":
-            return self._published(weight, grad, state, sides=sides, group=group, step=step)
         if step.first:
             state.update(self.described(weight, state.get(KEPT), group))
         tall, dtype = _is_tall(grad), group["generator_dtype"]
@@ -309,11 +325,9 @@ class Pion(MatrixOptimizer):
             generators = {side: skew(polar_factor(a, **options)) / 2 for side, a in generators.items()}
         return generators
 
-    def _published(
-        self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, sides: tuple[str, ...], group: dict, step: Step
-    ) -> Tensor:
+    def _published(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
         """The paper's step: generators in full, its Taylor retraction, no factors."""
-        generators = self._generators(weight, grad, state, sides=sides, group=group, step=step)
+        generators = self._generators(weight, grad, state, sides=step.turn, group=group, step=step)
         identity = {side: torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) for side, a in generators.items()}
         if group["scale"] == "spectral":
             norm = torch.stack([spectral_norm(identity[side], a) for side, a in generators.items()]).amax(0)
