@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-lowest test-lowest-quick test-slow test-distributed test-gallery test-field lint clean
+.PHONY: demo test test-lowest test-lowest-quick test-slow test-distributed test-gpu test-gallery test-field lint clean
 
 # torch first and alone: a pinned CPU build where one is at hand, before anything else asks for a looser version.
 $(VENV)/installed: setup.cfg $(CONSTRAINTS) pyproject.toml
@@ -36,6 +36,10 @@ test-slow: $(VENV)/installed
 test-distributed: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/test_sharding.py tests/test_distributed.py \
 		tests/test_faults.py tests/test_fuzz.py tests/test_resume.py tests/test_masters.py
+
+# Every rule on a GPU, with a table of times, kernels and memory; skipped without one.
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest -q -s tests/gpu
 
 # Other people's training scripts, unmodified: TRL's, and those of a folder of transformers' examples/pytorch (SCRIPTS).
 # PAGE=docs/field.md puts the table there, of this target and of the next.
