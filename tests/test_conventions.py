@@ -101,10 +101,12 @@ def test_switches_that_ask_for_what_is_not_done_are_refused(case, key):
     state["param_groups"][0][key] = value
     with pytest.raises(ValueError, match=says):
         optimizer.load_state_dict(state)
-    step(optimizer, 0)
-    optimizer.param_groups[0][key] = value  # as those do who change groups between steps
-    with pytest.raises(ValueError, match=says):
-        step(optimizer, 1)
+    for seed in range(2):  # as those do who change groups themselves
+        optimizer.param_groups[0][key] = value
+        with pytest.raises(ValueError, match=says):
+            step(optimizer, seed)
+        del optimizer.param_groups[0][key]
+        step(optimizer, seed)
 
 
 @pytest.mark.parametrize("key", ["foreach", "maximize", "differentiable"])

@@ -112,6 +112,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        self._options[len(self.param_groups) - 1] = options_of_state(self.param_groups[-1])
 
     def _check_group(self, group: dict) -> None:
         rule, layout = group["rule"], blocks.Layout.parse(group["layout"])
