@@ -15,8 +15,9 @@ from torch import Tensor
 
 # Matrices of a smaller side are multiplied as they are.
 SPLIT_SIDE = 128
-# The setting is the process's: of two threads one waits.
-_lock = threading.RLock()
+# The setting is the process's: of several threads the first one in changes it, and the last one out puts it back.
+_lock = threading.Lock()
+_inside, _before = 0, []
 
 
 @contextlib.contextmanager
@@ -25,17 +26,23 @@ def full_float32() -> Iterator[None]:
 
     With TF32 products what should be orthogonal is off by 4e-3 instead of 4e-6.
     """
+    global _inside
     # Not torch.get_float32_matmul_precision, which fails after the newer settings (as of transformers' --tf32).
     places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     with _lock:
-        before = [place.fp32_precision for place in places]
-        for place in places:
-            place.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            for place, precision in zip(places, before, strict=True):
-                place.fp32_precision = precision
+        if not _inside:
+            _before[:] = [place.fp32_precision for place in places]
+            for place in places:
+                place.fp32_precision = "ieee"
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                for place, precision in zip(places, _before, strict=True):
+                    place.fp32_precision = precision
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
