@@ -12,7 +12,7 @@ from torch import nn
 from pion_hf import Inputs, Pion, PionLora, RoutedAdamW, Teon
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "benchmarks" / "fake_gpu.py"
-SHAPES = ((64, 64), (96, 64), (64, 96), (64, 320), (320, 64))
+SHAPES = ((128, 128), (192, 128), (128, 192), (128, 640), (640, 128))
 LIE = {"metric": "lie"}
 
 
