@@ -274,4 +274,4 @@ def test_the_package_never_leaves_the_interval_of_its_polynomials(plain_products
 def test_its_state_is_foretold_without_a_gpu(package, kind):
     options = {"direction": "polar", "metric": "lie"} if kind is Pion else {"stack": 1}
     p = torch.nn.Parameter(torch.randn(6, 4))
-    assert kind([p], polar="gram", **options).state_bytes() == p.nbytes
+    assert kind([p], polar="gram", **options).state_bytes() == kind([p], **options).state_bytes() >= p.nbytes

@@ -368,7 +368,7 @@ BAD_OPTIONS = [
     ({"momentum": "transport"}, "Did you mean 'transported'"),
     ({"retraction": "poler"}, "Did you mean 'polar'"),
     ({"preset": "papers"}, "Did you mean 'paper'"),
-    ({"preset": "paper", "retraction": "polar"}, "preset='paper' sets retraction='taylor'"),
+    ({"preset": "paper", "scale": "none"}, "preset='paper' sets scale='rms'"),
     ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
     ({"lr": float("nan")}, "lr must be at least 0"),
     ({"betas": (0.9, 1.0)}, "betas must be two numbers"),
