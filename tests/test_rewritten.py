@@ -367,6 +367,20 @@ def test_an_option_may_change_between_steps(before, change, step, dtype):
     assert (now - spectrum).abs().max() < tolerance * spectrum[0]
 
 
+@pytest.mark.parametrize("rule", ["pion", "pion, lie", "rotate"])
+def test_a_matrix_that_others_made_zero_leaves_its_state_finite(rule):
+    pair = Pair(torch.float32)
+    optimizer = RULES[rule](pair)
+    train(pair, optimizer, range(2))
+    pair.a.data.zero_()
+    train(pair, optimizer, range(2, 4))
+    assert all(value.isfinite().all() for value in optimizer.state[pair.a].values() if torch.is_tensor(value))
+    pair.a.data.copy_(start()[0])
+    train(pair, optimizer, range(4, 6))
+    now, before = (torch.linalg.svdvals(x.double()) for x in (pair.a.detach(), start()[0]))
+    assert (now - before).abs().max() < 1e-4 * before[0]
+
+
 def test_a_metric_that_comes_back_goes_on_with_its_factors():
     pair = Pair(torch.float32)
     optimizer = RULES["pion"](pair)

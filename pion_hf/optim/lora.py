@@ -219,7 +219,7 @@ class PionLora(_Factors):
         direction = _direction(grad, state, group=group, step=step)
         if kept is not None:  # orthogonal to them, as the factors are, a rotation has no part in them
             direction = without(direction, kept)
-        size = factors.s[..., :1, None]
+        size = factors.s[..., :1, None].clamp_min(torch.finfo(factors.s.dtype).tiny)
         unit = factors._replace(s=factors.s / size[..., 0])
         peak = torch.linalg.vector_norm(direction, float("inf"), dim=(-2, -1), keepdim=True)
         options = {"ambient": group["metric"] == "ambient", "tolerance": group["rank_tolerance"]}

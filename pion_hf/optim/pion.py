@@ -277,7 +277,7 @@ class Pion(MatrixOptimizer):
         factors, fixed = _factors(state), _fixed(state, tall)
         long_side = "out" if tall else "in"
         # Of a spectral norm of 1, so that no power of it overflows.
-        size = factors.s[..., :1, None]
+        size = factors.s[..., :1, None].clamp_min(torch.finfo(factors.s.dtype).tiny)
         unit = factors._replace(s=factors.s / size[..., 0])
         if _needs_generators(group):
             generators = self._generators(weight, grad, state, sides=sides, group=group, step=step)
