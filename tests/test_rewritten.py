@@ -17,7 +17,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from pion_hf import Blend, Pion, PionLora, Teon, TeonLora, param_groups
 from pion_hf.linalg.rotation import Factors, factorized, product_of
 from pion_hf.optim import MatrixOptimizer
-from pion_hf.optim.fingerprints import FINGERPRINT, LINE, Part, fingerprint, fingerprints
+from pion_hf.optim.fingerprints import FINGERPRINT, LINE, Part, _sums, fingerprint, fingerprints
 from pion_hf.optim.precision import REST_DTYPES
 from tests.conftest import master, toy_llama
 
@@ -365,6 +365,13 @@ def test_an_option_may_change_between_steps(before, change, step, dtype):
     now = torch.linalg.svdvals(masters(pair, optimizer)[0].double())
     tolerance = 1e-2 if dtype == torch.bfloat16 and step == 3 else 1e-5
     assert (now - spectrum).abs().max() < tolerance * spectrum[0]
+
+
+def test_fingerprints_are_the_same_on_every_device():
+    """A CPU sums halves, others whole numbers."""
+    x = torch.randint(-(2**31), 2**31 - 1, (2, 70, 300), dtype=torch.int32)
+    for dim in (-1, -2):
+        assert torch.equal(_sums(x, x >> 16, dim), _sums(x, None, dim))
 
 
 @pytest.mark.parametrize("rule", ["pion", "pion, lie", "rotate"])

@@ -79,16 +79,19 @@ def _of_equal(
     total = numbers.new_zeros(len(tensors))
     for some, weights in zip(bits.split(at_once, 1), rows.flatten().split(at_once), strict=True):
         for x, others in zip(some.split(LINE, 2), columns.split(LINE), strict=True):
-            high = x >> 16
+            high = x >> 16 if x.device.type == "cpu" else None
             total += (_sums(x, high, -1) * weights).sum(-1) + (_sums(x, high, -2) * others).sum(-1)
     return total
 
 
-def _sums(x: Tensor, high: Tensor, dim: int) -> Tensor:
-    """Of int32, of which `high` are the upper halves, as int64; without a copy of that size, as a sum would make one.
+def _sums(x: Tensor, high: Tensor | None, dim: int) -> Tensor:
+    """Of int32, of which `high` are the upper halves, as int64.
 
-    Of a line the upper halves sum up in 32 bits, and of the lower ones, which do too, the sum is known modulo 2^32.
+    On a CPU without a copy of that size, as a sum would make one: of a line the upper halves sum up in 32 bits, and of
+    the lower ones, which do too, the sum is known modulo 2^32.
     """
+    if high is None:
+        return x.sum(dim, dtype=torch.int64)
     upper = high.sum(dim, dtype=torch.int32).long() << 16
     return upper + ((x.sum(dim, dtype=torch.int32).long() - upper) & 0xFFFFFFFF)
 
