@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Matrices of a smaller side are multiplied as they are.
-SPLIT_SIDE = 128
+# Matrices of a smaller side are multiplied as they are: in batches, and not in halves.
+LARGE = 128
 # The setting is the process's: of several threads the first one in changes it, and the last one out puts it back.
 _lock = threading.Lock()
 _inside, _before = 0, []
@@ -48,9 +48,11 @@ def full_float32() -> Iterator[None]:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """`a b` of batches `(b, ., .)`, which for every one of them is what it would be alone.
 
-    On a CPU half-precision products of a batch round otherwise than those of a matrix, and are made one by one.
+    On a CPU half-precision products of a batch round otherwise than those of a matrix, and large ones are slower with
+    several threads: they are made one by one.
     """
-    if a.dtype != torch.bfloat16 or a.device.type != "cpu" or a.ndim != 3:
+    alone = a.dtype == torch.bfloat16 or min(*a.shape[-2:], b.shape[-1]) >= LARGE
+    if not alone or a.device.type != "cpu" or a.ndim != 3:
         return a @ b
     out = a.new_empty(len(a), a.shape[-2], b.shape[-1])
     for x, y, to in zip(a, b, out, strict=True):
@@ -67,7 +69,7 @@ class Halves(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> Halves | None:
         """None where products of `x` as it is are as fast."""
-        if x.ndim != 3 or min(x.shape[-2:]) < SPLIT_SIDE or x.dtype != torch.float32 or not splitting_pays(x.device):
+        if x.ndim != 3 or min(x.shape[-2:]) < LARGE or x.dtype != torch.float32 or not splitting_pays(x.device):
             return None
         high = x.bfloat16()
         return cls(high, (x - high).bfloat16())
@@ -78,7 +80,7 @@ def halves_product(a: Tensor, b: Tensor) -> Tensor:
     left = Halves.of(a)
     right = None if left is None else Halves.of(b)
     if right is None:
-        return a @ b
+        return product(a, b)
     small = torch.baddbmm(left.high @ right.rest, left.rest, right.high)
     return torch.bmm(left.high, right.high, out_dtype=torch.float32).add_(small)
 
@@ -89,7 +91,7 @@ def gram_error(y: Tensor, halves: Halves | None) -> Tensor:
     From `halves`, if there are any: what is not on the diagonal is small, and comes from two bfloat16 products.
     """
     if halves is None:
-        error = y @ y.mT
+        error = product(y, y.mT)
     else:
         across = halves.high @ halves.rest.mT
         error = (halves.high @ halves.high.mT).float().add_(across.add_(across.mT.clone()))
