@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
+import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback
 
-from pion_hf import PionTrainer, PionTrainingArguments
+from pion_hf import Pion, PionTrainer, PionTrainingArguments, param_groups
 from pion_hf.integrations.callbacks import unwrap
 from pion_hf.integrations.registry import OPTIMIZER_NAMES
 from tests.conftest import toy_llama
@@ -172,3 +174,28 @@ def test_a_new_process_resumes_bit_for_bit(tmp_path, monkeypatch, subtests, trie
             assert bool(masters(expected)) == (rotates or (case.dtype == BF16 and case.optim != "adamw_routed"))
             assert all(kept.any() for kept in masters(expected))
     tried("resumed in a new process: bits of a run that was not", len(CASES), "runs")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_accelerates_own_states_are_the_same_to_the_bit(dtype, tmp_path):
+    """`accelerate.save_state` and `load_state`, in a loop without a Trainer."""
+    batches = [torch.randint(5, 40, (2, 12), generator=torch.Generator().manual_seed(i)) for i in range(6)]
+
+    def train(steps: range, folder: Path | None = None) -> tuple[Accelerator, torch.nn.Module]:
+        accelerator = Accelerator(cpu=True)
+        model = toy_llama().to(dtype)
+        model, optimizer = accelerator.prepare(model, Pion(param_groups(model, lr=1e-2)))
+        if folder is not None:
+            accelerator.load_state(folder)
+        for i in steps:
+            accelerator.backward(model(input_ids=batches[i], labels=batches[i]).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        return accelerator, model
+
+    _, straight = train(range(6))
+    accelerator, _ = train(range(3))
+    accelerator.save_state(tmp_path / "state")
+    _, resumed = train(range(3, 6), tmp_path / "state")
+    for (name, p), q in zip(straight.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q), name

@@ -120,6 +120,21 @@ def logged(trainer: Trainer, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
+# -- kept directions ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["DPO", "KTO"])
+def test_checkpointing_sees_the_same_inputs(name, make, checkpoint):
+    """Layers that run twice, once for the backward pass, and those of a reference model count their inputs once."""
+    found = []
+    for checkpointing in (False, True):
+        trainer = make(name, str(checkpoint), optim_keep=2, gradient_checkpointing=checkpointing)
+        trainer.train()
+        found.append(copies(trainer.model))
+    for key, value in found[0].items():
+        assert torch.equal(value, found[1][key]), key
+
+
 # -- every method ---------------------------------------------------------------------------------
 
 
