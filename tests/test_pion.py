@@ -79,6 +79,8 @@ LITERAL = [
     {**PAPER, "momentum": "lie", "second_moment": True, "side": "both"},
     *({**PAPER, "direction": d, "side": side} for d in ("polar", "msign") for side in ("alternate", "both")),
     {**PAPER, "direction": "msign", "momentum": "lie"},
+    *({**PAPER, "direction": "adam", **FIXED, "lr": 1e-4, "side": side} for side in ("in", "out", "both")),
+    {**PAPER, "momentum": "lie", **FIXED, "lr": 1e-4},
     *({"direction": d, "side": side} for d in ("gradient", "polar") for side in ("in", "out", "alternate")),
     *({**AMBIENT, "side": side} for side in ("in", "out", "alternate")),
     *({**AMBIENT, **FIXED, "side": side} for side in ("in", "out", "alternate")),

@@ -46,6 +46,11 @@ class Factors(NamedTuple):
         """With another `Q^T`."""
         return self._replace(v=q) if long else self._replace(u=q)
 
+    def over_norm(self) -> tuple[Factors, Tensor]:
+        """Those of `W / s_1`, so that no power of it overflows, and `s_1`, `(..., 1, 1)`."""
+        norm = self.s[..., :1].clamp_min(torch.finfo(self.s.dtype).tiny)
+        return self._replace(s=self.s / norm), norm.unsqueeze(-1)
+
 
 class Fixed(NamedTuple):
     """What rotations leave alone: `W L` of some directions `L`, and therefore `L` itself and the span `S` of `W L`.
@@ -64,6 +69,11 @@ def skew(x: Tensor) -> Tensor:
     return x - x.mT
 
 
+def largest_entry(x: Tensor) -> Tensor:
+    """`max |x_ij|`, `(..., 1, 1)`; of what is zero something to divide by."""
+    return x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
 def without(x: Tensor, fixed: Tensor) -> Tensor:
     """Rows `x`, `(..., p, n)`, less their part along the orthonormal columns `fixed`, `(..., n, j)`."""
     return x - (x @ fixed) @ fixed.mT
@@ -78,18 +88,18 @@ def factorized(w: Tensor, fixed: Tensor | None = None) -> Factors:
     `U` comes from `W W^T`, `V` and `s` from a QR of `U^T W`: orthogonal to rounding for singular values of any size,
     and completed where they are zero.
     """
-    x = w.double().cpu() if w.device.type == "mps" else w.double()  # which has no float64
+    x = (w.cpu() if w.device.type == "mps" else w).double()  # where there is no float64
     if fixed is not None:
-        x = without(x, fixed.to(x))
+        x = without(x, fixed.to(x.device).to(x.dtype))
     u = torch.linalg.eigh(x @ x.mT).eigenvectors.flip(-1).mT
     q, r = torch.linalg.qr((u @ x).mT)
     signed = r.diagonal(dim1=-2, dim2=-1)
     s, v = signed.abs(), q.mT * torch.where(signed < 0, -1.0, 1.0).unsqueeze(-1)
     if fixed is not None:
-        zero = numerical_zero(s.to(w))
+        zero = numerical_zero(s.to(w.dtype))
         s = s.masked_fill(zero, 0)
-        v = without(v.masked_fill(zero.unsqueeze(-1), 0), fixed.to(v))
-    return Factors(*(factor.to(w).contiguous() for factor in (u, s, v)))
+        v = without(v.masked_fill(zero.unsqueeze(-1), 0), fixed.to(v.device).to(v.dtype))
+    return Factors(*(factor.to(w.dtype).to(w.device).contiguous() for factor in (u, s, v)))
 
 
 def product_of(factors: Factors, fixed: Fixed | None = None, *, transposed: bool = False) -> Tensor:

@@ -19,6 +19,7 @@ from pion_hf.linalg.rotation import (
     Factors,
     carried,
     factorized,
+    largest_entry,
     product_of,
     reach,
     retracted,
@@ -219,11 +220,9 @@ class PionLora(_Factors):
         direction = _direction(grad, state, group=group, step=step)
         if kept is not None:  # orthogonal to them, as the factors are, a rotation has no part in them
             direction = without(direction, kept)
-        size = factors.s[..., :1, None].clamp_min(torch.finfo(factors.s.dtype).tiny)
-        unit = factors._replace(s=factors.s / size[..., 0])
-        peak = torch.linalg.vector_norm(direction, float("inf"), dim=(-2, -1), keepdim=True)
+        unit, _ = factors.over_norm()
         options = {"ambient": group["metric"] == "ambient", "tolerance": group["rank_tolerance"]}
-        x = tangent(unit, _wide(direction), peak.clamp_min(_tiny(peak)), long=long, **options)
+        x = tangent(unit, _wide(direction), largest_entry(direction), long=long, **options)
         moved, bound = reach(unit, x)
         # Without a gradient, as A's while B is zero, it stays as it is to the bit.
         length = torch.linalg.vector_norm(unit.s, dim=-1)[..., None, None]
@@ -248,10 +247,6 @@ def _wide(x: Tensor) -> Tensor:
 def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
     options = {key: group[key] for key in ("betas", "eps", "polar", "polar_steps")}
     return direction_of(grad, state, kind=group["direction"], step=step, **options)
-
-
-def _tiny(x: Tensor) -> float:
-    return torch.finfo(x.dtype).tiny
 
 
 def _require_reach(group: dict) -> None:

@@ -19,6 +19,7 @@ from pion_hf.linalg.rotation import (
     anchored,
     carried,
     factorized,
+    largest_entry,
     product_of,
     reach,
     retracted,
@@ -276,17 +277,15 @@ class Pion(MatrixOptimizer):
         tall, dtype = _is_tall(grad), group["generator_dtype"]
         factors, fixed = _factors(state), _fixed(state, tall)
         long_side = "out" if tall else "in"
-        # Of a spectral norm of 1, so that no power of it overflows.
-        size = factors.s[..., :1, None].clamp_min(torch.finfo(factors.s.dtype).tiny)
-        unit = factors._replace(s=factors.s / size[..., 0])
+        unit, size = factors.over_norm()
         if _needs_generators(group):
             generators = self._generators(weight, grad, state, sides=sides, group=group, step=step)
-            scale = torch.stack([_largest(a) for a in generators.values()]).amax(0)
+            scale = torch.stack([largest_entry(a) for a in generators.values()]).amax(0)
             low = product_dtype(factors.v, dtype)
             tangents = {side: (factors.side(side == long_side) @ (a / scale)).to(low) for side, a in generators.items()}
         else:
             direction = _direction(grad, state, group=group, step=step)
-            peak, ambient = _largest(direction), group["metric"] == "ambient"
+            peak, ambient = largest_entry(direction), group["metric"] == "ambient"
             # A generator grows with the direction, and in one metric with the weight, in the other with its inverse.
             scale = peak / size if ambient else peak * size
             options = {"ambient": ambient, "hold": group["hold"], "tolerance": group["rank_tolerance"]}
@@ -402,11 +401,6 @@ def _is_tall(x: Tensor) -> bool:
 def _needs_generators(group: dict) -> bool:
     """Whether generators are formed in full, as `(n, n)` or `(m, m)`."""
     return group["momentum"] == "lie" or group["direction"] == "msign"
-
-
-def _largest(x: Tensor) -> Tensor:
-    """The largest entry, `(..., 1, 1)`; of what is zero something to divide by."""
-    return x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def _factors(state: dict[str, Tensor]) -> Factors:
