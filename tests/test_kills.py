@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -122,7 +123,8 @@ def run_once(kind: str, folder: Path, steps: int, *, messages: int, share: float
         assert process.exitcode == 0
         return None
     time.sleep(share * min(0.5, times[1] - times[0]))
-    os.kill(process.pid, by)
+    with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+        os.kill(process.pid, by)
     process.join()
     return last if process.exitcode else None
 
