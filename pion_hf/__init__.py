@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from pion_hf.integrations.callbacks import watch
     from pion_hf.integrations.config import PionTrainingArguments
     from pion_hf.integrations.trainer import PionTrainer, PionTrainerMixin
-    from pion_hf.optim import Inputs, Pion, PionLora, RoutedAdamW, Teon, TeonLora
+    from pion_hf.optim import Inputs, Muon, Pion, PionLora, RoutedAdamW, Teon, TeonLora
     from pion_hf.routing import param_groups, routing_table
 
 __all__ = [
     "Blend",
     "Inputs",
+    "Muon",
     "Pion",
     "PionLora",
     "PionTrainer",
@@ -46,7 +47,7 @@ __getattr__, __dir__ = attach(
         "watch": "pion_hf.integrations.callbacks",
         "PionTrainingArguments": "pion_hf.integrations.config",
         **dict.fromkeys(("PionTrainer", "PionTrainerMixin"), "pion_hf.integrations.trainer"),
-        **dict.fromkeys(("Inputs", "Pion", "PionLora", "RoutedAdamW", "Teon", "TeonLora"), "pion_hf.optim"),
+        **dict.fromkeys(("Inputs", "Muon", "Pion", "PionLora", "RoutedAdamW", "Teon", "TeonLora"), "pion_hf.optim"),
         **dict.fromkeys(("param_groups", "routing_table"), "pion_hf.routing"),
     },
 )

@@ -15,7 +15,7 @@ from pion_hf.needs import require
 from pion_hf.optim.blocks import Layout
 from pion_hf.optim.sharding import whole
 
-# The rank at which a step's singular values are `lr sqrt(out / in)`; at others its norm stays as it is there.
+# The rank at which `optim.lora.RATES` were chosen; AdamW's best learning rate falls with the root of the rank.
 USUAL_RANK = 16
 
 
@@ -24,7 +24,8 @@ class Factor:
     """One factor of `dW = scaling B A`, to be seen as `(rank, n)` through `layout`.
 
     grows: whether it is the one that starts at zero (`B`, but `A` of an embedding) by peft's default.
-    reach: what `optim.lora` makes of a step; see `PionLora`.
+    angle, growth: what a learning rate is multiplied with, besides a constant of the optimizer, for a rotation of the
+    factor (radians) or an orthogonalised step (each of its singular values); see `PionLora`.
     begun: whether its partner is not zero any more, so that the adapter has an effect.
     """
 
@@ -34,7 +35,8 @@ class Factor:
     layout: Layout
     matrices: int
     grows: bool
-    reach: float
+    angle: float
+    growth: float
     begun: bool
 
 
@@ -97,14 +99,14 @@ def _factor(
     if experts > 1:  # rows of A expert by expert, columns of B rank by rank
         layout = Layout(rows=(rank,) * experts) if side == "A" else Layout(True, interleaved=(rank, experts))
     a, b = (own, partner) if side == "A" else (partner, own)
-    reach, begun = 1.0, False
+    angle, growth, begun = math.sqrt(rank / USUAL_RANK), 1.0, False
     if not own.is_meta and own.ndim == 2:
         size, other = _size(own, rank * experts), _size(partner, rank * experts)
         if not (size or other):
             raise ValueError(f"{name} and its partner are both zero: neither can move. Initialise one of them.")
         begun = other > 0
         scale = abs(float(layer.scaling[adapter]))
-        reach = math.sqrt(USUAL_RANK / rank * b.shape[0] / a.shape[1]) / (scale * other) if other and scale else size
+        growth = math.sqrt(b.shape[0] / a.shape[1]) / (scale * other) if other and scale else angle * size
     return Factor(
         name=name,
         parameter=own,
@@ -112,7 +114,8 @@ def _factor(
         layout=layout,
         matrices=experts,
         grows=(side == "A") == embedding,
-        reach=reach,
+        angle=angle,
+        growth=growth,
         begun=begun,
     )
 

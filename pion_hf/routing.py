@@ -19,14 +19,21 @@ from pion_hf.adapters import Factor, has_adapters, lora_factors
 from pion_hf.errors import listing, unknown
 from pion_hf.files import write_text
 from pion_hf.optim.blocks import Layout, name_of, split
-from pion_hf.optim.lora import FactorMethod
+from pion_hf.optim.lora import RATES, FactorMethod
 from pion_hf.patterns import Patterns, spellings_of
 from pion_hf.stacking import ALL_FACTORS, DEFAULT_STACK, Stacks, find_stacks
 from pion_hf.structure import Structure, parameter_count
 
-OPTIMIZERS = ("pion", "teon", "muon", "adamw_routed", "pion_lora", "teon_lora")
+OPTIMIZERS = ("pion", "pion_ambient", "teon", "muon", "adamw_routed", "pion_lora", "teon_lora")
 # What an optimizer becomes on a model with LoRA adapters, and the options that come with it.
-LORA_FORMS = {"pion": ("pion_lora", {}), "teon": ("teon_lora", {}), "muon": ("teon_lora", {"stack": 1})}
+LORA_FORMS = {
+    "pion": ("pion_lora", {"direction": "gradient"}),
+    "pion_ambient": ("pion_lora", {}),
+    "teon": ("teon_lora", {}),
+    "muon": ("teon_lora", {"stack": 1}),
+}
+# The rule of an optimizer's matrices, where it has another name.
+RULES = {"pion_ambient": "pion"}
 FOR_ADAPTERS = ("pion_lora", "teon_lora")
 PLAIN_WIDTH = 120  # of a table as text
 NO_STACKS = Stacks()
@@ -37,8 +44,8 @@ class Route:
     """Where one parameter goes. `matrices` counts what it holds, `decays` says whether weight decay may act.
 
     gain: whether it is a factor that weight decay should not pull to zero (see `Structure.is_gain`).
-    method, reach, begun: of LoRA factors, what they do, how far they step, and whether their adapter has an effect
-    already (see `optim.lora`).
+    method, unit_step, begun: of LoRA factors, what they do, how far they step at a learning rate of 1, and whether
+    their adapter has an effect already (see `optim.lora`).
     """
 
     name: str
@@ -49,7 +56,7 @@ class Route:
     matrices: int = 0
     gain: bool = False
     method: str = ""
-    reach: float = 0.0
+    unit_step: float = 0.0
     begun: bool = False
 
     @property
@@ -149,7 +156,7 @@ class Routing:
                     "rule": r.rule,
                     "layout": r.layout,
                     "matrices": r.matrices,
-                    **({"method": r.method, "reach": r.reach} if r.method else {}),
+                    **({"method": r.method, "unit_step": r.unit_step} if r.method else {}),
                     "shape": list(r.parameter.shape),
                 }
                 for r in self.routes
@@ -174,7 +181,7 @@ def routing_table(
 
     Args:
         model: as it will be trained: with its adapters, and what is frozen frozen.
-        optim: `pion`, `teon`, `muon` or `adamw_routed`; for models with LoRA adapters `pion_lora` or `teon_lora`.
+        optim: `pion`, `pion_ambient`, `teon`, `muon` or `adamw_routed`; for models with LoRA adapters `pion_lora` or `teon_lora`.
         targets: regular expressions, searched in the names of parameters and of their modules (all of them, where
             a parameter is tied): only matrices of hidden layers that match are given to the matrix rule, the rest
             goes to AdamW. `"all-linear"` (the default) means all.
@@ -184,7 +191,7 @@ def routing_table(
             regular expressions; see `stacking.find_stacks`.
         lora_a, lora_b: of `pion_lora`: what the two factors do, `rotate` (the default of `A`), `orthogonal` (of `B`) or
             `adamw`. In embeddings, where peft starts `A` at zero instead of `B`, they change places.
-        zeros: of `pion`: names of matrices that were zero when training began, and that AdamW therefore takes, since no
+        zeros: of `pion` and `pion_ambient`: names of matrices that were zero when training began, and that AdamW therefore takes, since no
             rotation can move them. Default: those that are zero now, which is right for a model not trained yet.
 
     Raises:
@@ -207,7 +214,7 @@ def routing_table(
         raise ValueError("the model has no trainable parameter: every requires_grad is False.")
     factors = _factors(model, optim)
     methods = {False: lora_a or "rotate", True: lora_b or "orthogonal"}
-    structure = Structure(model)
+    structure, rule = Structure(model), RULES.get(optim, optim)
     wanted, unwanted = Patterns("optim_target_modules", targets), Patterns("optim_exclude_modules", exclude)
     spellings = spellings_of(model)
     routes = []
@@ -220,10 +227,10 @@ def routing_table(
             is_matrix = False
         if is_matrix and factor:
             routes.append(_factor_route(factor, optim, methods[factor.grows]))
-        elif is_matrix and optim == "pion" and (_holds_zeros(p, layout) if zeros is None else name in zeros):
+        elif is_matrix and rule == "pion" and (_holds_zeros(p, layout) if zeros is None else name in zeros):
             routes.append(Route(name, p, "zero", "adamw"))
         elif is_matrix:
-            routes.append(Route(name, p, role, optim, str(layout), _count(p, layout)))
+            routes.append(Route(name, p, role, rule, str(layout), _count(p, layout)))
         else:
             routes.append(Route(name, p, role, "adamw", gain=role == "other" and structure.is_gain(name, p)))
     names = [n for _, p in named for n in spellings[id(p)]]
@@ -317,7 +324,7 @@ def _factors(model: nn.Module, optim: str) -> dict[int, Factor]:
         return {}
     factors = {id(f.parameter): f for f in lora_factors(model)}
     if not factors:
-        whole = next(name for name, (form, _) in LORA_FORMS.items() if form == optim)
+        whole = next(name for name, form in LORA_FORMS.items() if form == (optim, {}))
         raise ValueError(
             f"optim={optim!r} trains LoRA adapters, and the model has none that is trainable: add one "
             f"(peft.get_peft_model, use_peft), or use optim={whole!r} for whole matrices."
@@ -341,7 +348,8 @@ def _factor_route(factor: Factor, optim: str, method: str) -> Route:
         return Route(factor.name, factor.parameter, factor.role, "adamw")
     layout = str(factor.layout)
     route = Route(factor.name, factor.parameter, factor.role, optim, layout, factor.matrices, method=method)
-    return dataclasses.replace(route, reach=factor.reach, begun=factor.begun)
+    unit_step = RATES[optim] * (factor.angle if method == "rotate" else factor.growth)
+    return dataclasses.replace(route, unit_step=unit_step, begun=factor.begun)
 
 
 def _stacked(routing: Routing, model: nn.Module, stack: int | None, targets: str | Iterable[str] | None) -> Routing:
@@ -420,12 +428,12 @@ def param_groups(
             if r.rule in ("teon", "teon_lora"):
                 groups[key].update(stack=routing.stack, stacks=[])
             if r.method:
-                groups[key].update(method=r.method, reach=[], begun=[])
+                groups[key].update(method=r.method, unit_step=[], begun=[])
         groups[key]["params"].append((r.name, r.parameter))
         if r.role == "zero":
             groups[key].setdefault("zeros", []).append(r.name)
         if r.method:
-            groups[key]["reach"].append(r.reach)
+            groups[key]["unit_step"].append(r.unit_step)
             groups[key]["begun"] += [r.name] * r.begun
     group_of = {name: groups[_group_key(r)] for r in routing.matrices for name in r.matrix_names}
     for names in routing.stacks.stacks:

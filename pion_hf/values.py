@@ -62,7 +62,7 @@ RANGES = {
     **_each(
         _DECAY,
         "adam_beta1 adam_beta2 lora_dropout",
-        "optim_betas optim_adamw_betas optim_momentum optim_hold optim_rank_tolerance",
+        "optim_betas optim_adamw_betas optim_momentum",
     ),
     "seed": Range(lambda v: 0 <= v < 2**32, "between 0 and 2^32 - 1"),
     "max_steps": Range(lambda v: v == -1 or v >= 1, "at least 1", ", or -1 to train for num_train_epochs"),

@@ -107,7 +107,7 @@ def test_a_growing_step_knows_width_scaling_and_the_size_of_its_partner(options,
     model = adapted(**options)
     for name, r in routes(model).items():
         if ".lora_B." in name:
-            assert r.reach == pytest.approx(growing_reach(model, r, scaling=scaling), rel=1e-6)
+            assert r.unit_step == pytest.approx(growing_reach(model, r, scaling=scaling), rel=1e-6)
 
 
 def test_a_factor_whose_partner_is_zero_steps_by_its_own_size():
@@ -115,7 +115,7 @@ def test_a_factor_whose_partner_is_zero_steps_by_its_own_size():
     for name, r in routes(model, lora_a="orthogonal").items():
         if ".lora_A." in name:
             own = r.parameter.detach().double().norm().item() / math.sqrt(4)
-            assert r.reach == pytest.approx(own, rel=1e-6)
+            assert r.unit_step == pytest.approx(own, rel=1e-6)
 
 
 def test_several_adapters_at_once():
@@ -153,7 +153,7 @@ def test_ranks_and_alphas_by_pattern(optim):
             continue
         rank = 2 if "layers.0.self_attn.v_proj" in name else 4
         scaling = (32 if "q_proj" in name else 8) / rank
-        assert r.reach == pytest.approx(growing_reach(model, r, scaling=scaling), rel=1e-6)
+        assert r.unit_step == pytest.approx(growing_reach(model, r, scaling=scaling), rel=1e-6)
     if optim == "teon_lora":
         assert not any("v_proj" in name for names in routing_table(model, optim).stacks.stacks for name in names)
     optimizer = {"pion_lora": PionLora, "teon_lora": TeonLora}[optim](param_groups(model, optim, lr=1e-2))
@@ -261,7 +261,7 @@ def test_gpt2_stores_its_layers_transposed_and_its_factors_not():
         if ".lora_B." in name:
             out = {"c_attn": 96, "c_fc": 128}[name.split(".lora_")[0].split(".")[-1]]
             assert (r.parameter.shape, partner(model, name).shape) == ((out, 4), (4, 32))
-            assert r.reach == pytest.approx(growing_reach(model, r, scaling=8 / 4), rel=1e-6)
+            assert r.unit_step == pytest.approx(growing_reach(model, r, scaling=8 / 4), rel=1e-6)
     before = copies(model)
     train(model, PionLora(param_groups(model, "pion_lora", lr=1e-2)), steps=3)
     assert moved(model, before) == set(found)
@@ -473,7 +473,7 @@ def test_the_forms_own_names_say_nothing(optim, form, optimizer_of, tmp_path):
     methods = {(p["role"], p["method"]) for p in record["parameters"]}
     first = "rotate" if form is PionLora else "orthogonal"
     assert methods == {("lora_A", first), ("lora_B", "orthogonal")}
-    assert all(p["reach"] > 0 for p in record["parameters"])
+    assert all(p["unit_step"] > 0 for p in record["parameters"])
 
 
 def test_options_reach_the_lora_form(optimizer_of):
@@ -517,6 +517,6 @@ def test_options_that_the_lora_form_lacks_are_errors(optim, options, message, op
 def test_a_group_without_its_factors_is_refused():
     p = nn.Parameter(torch.randn(4, 8))
     for form, rule in ((PionLora, "pion_lora"), (TeonLora, "teon_lora")):
-        for params in ([p], [{"params": [p], "rule": rule, "method": "rotate", "reach": []}]):
+        for params in ([p], [{"params": [p], "rule": rule, "method": "rotate", "unit_step": []}]):
             with pytest.raises(ValueError, match=rf"make it with pion_hf\.param_groups\(model, '{rule}'\)"):
                 form(params)

@@ -197,7 +197,7 @@ def test_choices_of_lora_factors_are_the_routings():
         ("pion_lora", {"lora_b": "grow"}, "'grow' is not a known value of lora_b"),
         ("pion_lora", {"retraction": "polar"}, "'retraction' is an option of optim='pion', not of optim='pion_lora'"),
         ("teon_lora", {"scale": "rms"}, "not of optim='teon_lora'"),
-        ("teon", {"momentum": "lie"}, "momentum must be of type float, got 'lie'"),
+        ("teon", {"momentum_frame": "lie"}, "momentum must be of type float, got 'lie'"),
         ("teon", {"stak": 2}, "Did you mean 'stack'"),
     ],
 )

@@ -57,7 +57,7 @@ def teon(params: list[nn.Parameter], **options: Any) -> Teon:
 def pion_lora(params: list[nn.Parameter], *, method: str, **options: Any) -> PionLora:
     groups = grouped(params, rule="pion_lora", method=method)
     for group in groups:
-        group["reach"] = [0.1 * (i + 1) for i in range(len(group["params"]))]
+        group["unit_step"] = [0.1 * (i + 1) for i in range(len(group["params"]))]
     return PionLora(groups, lr=3e-2, **options)
 
 
@@ -346,7 +346,7 @@ def test_the_arguments_have_it():
 
 def test_adapters_have_it():
     params = weights(shapes=[(8, 8)])
-    groups = [{"params": params, "rule": "teon_lora", "method": "orthogonal", "reach": [1.0] * EACH, "stack": 1}]
+    groups = [{"params": params, "rule": "teon_lora", "method": "orthogonal", "unit_step": [1.0] * EACH, "stack": 1}]
     optimizer = TeonLora(groups, batch_elements=64)
     sizes = updated_at_once(optimizer)
     set_gradients(params, 0)

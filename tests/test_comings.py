@@ -24,7 +24,7 @@ EXPERTS, STEPS = 8, 60
 BUILDERS: dict[str, Callable[..., MatrixOptimizer]] = {
     **{case: build for case, build in test_batches.BUILDERS.items() if case != "teon"},
     "pion adam": functools.partial(pion, direction="adam", scale="none"),
-    "pion in": functools.partial(pion, side="in", momentum="ambient"),
+    "pion in": functools.partial(pion, side="in", momentum_frame="ambient"),
 }
 
 
@@ -67,7 +67,7 @@ def test_each_does_as_it_does_alone(case, dtype):
     optimizer, others = BUILDERS[case](params), [BUILDERS[case]([p]) for p in lone]
     for i, other in enumerate(others):
         if "reach" in other.param_groups[0]:
-            other.param_groups[0]["reach"] = [optimizer.param_groups[0]["reach"][i]]
+            other.param_groups[0]["unit_step"] = [optimizer.param_groups[0]["unit_step"][i]]
     for _ in random_gradients(params, 24):
         optimizer.step()
         for p, q, other in zip(params, lone, others, strict=True):
@@ -156,7 +156,7 @@ def teon(params: list[nn.Parameter]) -> Teon:
 
 def teon_lora(params: list[nn.Parameter]) -> TeonLora:
     group = {"params": list(zip("ab", params, strict=True)), "rule": "teon_lora", "stacks": [["a", "b"]]}
-    return TeonLora([{**group, "method": "orthogonal", "reach": [1.0, 1.0]}], lr=1e-2, polar="svd")
+    return TeonLora([{**group, "method": "orthogonal", "unit_step": [1.0, 1.0]}], lr=1e-2, polar="svd")
 
 
 @pytest.mark.parametrize("build", [teon, teon_lora])

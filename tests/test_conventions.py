@@ -19,7 +19,7 @@ from pion_hf import Pion, PionLora, RoutedAdamW, Teon, TeonLora
 from pion_hf.linalg.precision import full_float32
 from pion_hf.optim import MatrixOptimizer
 
-LORA = {"method": "orthogonal", "reach": [0.5, 2.0]}
+LORA = {"method": "orthogonal", "unit_step": [0.5, 2.0]}
 BUILDERS: dict[str, Callable[..., MatrixOptimizer]] = {
     "pion": lambda **own: Pion(groups("pion", **own), lr=1e-2),
     "pion, preset": lambda **own: Pion(groups("pion", **own), lr=1e-2, preset="paper"),

@@ -18,7 +18,7 @@ LIE = {"metric": "lie"}
 
 def lora(params: list[nn.Parameter]) -> PionLora:
     names = [f"layers.{i}.lora" for i in range(len(params))]
-    group = {"rule": "pion_lora", "method": "rotate", "reach": [1.0] * len(params)}
+    group = {"rule": "pion_lora", "method": "rotate", "unit_step": [1.0] * len(params)}
     return PionLora([{**group, "params": list(zip(names, params, strict=True))}])
 
 
@@ -40,9 +40,9 @@ OPTIMIZERS = {
     "polar, lie": lambda params: Pion(params, direction="polar", **LIE),
     "msign": lambda params: Pion(params, direction="msign", **LIE),
     "both sides": lambda params: Pion(params, direction="gradient", side="both", **LIE),
-    "lie momentum": lambda params: Pion(params, direction="gradient", momentum="lie", second_moment=True, **LIE),
+    "lie momentum": lambda params: Pion(params, direction="gradient", momentum_frame="lie", second_moment=True, **LIE),
     "paper": lambda params: Pion(params, preset="paper"),
-    "without transport": lambda params: Pion(params, momentum="ambient"),
+    "without transport": lambda params: Pion(params, momentum_frame="ambient"),
     "float32": lambda params: Pion(params, generator_dtype="float32"),
     "keep": lambda params: Pion(params, keep=4, inputs=Kept()),
     "muon": lambda params: Teon(params, stack=1),

@@ -230,10 +230,10 @@ def groups_of(params: dict[str, nn.Parameter], first: dict[str, Any], second: di
 
 PION, MUON, TEON = {"rule": "pion"}, {"rule": "muon"}, {"rule": "teon", "stacks": [["a", "b"]]}
 ROUTED = {"rule": "adamw_routed"}
-ROTATE = {"rule": "pion_lora", "method": "rotate", "reach": [1.0, 1.0]}
-GROW = {"rule": "pion_lora", "method": "orthogonal", "reach": [1.0]}
-TEON_LORA = {"rule": "teon_lora", "reach": [1.0, 1.0], "stacks": [["a", "b"]], "method": "orthogonal"}
-ALONE = {"rule": "teon_lora", "reach": [1.0], "stacks": [], "stack": 1, "method": "orthogonal"}
+ROTATE = {"rule": "pion_lora", "method": "rotate", "unit_step": [1.0, 1.0]}
+GROW = {"rule": "pion_lora", "method": "orthogonal", "unit_step": [1.0]}
+TEON_LORA = {"rule": "teon_lora", "unit_step": [1.0, 1.0], "stacks": [["a", "b"]], "method": "orthogonal"}
+ALONE = {"rule": "teon_lora", "unit_step": [1.0], "stacks": [], "stack": 1, "method": "orthogonal"}
 OPTIMIZERS = {
     "pion": (Pion, PION, PION, {}),
     "pion-paper": (Pion, PION, PION, {"preset": "paper"}),

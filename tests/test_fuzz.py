@@ -154,7 +154,7 @@ def setups(draw: st.DrawFn, *, dtypes: tuple = DTYPES, invalid: bool = False) ->
         rule = draw(st.sampled_from(cls.matrix_rules))
         group = {"params": names, "rule": rule, "layout": layout}
         if rule in ("pion_lora", "teon_lora"):
-            group |= {"method": draw(st.sampled_from(["rotate", "orthogonal"])), "reach": [0.5] * count}
+            group |= {"method": draw(st.sampled_from(["rotate", "orthogonal"])), "unit_step": [0.5] * count}
         if issubclass(cls, Teon):
             group["stack"] = 1
             if rule == cls.stacked_rule and count > 1 and blocks.Layout.parse(layout).pieces == 1:
@@ -306,12 +306,12 @@ def test_matrices_together_move_as_each_alone(setup):
         single = [[name] for name in group["params"] if not any(name in names for names in stacks)]
         for names in [*stacks, *single] if group["rule"] != "adamw" else []:
             one = {**group, "params": names}
-            if "reach" in group:
-                one["reach"] = group["reach"][: len(names)]  # they are all the same
+            if "unit_step" in group:
+                one["unit_step"] = group["unit_step"][: len(names)]  # they are all the same
             if "stack" in group:
                 one |= {"stack": len(names), **({"stacks": [names] if len(names) > 1 else []} if stacks else {})}
             options = dict(setup.options)
-            if "reach" in group and blocks.Layout.parse(group["layout"]).transposed:
+            if "unit_step" in group and blocks.Layout.parse(group["layout"]).transposed:
                 options.pop("keep", None)  # B keeps nothing, and is refused where it is alone
             params_of_one = {n: setup.params[n] for n in names}
             alone, copies = replace(setup, groups=[one], params=params_of_one, options=options).build()

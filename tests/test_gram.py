@@ -80,7 +80,7 @@ def optimizer(kind: type, **options):
     if kind in (Pion, Teon):
         return kind([weight], **({"stack": 1} if kind is Teon else {"direction": "polar"}), **options)
     rule = {PionLora: "pion_lora", TeonLora: "teon_lora"}[kind]
-    group = {"rule": rule, "method": "orthogonal", "layout": "", "reach": [1.0], "params": [("lora_A", weight)]}
+    group = {"rule": rule, "method": "orthogonal", "layout": "", "unit_step": [1.0], "params": [("lora_A", weight)]}
     return kind([group], **({"stack": 1} if kind is TeonLora else {}), **options)
 
 
@@ -177,7 +177,13 @@ def test_every_optimizer_steps_as_with_the_exact_polar_factor(package, any_devic
 
 def test_wide_lora_factors_do_not_fall_back_to_other_iterations(package, any_device):
     weight = torch.nn.Parameter(torch.zeros(8, 80))
-    group = {"rule": "teon_lora", "method": "orthogonal", "layout": "", "reach": [1.0], "params": [("lora_A", weight)]}
+    group = {
+        "rule": "teon_lora",
+        "method": "orthogonal",
+        "layout": "",
+        "unit_step": [1.0],
+        "params": [("lora_A", weight)],
+    }
     weight.grad = draw(8, 80).float()
     TeonLora([group], lr=1.0, stack=1, polar="gram").step()
     assert len(package) == 1

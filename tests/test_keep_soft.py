@@ -102,7 +102,12 @@ def test_what_it_needs(build):
 def test_rotations_and_adapters_have_none():
     with pytest.raises(ValueError, match="'keep_soft' is not a known option of Pion"):
         Pion([{"params": [nn.Parameter(torch.eye(4))], "rule": "pion", "keep_soft": True}])
-    group = {"params": [nn.Parameter(torch.ones(2, 4))], "rule": "teon_lora", "method": "orthogonal", "reach": [1.0]}
+    group = {
+        "params": [nn.Parameter(torch.ones(2, 4))],
+        "rule": "teon_lora",
+        "method": "orthogonal",
+        "unit_step": [1.0],
+    }
     with pytest.raises(ValueError, match="keep_soft=True is no option of rule 'teon_lora': leave it out"):
         TeonLora([{**group, "stack": 1, "keep": 1, "keep_soft": True}], stack=1)
 

@@ -29,13 +29,13 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def optimizer_of(params: list[nn.Parameter], method: str = "rotate", *, reach=None, layout="", **options) -> PionLora:
     names = [f"layers.{i}.lora" for i in range(len(params))]
-    group = {"rule": "pion_lora", "method": method, "layout": layout, "reach": reach or [1.0] * len(params)}
+    group = {"rule": "pion_lora", "method": method, "layout": layout, "unit_step": reach or [1.0] * len(params)}
     return PionLora([{**group, "params": list(zip(names, params, strict=True))}], **options)
 
 
 def teon_of(params: list[nn.Parameter], *, stack: int, reach=None, layout="", **options) -> TeonLora:
     names = [f"layers.{i}.lora" for i in range(len(params))]
-    group = {"rule": "teon_lora", "method": "orthogonal", "layout": layout, "reach": reach or [1.0] * len(params)}
+    group = {"rule": "teon_lora", "method": "orthogonal", "layout": layout, "unit_step": reach or [1.0] * len(params)}
     group |= {"stacks": [names[i : i + stack] for i in range(0, len(names), stack)] if stack > 1 else []}
     return TeonLora([{**group, "params": list(zip(names, params, strict=True))}], stack=stack, **options)
 
@@ -79,8 +79,8 @@ def test_a_rotation_is_the_dense_one(shape, metric, direction, side):
 def test_the_momentum_may_stay_where_it_is():
     w, grads = draw(3, 10), draw(6, 3, 10, seed=1)
     p = nn.Parameter(w.clone())
-    optimizer = optimizer_of([p], lr=5e-2, momentum="ambient", direction="polar", **EXACT)
-    expected = literal_rotations(w, grads, lr=5e-2, direction="polar", momentum="ambient")
+    optimizer = optimizer_of([p], lr=5e-2, momentum_frame="ambient", direction="polar", **EXACT)
+    expected = literal_rotations(w, grads, lr=5e-2, direction="polar", momentum_frame="ambient")
     for grad, want in zip(grads, expected, strict=True):
         step([p], [grad], optimizer)
         assert (p.detach() - want).norm() <= 1e-8 * want.norm()
@@ -127,7 +127,7 @@ RULES = {
     "gradient": {"direction": "gradient"},
     "natural, ambient": {"direction": "natural", "metric": "ambient"},
     "adam": {"direction": "adam"},
-    "momentum left where it is": {"momentum": "ambient"},
+    "momentum left where it is": {"momentum_frame": "ambient"},
 }
 
 

@@ -22,12 +22,12 @@ PAPER = {"direction": "gradient", "metric": "lie", "scale": "rms", "hold": 0.0}
 # Every rule, at the learning rate 1e-2 of the spectrum test.
 RULES = {
     "default": {},
-    "paper with an exact retraction": {**PAPER, "momentum": "lie"},
-    "lie momentum, second moment": {**PAPER, "momentum": "lie", "second_moment": True},
+    "paper with an exact retraction": {**PAPER, "momentum_frame": "lie"},
+    "lie momentum, second moment": {**PAPER, "momentum_frame": "lie", "second_moment": True},
     "gradient": PAPER,
     "gradient, both sides": {**PAPER, "side": "both"},
     "gradient, second moment": {**PAPER, "second_moment": True},
-    "gradient, ambient momentum": {**PAPER, "momentum": "ambient"},
+    "gradient, ambient momentum": {**PAPER, "momentum_frame": "ambient"},
     "msign": {**PAPER, "direction": "msign"},
     "polar": {**PAPER, "direction": "polar"},
     "polar, ambient": {**PAPER, "direction": "polar", "metric": "ambient"},
@@ -72,15 +72,15 @@ AMBIENT = {"metric": "ambient", "direction": "adam"}
 FIXED = {"scale": "none", "lr": 1e-3}
 LITERAL = [
     {},
-    {"momentum": "ambient"},
+    {"momentum_frame": "ambient"},
     *({**PAPER, "side": side} for side in ("alternate", "both")),
     {**PAPER, "second_moment": True},
-    {**PAPER, "momentum": "lie"},
-    {**PAPER, "momentum": "lie", "second_moment": True, "side": "both"},
+    {**PAPER, "momentum_frame": "lie"},
+    {**PAPER, "momentum_frame": "lie", "second_moment": True, "side": "both"},
     *({**PAPER, "direction": d, "side": side} for d in ("polar", "msign") for side in ("alternate", "both")),
-    {**PAPER, "direction": "msign", "momentum": "lie"},
+    {**PAPER, "direction": "msign", "momentum_frame": "lie"},
     *({**PAPER, "direction": "adam", **FIXED, "lr": 1e-4, "side": side} for side in ("in", "out", "both")),
-    {**PAPER, "momentum": "lie", **FIXED, "lr": 1e-4},
+    {**PAPER, "momentum_frame": "lie", **FIXED, "lr": 1e-4},
     *({"direction": d, "side": side} for d in ("gradient", "polar") for side in ("in", "out", "alternate")),
     *({**AMBIENT, "side": side} for side in ("in", "out", "alternate")),
     *({**AMBIENT, **FIXED, "side": side} for side in ("in", "out", "alternate")),
@@ -349,7 +349,7 @@ def test_a_closure_is_called_with_gradients_before_the_step():
 def test_paper_preset_is_the_papers_set_of_choices():
     group = Pion([nn.Parameter(torch.eye(3))], preset="paper").param_groups[0]
     paper = {
-        "momentum": "lie",
+        "momentum_frame": "lie",
         "direction": "gradient",
         "metric": "lie",
         "hold": 0.0,
@@ -383,8 +383,8 @@ BAD_OPTIONS = [
     ({"polar_steps": 0}, "polar_steps must be in"),
     ({"weight_decay": -0.1}, "weight_decay must be"),
     ({"side": "both", "metric": "ambient", "hold": 0.0}, "side='both' is not for metric='ambient'"),
-    ({**PAPER, "momentum": "lie", "direction": "adam"}, "momentum='lie' averages generators"),
-    ({"momentum": "lie", "direction": "gradient"}, "metric='lie'"),
+    ({**PAPER, "momentum_frame": "lie", "direction": "adam"}, "momentum_frame='lie' averages generators"),
+    ({"momentum_frame": "lie", "direction": "gradient"}, "metric='lie'"),
     ({**PAPER, "hold": 0.1}, "hold needs metric='ambient'"),
     ({"second_moment": True, "direction": "adam"}, "second_moment=True is a variant of direction='gradient'"),
     ({"direction": "msign", "metric": "ambient"}, "direction='msign'"),

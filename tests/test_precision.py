@@ -27,7 +27,7 @@ def teon(p: nn.Parameter, lr: float) -> Teon:
 
 def lora(method: str):
     def build(p: nn.Parameter, lr: float) -> PionLora:
-        return PionLora([{"params": [("w", p)], "rule": "pion_lora", "method": method, "reach": [0.2]}], lr=lr)
+        return PionLora([{"params": [("w", p)], "rule": "pion_lora", "method": method, "unit_step": [0.2]}], lr=lr)
 
     return build
 

@@ -87,15 +87,15 @@ def muon(model: nn.Module, **options: Any) -> MatrixOptimizer:
 
 def pion_lora(model: nn.Module, **options: Any) -> MatrixOptimizer:
     """`A`, which rotates, and `B`, which grows."""
-    a = {"params": ["small", "wide"], "rule": "pion_lora", "method": "rotate", "reach": [1.0, 1.0]}
+    a = {"params": ["small", "wide"], "rule": "pion_lora", "method": "rotate", "unit_step": [1.0, 1.0]}
     b = {"params": ["tall", "stack_0"], "rule": "pion_lora", "layout": "transposed", "method": "orthogonal"}
-    return PionLora(with_tensors([a, {**b, "reach": [0.5, 2.0]}, OTHERS], model), lr=3e-2, **options)
+    return PionLora(with_tensors([a, {**b, "unit_step": [0.5, 2.0]}, OTHERS], model), lr=3e-2, **options)
 
 
 def teon_lora(model: nn.Module, **options: Any) -> MatrixOptimizer:
     own = {"rule": "teon_lora", "method": "orthogonal"}
-    a = {"params": ["small", "wide"], "reach": [1.0, 0.3], "stacks": [], "stack": 1, **own}
-    b = {"params": ["stack_0", "stack_1"], "reach": [0.5, 2.0], "layout": "transposed", **own}
+    a = {"params": ["small", "wide"], "unit_step": [1.0, 0.3], "stacks": [], "stack": 1, **own}
+    b = {"params": ["stack_0", "stack_1"], "unit_step": [0.5, 2.0], "layout": "transposed", **own}
     return TeonLora(with_tensors([a, {**b, "stacks": [["stack_0", "stack_1"]]}, OTHERS], model), lr=3e-2, **options)
 
 

@@ -88,18 +88,18 @@ CONTENDERS: dict[str, Build] = {
     "torch Muon": lambda model: torch.optim.Muon(
         factors(model), lr=LR, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
     ),
-    "literal lie": lambda model: LiteralPion(factors(model), LR, momentum="lie"),
-    "literal transported": lambda model: LiteralPion(factors(model), LR, momentum="transported"),
+    "literal lie": lambda model: LiteralPion(factors(model), LR, momentum_frame="lie"),
+    "literal transported": lambda model: LiteralPion(factors(model), LR, momentum_frame="transported"),
     "pion, paper": ours("pion", preset="paper"),
-    "pion, lie momentum": pion("gradient", "lie", momentum="lie"),
+    "pion, lie momentum": pion("gradient", "lie", momentum_frame="lie"),
     **{
         f"pion, {direction}, {metric}": pion(direction, metric)
         for direction in ("gradient", "natural", "adam", "polar", "msign")
         for metric in ("lie", "ambient")
         if (direction, metric) != ("msign", "ambient")
     },
-    "pion, gradient, lie, not transported": pion("gradient", "lie", momentum="ambient"),
-    "pion, natural, ambient, not transported": pion("natural", "ambient", momentum="ambient"),
+    "pion, gradient, lie, not transported": pion("gradient", "lie", momentum_frame="ambient"),
+    "pion, natural, ambient, not transported": pion("natural", "ambient", momentum_frame="ambient"),
     "pion, polar, lie, 3 polar steps": pion("polar", "lie", polar_steps=3),
     "pion, natural, ambient, compiled": pion("natural", "ambient", compile=True),
     "teon, stack 1 (muon)": ours("muon"),

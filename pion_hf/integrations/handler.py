@@ -42,9 +42,9 @@ def optimizer_of(args: Any, model: nn.Module | None) -> tuple[type, dict[str, An
     optim, options, group_options = choose_form(args, model)
     routing, groups = groups_from(args, model, optim, group_options)
     # Measured of weights of which the first process's count: DDP and FSDP2 give them to the others, but only later.
-    measured = [group for group in groups if "reach" in group]
-    for group, reach in zip(measured, of_first([group["reach"] for group in measured]), strict=True):
-        group["reach"] = reach
+    measured = [group for group in groups if "unit_step" in group]
+    for group, sizes in zip(measured, of_first([group["unit_step"] for group in measured]), strict=True):
+        group["unit_step"] = sizes
     announce(routing, groups, args)
     if options.get("keep"):
         options["inputs"] = Inputs(model, kept_columns(options))
@@ -57,22 +57,19 @@ def choose_form(args: Any, model: nn.Module) -> tuple[str, dict[str, Any], dict[
     Raises:
         ValueError: as `resolve_options`, also for options that the form for adapters does not have.
     """
-    optim, fixed = args.optim.value, {}
-    if optim in LORA_FORMS and has_adapters(model):
-        form, fixed = LORA_FORMS[optim]
-        what = "".join(f", {key}={value}" for key, value in fixed.items())
-        logger.warning(
-            f"optim={optim!r} on LoRA adapters is {form!r}{what}: it updates the factors, each by its own rule."
-        )
-        optim = form
-    options, group_options = options_from(args, optim)
-    return optim, options, {**group_options, **fixed}
+    optim = args.optim.value
+    if not (optim in LORA_FORMS and has_adapters(model)):
+        return optim, *options_from(args, optim)
+    form, usual = LORA_FORMS[optim]
+    what = "".join(f", {key}={value}" for key, value in usual.items())
+    logger.warning(f"optim={optim!r} on LoRA adapters is {form!r}{what}: it updates the factors, each by its own rule.")
+    return form, *options_from(args, form, usual)
 
 
-def options_from(args: Any, optim: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The constructor's and the groups' options from typed fields and `optim_args` (which wins)."""
+def options_from(args: Any, optim: str, usual: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The constructor's and the groups' options from typed fields and `optim_args` (which wins), or the `usual` ones."""
     typed = args.given_options() if isinstance(args, PionOptions) else {}
-    return resolve_options(optim, typed, parse_optim_args(args.optim_args))
+    return resolve_options(optim, usual or {}, typed, parse_optim_args(args.optim_args))
 
 
 def groups_from(args: Any, model: nn.Module, optim: str, options: dict[str, Any]) -> tuple[Routing, list[dict]]:

@@ -21,6 +21,9 @@ from pion_hf.linalg.spectrum import numerical_zero
 MAX_ANGLE = 0.25
 # `(1 + x)^(-1/2) - 1` is about `a x + b x^2`: up to `x = MAX_ANGLE^2` the squares of both are within 5.4e-6 (minimax).
 ROOT = (-0.4995140607657675, 0.3493735746225349)
+# In the ambient metric, singular values below this fraction of the largest count as zero: pairs of them would turn by
+# large angles to move almost nothing.
+RANK_TOLERANCE = 0.02
 # What rounding makes of the norm that bounds an angle is less.
 SAFETY = 1.01
 POWER_ITERATIONS = 8
@@ -121,8 +124,6 @@ def tangent(
     *,
     long: bool,
     ambient: bool = False,
-    hold: float = 0.0,
-    tolerance: float = 0.0,
     dtype: str = "float32",
     fixed: Fixed | None = None,
 ) -> Tensor:
@@ -136,9 +137,7 @@ def tangent(
 
     and outside the row space `Q^T A` is what is left of `-diag(f) U^T D` with `f = s`, in the ambient metric `1 / z`.
 
-    size: what `D` is divided by, `(..., 1, 1)`. hold: of the ambient metric, the fraction of leading singular
-    directions that no rotation moves. tolerance: see `numerical_zero`. dtype: of the products with `D` (see
-    `product_dtype`), and of `X`.
+    size: what `D` is divided by, `(..., 1, 1)`. dtype: of the products with `D` (see `product_dtype`), and of `X`.
     """
     s, low = factors.s, product_dtype(factors.v, dtype)
     u, v, d = factors.u.to(low), factors.v.to(low), d.to(low)
@@ -149,7 +148,7 @@ def tangent(
         b = product(p, v.mT).to(s.dtype)
     else:
         b = product(reduced, product(d, v.mT)).to(s.dtype).mT
-    inside, outside = _ambient(b, s, hold, tolerance) if ambient else (skew((s.unsqueeze(-1) * b).mT), s)
+    inside, outside = _ambient(b, s) if ambient else (skew((s.unsqueeze(-1) * b).mT), s)
     if not long:
         if fixed is not None:
             stays = factors.u @ fixed.short
@@ -161,20 +160,14 @@ def tangent(
     return product(torch.addcmul(inside, outside, b).to(low), v).addcmul_(outside.to(low), p, value=-1)
 
 
-def _ambient(b: Tensor, s: Tensor, hold: float, tolerance: float) -> tuple[Tensor, Tensor]:
+def _ambient(b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """`Q^T A Q` and `f` in the ambient metric."""
-    zero = numerical_zero(s, tolerance=tolerance)
+    zero = numerical_zero(s, tolerance=RANK_TOLERANCE)
     z = s.masked_fill(zero, 0)
     sums = z.square().unsqueeze(-1) + z.square().unsqueeze(-2)
     # Where both are 0 it is 0 over the smallest number.
     inside = skew((z.unsqueeze(-1) * b).mT).div_(sums.clamp_min_(torch.finfo(s.dtype).tiny))
-    outside = torch.where(zero, 0, s.reciprocal())
-    held = int(hold * s.shape[-1])
-    if held:
-        inside[..., :held, :] = 0
-        inside[..., :, :held] = 0
-        outside[..., :held] = 0
-    return inside, outside
+    return inside, torch.where(zero, 0, s.reciprocal())
 
 
 # -- steps: how far, and where it ends --------------------------------------------------------------------------------

@@ -10,15 +10,16 @@ if TYPE_CHECKING:
     from pion_hf.optim.inputs import Inputs
     from pion_hf.optim.lora import PionLora, TeonLora
     from pion_hf.optim.pion import Pion
-    from pion_hf.optim.teon import Teon
+    from pion_hf.optim.teon import Muon, Teon
 
-__all__ = ["Inputs", "MatrixOptimizer", "Pion", "PionLora", "RoutedAdamW", "Teon", "TeonLora"]
+__all__ = ["Inputs", "MatrixOptimizer", "Muon", "Pion", "PionLora", "RoutedAdamW", "Teon", "TeonLora"]
 
-# The optimizers by the names that they have in transformers. Muon is TEON with stacks of one.
+# The optimizers by the names that they have in transformers. `pion_ambient` is a preset of Pion.
 REGISTERED = {
     "pion": "Pion",
+    "pion_ambient": "Pion",
     "teon": "Teon",
-    "muon": "Teon",
+    "muon": "Muon",
     "adamw_routed": "RoutedAdamW",
     "pion_lora": "PionLora",
     "teon_lora": "TeonLora",
@@ -33,6 +34,7 @@ __getattr__, __dir__ = attach(
         "PionLora": "pion_hf.optim.lora",
         "TeonLora": "pion_hf.optim.lora",
         "Pion": "pion_hf.optim.pion",
+        "Muon": "pion_hf.optim.teon",
         "Teon": "pion_hf.optim.teon",
     },
 )

@@ -29,7 +29,7 @@ from pion_hf.optim.fingerprints import FINGERPRINT, FINGERPRINT_BYTES
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Observer, SelfCheck, Update
 from pion_hf.optim.rewritten import StateOfWeights, no_rest, working_dtype
-from pion_hf.optim.saved import ADAMW_OPTIONS, CALLED, OWN, check_saved, options_of_state
+from pion_hf.optim.saved import ADAMW_OPTIONS, CALLED, OWN, check_saved, options_of_state, renewed
 
 
 class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
@@ -280,6 +280,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         Raises:
             ValueError: the state is of other parameters, or of another rule or option (see `check_saved`).
         """
+        state_dict = renewed(state_dict)
         groups.follow_zeros(state_dict["param_groups"], self.param_groups)
         check_saved(state_dict, self.param_groups, self._options_of_groups(), self.elementwise_rules)
         own = [{key: group[key] for key in (*OWN, *CALLED) if key in group} for group in self.param_groups]

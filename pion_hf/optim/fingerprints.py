@@ -6,7 +6,6 @@ its address knows of all of them, or ties saved state to loaded weights.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,10 +15,7 @@ from torch.nn.functional import pad
 
 # 2^64 over the golden ratio, and a multiplier of David Stafford's; both odd, as signed integers.
 GOLDEN, MIXER = -0x61C8864680B583EB, -0x40A7B892E31B1A47
-# Entries that are summed at once: what a core's cache holds, or of a GPU the work of many; of a row or column so many.
-PIECE, PIECE_DEFAULT = 2**18, 2**24
-LINE = 2**15
-
+WORD = 8  # bytes that are summed as one number
 
 # The state entry with that of the weight which the last step has left.
 FINGERPRINT, FINGERPRINT_BYTES = "fingerprint", 8
@@ -37,76 +33,54 @@ class Part(NamedTuple):
 def fingerprint(x: Tensor) -> Tensor:
     """An int64 of the bits of floating `x`, `(..., n)`, that is another with almost any other bits.
 
-    Rows `i` and columns `j` count with numbers of their own, `sum_ij bits_ij (a_i + b_j)` modulo 2^64: swapped or
-    transposed entries show as well as scaled or negated ones, and 0 differs from -0.
+    Rows `i` and columns `j` of 64 bits, one or more entries, count with numbers of their own, `sum_ij (w_ij + c h_ij)
+    (a_i + b_j)` modulo 2^64: swapped or transposed entries show as well as scaled or negated ones, and 0 differs from
+    -0. `h`, the upper half of `w`, is there for signs, which `w` has at the end of what the sum can hold.
     """
     return fingerprints([Part(x, tuple(x.shape))])[0]
 
 
 def fingerprints(parts: Sequence[Part]) -> Tensor:
     """`fingerprint` of every tensor, `(len(parts),)`; of parts of one, they add up to that of the whole."""
-    alike: dict[tuple, list[int]] = defaultdict(list)
-    for i, (held, *place) in enumerate(parts):
-        alike[held.shape, held.dtype, held.device, *place].append(i)
     device = parts[0].held.device
     numbers = {d: _numbers(parts, d) for d in dict.fromkeys(part.held.device for part in parts)}
-    found: list[Tensor] = [numbers[device]] * len(parts)
-    for (shape, dtype, at, *place), members in alike.items():
-        most = PIECE if at.type == "cpu" else PIECE_DEFAULT
-        each = max(1, 2 * most // max(1, shape.numel() * dtype.itemsize))
-        for first in range(0, len(members), each):
-            some = members[first : first + each]
-            of_some = _of_equal([parts[i].held for i in some], *place, numbers[at], most)
-            for i, value in zip(some, of_some.to(device).unbind(), strict=True):
-                found[i] = value
-    return torch.stack(found)
+    return torch.stack([_of(part, numbers[part.held.device]).to(device) for part in parts])
 
 
-def _of_equal(
-    tensors: list[Tensor], shape: tuple[int, ...], dim: int, start: int, numbers: Tensor, most: int
-) -> Tensor:
-    """Of tensors of one form and place; `numbers` are those of rows and columns alike."""
-    if not tensors[0].numel():
-        return numbers.new_zeros(len(tensors))
-    across, size = dim == len(shape) - 1, tensors[0].element_size()
-    skipped = start * size % 4 // 2 if across else 0  # half an entry of 32 bits, before the first
-    entries = [_entries(x, skipped) for x in tensors]
-    bits = entries[0].unsqueeze(0) if len(entries) == 1 else torch.stack(entries)
+def _of(part: Part, numbers: Tensor) -> Tensor:
+    """`numbers` are those of rows and columns alike."""
+    held, shape, dim, start = part
+    if not held.numel():
+        return numbers.new_zeros(())
+    across = dim == len(shape) - 1
+    words, first = _words(held, start if across else 0)
     rows = numbers[: torch.Size(shape[:-1]).numel()].view(shape[:-1])
-    rows = rows if across else rows.narrow(dim, start, tensors[0].shape[dim])
-    columns = numbers.narrow(0, start * size // 4 if across else 0, bits.shape[-1]) * MIXER
-    at_once = min(LINE, max(1, most // (len(tensors) * bits.shape[-1])))
-    total = numbers.new_zeros(len(tensors))
-    for some, weights in zip(bits.split(at_once, 1), rows.flatten().split(at_once), strict=True):
-        for x, others in zip(some.split(LINE, 2), columns.split(LINE), strict=True):
-            high = x >> 16 if x.device.type == "cpu" else None
-            total += (_sums(x, high, -1) * weights).sum(-1) + (_sums(x, high, -2) * others).sum(-1)
-    return total
+    rows = rows if across else rows.narrow(dim, start, held.shape[dim])
+    places = torch.cat((rows.flatten(), numbers.narrow(0, first, words.shape[1]) * MIXER))
+    # A CPU sums numbers of 64 bits at once, others without a copy.
+    upper = words >> 32 if words.device.type == "cpu" else words.view(torch.int32)[:, 1::2]
+    lower, upper = (torch.cat([x.sum(dim, dtype=torch.int64) for dim in (1, 0)]) for x in (words, upper))
+    return torch.add(lower, upper, alpha=MIXER).mul_(places).sum()
 
 
-def _sums(x: Tensor, high: Tensor | None, dim: int) -> Tensor:
-    """Of int32, of which `high` are the upper halves, as int64.
+def _words(x: Tensor, start: int) -> tuple[Tensor, int]:
+    """The bits of `x`, whose columns begin at `start` of the whole, as rows of int64, and which of its words is first.
 
-    On a CPU without a copy of that size, as a sum would make one: of a line the upper halves sum up in 32 bits, and of
-    the lower ones, which do too, the sum is known modulo 2^32.
+    What another process holds of a word is zero.
     """
-    if high is None:
-        return x.sum(dim, dtype=torch.int64)
-    upper = high.sum(dim, dtype=torch.int32).long() << 16
-    return upper + ((x.sum(dim, dtype=torch.int32).long() - upper) & 0xFFFFFFFF)
-
-
-def _entries(x: Tensor, skipped: int) -> Tensor:
-    """The bits of `x` as rows of int32: two for a float64, one for two half-precision numbers."""
+    each = WORD // x.element_size()
     x = x.detach().contiguous().reshape(-1, x.shape[-1] if x.ndim else 1)
-    if x.element_size() == 2:
-        missing = (skipped + x.shape[-1]) % 2
-        x = pad(x.view(torch.int16), (skipped, missing)) if skipped or missing else x
-    return x.view(torch.int32)
+    before = start % each
+    after = -(before + x.shape[-1]) % each
+    if before or after:
+        x = pad(x, (before, after))
+    elif x.storage_offset() % each:
+        x = x.clone()
+    return x.view(torch.int64), start // each
 
 
 def _numbers(parts: Sequence[Part], device: torch.device) -> Tensor:
-    """As many fixed, odd numbers as any of the tensors has rows, or columns of 32 bits."""
-    count = max(max(part.held.element_size() * part.shape[-1], torch.Size(part.shape[:-1]).numel()) for part in parts)
+    """As many fixed, odd numbers as any of the tensors has rows or columns."""
+    count = max(max(part.shape[-1] if part.shape else 1, torch.Size(part.shape[:-1]).numel()) for part in parts)
     mixed = torch.arange(1, count + 1, device=device) * GOLDEN
     return (mixed ^ (mixed >> 31)) * MIXER | 1

@@ -31,12 +31,15 @@ from pion_hf.linalg.spectrum import numerical_zero, singular_values
 from pion_hf.optim.base import MatrixOptimizer, average
 from pion_hf.optim.batches import KEPT, Step
 from pion_hf.optim.blocks import Layout
-from pion_hf.optim.checks import check_polar, check_range, check_rotatable, check_unused
+from pion_hf.optim.checks import check_polar, check_rotatable, check_unused
 from pion_hf.optim.directions import direction_of
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.precision import HALF
 from pion_hf.optim.teon import Teon, evened
 
+# What multiplies the learning rate, so that those that are right for AdamW on adapters are right for these: chosen so
+# that at rank 16 their best ones in examples/benchmarks/lora.py, 5e-2 and 3e-2 as sizes of steps, are AdamW's 2e-3.
+RATES = {"pion_lora": 25.0, "teon_lora": 15.0}
 # What a factor does; `adamw` is the rule of other groups.
 FactorMethod = Literal["rotate", "orthogonal", "adamw"]
 METHODS = get_args(FactorMethod)[:2]
@@ -84,28 +87,27 @@ class PionLora(_Factors):
     A fresh adapter has `B = 0`, which no rotation can move: by default `A` rotates and `B` grows. A group of rule
     `pion_lora` says by `method` what its factors do; `pion_hf.param_groups(model, "pion_lora")` makes the groups.
 
-    The scale. A step of either factor acts on the product, `s B A`. A factor that rotates turns by `lr`:
-    `||dA||_F = lr ||A||_F`, which moves `s B A` by at most `lr` of itself, whatever its size. A factor that grows
-    steps by
+    The scale. A step of either factor acts on the product, `s B A`. A factor that rotates turns by an angle:
+    `||dA||_F = c lr sqrt(r / 16) ||A||_F`, which moves `s B A` by at most as much of itself, whatever its size. A factor
+    that grows steps by
 
-        dB = -lr * sqrt(16 / r) * sqrt(out / in) / (s a) * polar(U),    a = ||A||_F / sqrt(r)  (before training)
+        dB = -c lr sqrt(out / in) / (s a) * polar(U),    a = ||A||_F / sqrt(r)  (before training)
 
-    so that each of the `r` singular values of `s dB A` is `lr * sqrt(16 / r) * sqrt(out / in)` where those of `A` are
-    equal, as they nearly are after every random init. `sqrt(out / in)` is the spectral condition of arXiv 2310.17813,
-    under which steps do not depend on width; neither `s = alpha / r` nor the size of `A` is left. `sqrt(16 / r)` keeps
-    the Frobenius norm of the step independent of rank: all `r` directions step equally far, and few of them carry more
-    than the noise of a batch. Without it the best learning rate fell with the root of the rank. (If the partner is
-    zero, as `B` is when `A` grows too, a step is `lr` of the factor itself.)
+    so that each of the `r` singular values of `s dB A` is `c lr sqrt(out / in)` where those of `A` are equal, as they
+    nearly are after every random init. `sqrt(out / in)` is the spectral condition of arXiv 2310.17813, under which steps
+    do not depend on width; neither `s = alpha / r` nor the size of `A` is left. `c = 25` (`RATES`) makes learning rates
+    that are right for AdamW on adapters right here, and `sqrt(r / 16)` follows AdamW's best one, which falls with the
+    root of the rank: at equal size of the step the best one does not (examples/benchmarks/lora.py). (If the partner is
+    zero, as `B` is when `A` grows too, a step is `c lr sqrt(r / 16)` of the factor itself.)
 
     Args:
         params: groups from `pion_hf.param_groups(model, "pion_lora")`; its `lora_a` and `lora_b` choose the methods.
-        lr: angle of a rotation in radians, and the size of a growing step (above).
+        lr: learning rate, on AdamW's scale; what it does to a factor is above.
         betas: decay of momentum and second moment. eps: see `Pion`.
         direction: of a rotation, the step without the constraint: `natural` (which learns most and forgets least in
             examples/benchmarks/lora.py), `polar` (one buffer less), `adam` or `gradient`; see `Pion`.
         metric: of a rotation, `lie` or `ambient`; of a factor whose singular values are equal they nearly agree.
-        momentum: `transported` (carried along by the rotations) or `ambient` (left where it is).
-        rank_tolerance: singular values below this fraction of the largest count as zero in the ambient metric.
+        momentum_frame: `transported` (carried along by the rotations) or `ambient` (left where it is).
         polar, polar_steps: how a step is orthogonalised; see `Teon`. `gram` has kernels for ranks of 256 and more only.
         batch_elements: the most elements of the factors that are updated at once; see `Pion`.
         keep: number of leading directions of every adapted layer's inputs whose outputs stay (of `A`: those of adapters
@@ -118,20 +120,19 @@ class PionLora(_Factors):
     """
 
     matrix_rules = ("pion_lora",)
-    per_block_state = frozenset({"u", "s", "v", "reach"})
+    per_block_state = frozenset({"u", "s", "v", "unit_step"})
     of_weights = frozenset({"u", "s", "v"})
 
     def __init__(
         self,
         params: Iterable,
-        lr: float = 3e-2,
+        lr: float = 1e-3,
         *,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         direction: Literal["gradient", "adam", "natural", "polar"] = "natural",
         metric: Literal["lie", "ambient"] = "lie",
-        momentum: Literal["transported", "ambient"] = "transported",
-        rank_tolerance: float = 0.02,
+        momentum_frame: Literal["transported", "ambient"] = "transported",
         polar: Literal["express", "quintic", "svd", "gram"] = "express",
         polar_steps: int = 5,
         batch_elements: int | None = None,
@@ -146,8 +147,7 @@ class PionLora(_Factors):
             "eps": eps,
             "direction": direction,
             "metric": metric,
-            "momentum": momentum,
-            "rank_tolerance": rank_tolerance,
+            "momentum_frame": momentum_frame,
             "polar": polar,
             "polar_steps": polar_steps,
             "batch_elements": batch_elements,
@@ -160,11 +160,10 @@ class PionLora(_Factors):
     def check_options(self, group: dict) -> None:
         if group["rule"] == "adamw":
             return
-        _require_reach(group)
+        _require_unit_steps(group)
         if group["method"] not in METHODS:
             raise unknown("value of method", group["method"], METHODS)
         check_polar(group)
-        check_range("rank_tolerance", group["rank_tolerance"], lambda v: 0 <= v < 1, "in [0, 1)")
 
     def keeps_spectrum(self, group: dict) -> bool:
         """With `keep` the factor's changes once, before its first step."""
@@ -203,7 +202,7 @@ class PionLora(_Factors):
         return factorized(_wide(weights if kept is None else without(weights, kept)))._asdict()
 
     def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
-        return {} if group["method"] == "rotate" else _reach(position, matrices, group)
+        return _unit_step(position, matrices, group)
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
         if group["method"] == "rotate":
@@ -221,23 +220,24 @@ class PionLora(_Factors):
         if kept is not None:  # orthogonal to them, as the factors are, a rotation has no part in them
             direction = without(direction, kept)
         unit, _ = factors.over_norm()
-        options = {"ambient": group["metric"] == "ambient", "tolerance": group["rank_tolerance"]}
-        x = tangent(unit, _wide(direction), largest_entry(direction), long=long, **options)
+        ambient = group["metric"] == "ambient"
+        x = tangent(unit, _wide(direction), largest_entry(direction), long=long, ambient=ambient)
         moved, bound = reach(unit, x)
         # Without a gradient, as A's while B is zero, it stays as it is to the bit.
         length = torch.linalg.vector_norm(unit.s, dim=-1)[..., None, None]
-        alpha, clipped = step_size(torch.where(moved > 0, group["lr"] * length / moved, 0), bound)
+        want = group["lr"] * state["unit_step"] * length / moved
+        alpha, clipped = step_size(torch.where(moved > 0, want, 0), bound)
         self.note_clipped(clipped)
         after = retracted(factors.side(long), x, alpha)
         new = factors.turned(long, after if kept is None else without(after, kept))
-        if group["momentum"] == "transported":
+        if group["momentum_frame"] == "transported":
             m = _wide(state["momentum"])
             m.add_(carried(m, factors.side(long), x, alpha, long=long))
         # `B` is seen transposed, and turns on the side of its layer's outputs.
         side = "out" if Layout.parse(group["layout"]).transposed else "in"
         self.note_rotation(side, factors.side(long), x, alpha)
         state.update(new._asdict())
-        return torch.where(alpha > 0, product_of(new, transposed=not long), weight)
+        return torch.where(alpha > 0, product_of(new, transposed=not long), weight, out=weight)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -249,17 +249,17 @@ def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Ste
     return direction_of(grad, state, kind=group["direction"], step=step, **options)
 
 
-def _require_reach(group: dict) -> None:
-    if "method" not in group or len(group.get("reach", ())) != len(group["params"]):
+def _require_unit_steps(group: dict) -> None:
+    if "method" not in group or len(group.get("unit_step", ())) != len(group["params"]):
         rule = group["rule"]
         raise ValueError(
             f"a group of rule {rule!r} needs to know its factors: make it with pion_hf.param_groups(model, {rule!r})."
         )
 
 
-def _reach(position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
-    dtype = torch.promote_types(matrices.dtype, torch.float32)
-    return {"reach": torch.full((len(matrices), 1, 1), group["reach"][position], dtype=dtype, device=matrices.device)}
+def _unit_step(position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
+    size, dtype = group["unit_step"][position], torch.promote_types(matrices.dtype, torch.float32)
+    return {"unit_step": torch.full((len(matrices), 1, 1), size, dtype=dtype, device=matrices.device)}
 
 
 def grown(
@@ -267,7 +267,7 @@ def grown(
 ) -> Tensor:
     """An orthogonalised step of factors `(b, r, n)`, or of stacks `(b, K, r, n)` along the rank, `(K r, n)`.
 
-    It is `lr * reach` times the polar factor, whose mean square does not depend on the stack.
+    It is `lr * unit_step` times the polar factor, whose mean square does not depend on the stack.
     """
     momentum = average(state, "momentum", grad, mu)
     direction = evened(grad.lerp(momentum, mu) if nesterov else momentum, step, mu=mu, nesterov=nesterov)
@@ -277,7 +277,7 @@ def grown(
     k = weight.shape[1] if weight.ndim == 4 else 1
     r, n = weight.shape[-2:]
     tall, start = direction.reshape(-1, k * r, n), weight.reshape(-1, k * r, n)
-    size = -group["lr"] * math.sqrt(k * min(r, n) / min(k * r, n)) * _by_row(state["reach"], r)
+    size = -group["lr"] * math.sqrt(k * min(r, n) / min(k * r, n)) * _by_row(state["unit_step"], r)
     decay = 1 - group["lr"] * group["weight_decay"]
     if group["polar"] in ITERATIONS and is_skinny(tall) and k * r <= n:
         factor = polar_map(tall, method=group["polar"], steps=group["polar_steps"])
@@ -289,9 +289,9 @@ def grown(
     return stepped if kept is None else without(stepped, kept)
 
 
-def _by_row(reach: Tensor, r: int) -> Tensor:
+def _by_row(sizes: Tensor, r: int) -> Tensor:
     """`(b, K r, 1)` of `(b, K, 1, 1)`, or `(b, 1, 1)` as it is."""
-    return reach if reach.ndim == 3 else reach.expand(-1, -1, r, 1).flatten(1, 2)
+    return sizes if sizes.ndim == 3 else sizes.expand(-1, -1, r, 1).flatten(1, 2)
 
 
 class TeonLora(_Factors, Teon):
@@ -316,12 +316,12 @@ class TeonLora(_Factors, Teon):
 
     matrix_rules = ("teon_lora",)
     stacked_rule = "teon_lora"
-    per_block_state = frozenset({"reach"})
+    per_block_state = frozenset({"unit_step"})
 
     def __init__(
         self,
         params: Iterable,
-        lr: float = 3e-2,
+        lr: float = 1e-3,
         *,
         momentum: float = 0.95,
         nesterov: bool = True,
@@ -344,12 +344,12 @@ class TeonLora(_Factors, Teon):
 
     def check_options(self, group: dict) -> None:
         if group["rule"] == "teon_lora":
-            _require_reach(group)
+            _require_unit_steps(group)
             check_unused(group, self.defaults, UNUSED_BY_STACKS)
         super().check_options(group)
 
     def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
-        return _reach(position, matrices, group)
+        return _unit_step(position, matrices, group)
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
         return grown(weight, grad, state, group=group, step=step, mu=group["momentum"], nesterov=group["nesterov"])

@@ -36,21 +36,20 @@ from pion_hf.optim.directions import direction_of, seen_from
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.precision import rounded_on_average
 
-# The set of choices of arXiv 2605.12492.
+# `paper`: all choices of arXiv 2605.12492. `ambient`: our own rule, with an RMS under which the best learning rate is
+# AdamW's, within a factor of two (examples/benchmarks/compare.py, of 12 and 48 steps).
 PRESETS = {
     "paper": {
-        "momentum": "lie",
+        "momentum_frame": "lie",
         "direction": "gradient",
         "metric": "lie",
-        "hold": 0.0,
         "scale": "rms",
         "side": "alternate",
         "retraction": "taylor",
         "degree": 2,
-    }
+    },
+    "ambient": {"direction": "natural", "metric": "ambient", "scale": "rms", "rms": 2.0},
 }
-
-
 # Entries of state that average what gradients were.
 AVERAGES = ("momentum", "second", "lie_in", "lie_out", "lie_in_sq", "lie_out_sq")
 
@@ -69,12 +68,14 @@ class Pion(MatrixOptimizer):
     Args:
         params: tensors, `(name, tensor)` pairs or groups; for a model, `pion_hf.param_groups(model)`.
         lr: step size. With `scale="rms"` a matrix's update has the RMS `lr * rms`; with `none` the direction's own.
+            The published rule's usual rates are 1e-4 to 3e-4 in fine-tuning.
         betas: decay of the momentum and of the second moment (and AdamW's).
         eps: added to the root of the second moment; under `natural` its square, to the second moment itself.
         rms: the update's RMS at `lr = 1` (`scale="rms"`); 0.2 is that of a typical AdamW update.
         side: `in` (rotates input space), `out`, `alternate` (odd steps in, even ones out), `both`.
-        momentum: `transported` (of the gradient, carried along by the rotations), `lie` (of both generators, as in the
-            paper; three times the weight's memory), `ambient` (of the gradient, left where it is).
+        momentum_frame: where the momentum lives. `transported` (of the gradient, carried along by the rotations), `lie`
+            (of both generators, as in the paper; three times the weight's memory), `ambient` (of the gradient, left
+            where it is).
         second_moment: divide by the root of a second moment (`direction="gradient"` only; the paper's variant).
         direction: the step without the constraint: `gradient`, `adam` (AdamW's step), `natural` (the gradient divided
             by its second moment, not by the root: a diagonal natural gradient), `polar` (Muon's step), or `msign` (as
@@ -83,9 +84,6 @@ class Pion(MatrixOptimizer):
             `ambient` (the rotation whose first-order effect is nearest to the direction).
         scale: `rms`, `none` (`alpha = lr`, for `adam`, which carries a scale of its own), or `spectral` (the largest
             rotation angle is `lr`).
-        hold: fraction of leading singular directions left alone (`metric="ambient"` only).
-        rank_tolerance: singular values below this fraction of the largest count as zero in the ambient metric: pairs of
-            them would turn by large angles to move almost nothing.
         polar: `express`, `quintic`, `svd` or `gram` (see `Teon`), for `polar` and `msign`; polar_steps: its iterations.
         retraction: `polar`, the polar factor of singular vectors that were moved along, is orthogonal to rounding, and
             a step that would turn by more than 0.25 rad is clipped to that (`clipped_steps` counts); `taylor` of
@@ -103,7 +101,9 @@ class Pion(MatrixOptimizer):
         inputs: `pion_hf.Inputs(model, keep)`, made before the first forward pass, in which it sees them; a Trainer
             makes it.
         weight_decay: decoupled, of the AdamW groups.
-        preset: `"paper"` sets momentum, direction, metric, hold, scale, side, retraction and degree as published.
+        preset: `paper` sets momentum_frame, direction, metric, scale, side, retraction and degree to the letter of the
+            paper; `ambient` is our own rule, registered as `pion_ambient`: direction `natural`, metric `ambient`, and
+            an `rms` of 2, under which learning rates that are right for AdamW are right for it.
         share_work: under DDP, each process updates a share of the matrices and tells the others.
 
     Raises:
@@ -124,13 +124,11 @@ class Pion(MatrixOptimizer):
         eps: float = 1e-8,
         rms: float = 0.2,
         side: Literal["alternate", "in", "out", "both"] = "alternate",
-        momentum: Literal["transported", "lie", "ambient"] = "transported",
+        momentum_frame: Literal["transported", "lie", "ambient"] = "transported",
         second_moment: bool = False,
-        direction: Literal["gradient", "adam", "natural", "polar", "msign"] = "natural",
-        metric: Literal["lie", "ambient"] = "ambient",
+        direction: Literal["gradient", "adam", "natural", "polar", "msign"] = "gradient",
+        metric: Literal["lie", "ambient"] = "lie",
         scale: Literal["rms", "none", "spectral"] = "rms",
-        hold: float = 0.0,
-        rank_tolerance: float = 0.02,
         polar: Literal["express", "quintic", "svd", "gram"] = "express",
         polar_steps: int = 5,
         retraction: Literal["polar", "taylor"] = "polar",
@@ -142,7 +140,7 @@ class Pion(MatrixOptimizer):
         keep: int = 0,
         inputs: Inputs | None = None,
         weight_decay: float = 0.0,
-        preset: Literal["paper"] | None = None,
+        preset: Literal["paper", "ambient"] | None = None,
         share_work: bool = False,
     ) -> None:
         defaults = {
@@ -151,13 +149,11 @@ class Pion(MatrixOptimizer):
             "eps": eps,
             "rms": rms,
             "side": side,
-            "momentum": momentum,
+            "momentum_frame": momentum_frame,
             "second_moment": second_moment,
             "direction": direction,
             "metric": metric,
             "scale": scale,
-            "hold": hold,
-            "rank_tolerance": rank_tolerance,
             "polar": polar,
             "polar_steps": polar_steps,
             "retraction": retraction,
@@ -176,25 +172,19 @@ class Pion(MatrixOptimizer):
     def check_options(self, group: dict) -> None:
         check_polar(group)
         check_range("rms", group["rms"], lambda v: v > 0, "above 0")
-        for option in ("hold", "rank_tolerance"):
-            check_range(option, group[option], lambda v: 0 <= v < 1, "in [0, 1)")
         check_range("degree", group["degree"], lambda v: 1 <= v <= 20, "in 1..20", whole=True)
-        lie, ambient = group["momentum"] == "lie", group["metric"] == "ambient"
+        lie, ambient = group["momentum_frame"] == "lie", group["metric"] == "ambient"
         gradient, msign = group["direction"] == "gradient", group["direction"] == "msign"
         clashes = (
             (
                 lie and not (gradient or msign),
-                "momentum='lie' averages generators: set direction='gradient' or 'msign'",
+                "momentum_frame='lie' averages generators: set direction='gradient' or 'msign'",
             ),
-            (lie and ambient, "momentum='lie' averages generators of the lie metric: set metric='lie'"),
+            (lie and ambient, "momentum_frame='lie' averages generators of the lie metric: set metric='lie'"),
             (
                 ambient and group["side"] == "both",
                 "side='both' is not for metric='ambient', where each side alone comes as near to the direction as it "
                 "can and their sum overshoots: set side='alternate'",
-            ),
-            (
-                group["hold"] > 0 and not ambient,
-                "hold needs metric='ambient', which knows singular directions: set hold=0",
             ),
             (
                 group["second_moment"] and not gradient,
@@ -254,11 +244,11 @@ class Pion(MatrixOptimizer):
                 "(exclude it from the rotated matrices), or freeze it."
             )
         check_rotatable(name, matrix)
-        if not _can_move(*matrix.shape[-2:], group):
+        if not _can_move(*matrix.shape[-2:], group["side"]):
             form = " x ".join(map(str, matrix.shape[-2:]))
             raise ValueError(
-                f"{name} is {form}, which no rotation with side={group['side']!r} and hold={group['hold']} can move. "
-                "Train it with AdamW (exclude it from the rotated matrices), freeze it, or change these options."
+                f"{name} is {form}, which no rotation with side={group['side']!r} can move. "
+                "Train it with AdamW (exclude it from the rotated matrices), freeze it, or set another side."
             )
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
@@ -288,8 +278,7 @@ class Pion(MatrixOptimizer):
             peak, ambient = largest_entry(direction), group["metric"] == "ambient"
             # A generator grows with the direction, and in one metric with the weight, in the other with its inverse.
             scale = peak / size if ambient else peak * size
-            options = {"ambient": ambient, "hold": group["hold"], "tolerance": group["rank_tolerance"]}
-            options |= {"dtype": dtype, "fixed": fixed}
+            options = {"ambient": ambient, "dtype": dtype, "fixed": fixed}
             tangents = {
                 side: tangent(unit, direction.mT if tall else direction, peak, long=side == long_side, **options)
                 for side in sides
@@ -303,18 +292,18 @@ class Pion(MatrixOptimizer):
             before = factors.side(long)
             after = retracted(before, x, alpha)
             new = new.turned(long, after if fixed is None else anchored(after, before, fixed, long=long))
-            if group["momentum"] == "transported":
+            if group["momentum_frame"] == "transported":
                 m = state["momentum"].mT if tall else state["momentum"]
                 m.add_(carried(m, before, x, alpha, long=long))
             self.note_rotation(side, before, x, alpha)
         state.update(new._asdict())
-        return torch.where(alpha > 0, product_of(new, fixed, transposed=tall), weight)
+        return torch.where(alpha > 0, product_of(new, fixed, transposed=tall), weight, out=weight)
 
     def _generators(
         self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, sides: tuple[str, ...], group: dict, step: Step
     ) -> dict[str, Tensor]:
         """By side, as `(n, n)` or `(m, m)`, in the frame in which it acts from the right: for rules that need them."""
-        if group["momentum"] == "lie":
+        if group["momentum_frame"] == "lie":
             generators = _lie_averages(weight, grad, state, sides=sides, group=group)
         else:
             direction = _direction(grad, state, group=group, step=step)
@@ -337,7 +326,7 @@ class Pion(MatrixOptimizer):
         for side, a in generators.items():
             x, w = a * alpha, seen_from(weight, side)
             w.add_(taylor_change(w, x, group["degree"]))
-            if group["momentum"] == "transported":
+            if group["momentum_frame"] == "transported":
                 m = seen_from(state["momentum"], side)
                 m.add_(taylor_change(m, x, group["degree"]))
             self.note_rotation(side, identity[side], a, alpha)
@@ -369,13 +358,9 @@ def _sides(side: str, number: int) -> tuple[str, ...]:
     return ("in", "out") if side == "both" else (side,)
 
 
-def _can_move(m: int, n: int, group: dict) -> bool:
-    """Whether a rotation of some side turns at least two directions of which not both are held."""
-    k = min(m, n)
-    free = k - int(group["hold"] * k)
-    sizes = {"in": n, "out": m}
-    sides = {side for number in (1, 2) for side in _sides(group["side"], number)}
-    return any(size > 1 and free > (0 if size > k else 1) for side, size in sizes.items() if side in sides)
+def _can_move(m: int, n: int, side: str) -> bool:
+    """Whether a rotation of some side turns at least two directions."""
+    return any({"in": n, "out": m}[each] > 1 for number in (1, 2) for each in _sides(side, number))
 
 
 def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
@@ -400,7 +385,7 @@ def _is_tall(x: Tensor) -> bool:
 
 def _needs_generators(group: dict) -> bool:
     """Whether generators are formed in full, as `(n, n)` or `(m, m)`."""
-    return group["momentum"] == "lie" or group["direction"] == "msign"
+    return group["momentum_frame"] == "lie" or group["direction"] == "msign"
 
 
 def _factors(state: dict[str, Tensor]) -> Factors:

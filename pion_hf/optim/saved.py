@@ -14,14 +14,14 @@ from pion_hf.errors import listing
 from pion_hf.optim.checks import check_switches
 from pion_hf.optim.precision import REST_DTYPES
 
-# What state depends on, of what the routing puts into a group. (`reach` is measured anew; state holds the first one.)
+# What state depends on, of what the routing puts into a group. (`unit_step` is measured anew; state holds the first one.)
 ROUTED = ("rule", "layout", "method", "stacks")
 # How a step is carried out, which is the optimizer's own affair: not that of saved state.
 OWN = ("compile", "batch_elements")
 # What parameters are called here: their saved names may be those of a model that was compiled.
 CALLED = ("param_names", "stacks")
 # Numbers that make a rule another one: state of the one is none of the other.
-RULES_IN_NUMBERS = ("keep", "hold")
+RULES_IN_NUMBERS = ("keep",)
 # A learning rate is a schedule's; the other one torch's, which only groups have that were added after loading.
 NOT_COMPARED = ("lr", "differentiable", *OWN)
 # So is what OneCycleLR and CyclicLR cycle, of groups in which they leave their bounds.
@@ -31,6 +31,37 @@ ADAMW_OPTIONS = ("betas", "eps", "weight_decay")
 FACTOR = "u.0"
 # Of a sharded bfloat16 weight it is kept as bfloat16 bits (see `sharding`).
 HALF_OF_REST = {**{rest: half for half, rest in REST_DTYPES.items()}, torch.bfloat16: torch.bfloat16}
+
+
+def renewed(saved: dict[str, Any]) -> dict[str, Any]:
+    """A state dict as this version would have saved it, of one that a version before 0.13 has.
+
+    Rotated matrices had `momentum` for `momentum_frame`, their averages in float32, a retraction of another name, and
+    options that are gone.
+
+    Raises:
+        ValueError: it was saved with an option that is gone, or with learning rates of another scale.
+    """
+    return {**saved, "param_groups": [_renewed(group) for group in saved["param_groups"]]}
+
+
+def _renewed(group: dict[str, Any]) -> dict[str, Any]:
+    if "reach" in group:
+        raise ValueError(
+            f"the saved optimizer state of rule {group.get('rule')!r} is of a version before 0.13, whose learning rates "
+            "were 15 to 25 times as large: load the weights only and start with fresh state, at a rate that is right "
+            "for AdamW."
+        )
+    if "rank_tolerance" not in group:
+        return group
+    if group["hold"]:
+        raise ValueError(
+            f"the saved optimizer state was made with hold={group['hold']}, which is gone since 0.13: load the weights "
+            "only and start with fresh state."
+        )
+    kept = {key: value for key, value in group.items() if key not in ("momentum", "hold", "rank_tolerance")}
+    retraction = group["retraction"] if group["retraction"] == "taylor" else "polar"
+    return {"state_dtype": "float32", **kept, "momentum_frame": group["momentum"], "retraction": retraction}
 
 
 def options_of_state(group: dict[str, Any]) -> dict[str, Any]:

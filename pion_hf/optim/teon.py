@@ -105,9 +105,8 @@ class Teon(MatrixOptimizer):
         }
         self.adamw_betas = adamw_betas
         super().__init__(params, defaults, share_work=share_work, inputs=inputs)
-        usual = inspect.signature(type(self).__init__).parameters["stack"].default
         found = {group["stack"] for group in self.param_groups if group["rule"] == self.stacked_rule} - {stack}
-        if found and stack != usual:
+        if found and stack != inspect.signature(type(self).__init__).parameters["stack"].default:
             raise ValueError(
                 f"stack={stack} was given, but the groups hold stacks of {found.pop()}: give it to one only."
             )
@@ -149,6 +148,48 @@ class Teon(MatrixOptimizer):
         factor = _orthogonalised(evened(direction, step, mu=mu, nesterov=group["nesterov"]), group)
         decay, size = 1 - lr * group["weight_decay"], lr * _scale(weight.shape, group)
         return compiled.run(_decay_and_move, weight, factor, decay, size, compiled=group["compile"])
+
+
+class Muon(Teon):
+    """Muon: the momentum of every matrix is orthogonalised alone (rule `muon`). `Teon` with stacks of one.
+
+    Args:
+        params: groups from `pion_hf.param_groups(model, "muon")`, tensors or `(name, tensor)` pairs. All others: see
+            `Teon`.
+
+    Raises:
+        ValueError: an unknown option or value, non-finite weights.
+    """
+
+    matrix_rules = ("muon",)
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-4,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        polar: Literal["express", "quintic", "svd", "gram"] = "express",
+        polar_steps: int = 5,
+        polar_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        scale: Literal["rms", "paper", "original"] = "rms",
+        rms: float = 0.2,
+        compile: bool = False,
+        batch_elements: int | None = None,
+        keep: int = 0,
+        keep_soft: bool = False,
+        inputs: Inputs | None = None,
+        weight_decay: float = 0.0,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        share_work: bool = False,
+    ) -> None:
+        options = {"momentum": momentum, "nesterov": nesterov, "polar": polar, "polar_steps": polar_steps}
+        options |= {"polar_dtype": polar_dtype, "scale": scale, "rms": rms, "compile": compile, "keep": keep}
+        options |= {"batch_elements": batch_elements, "keep_soft": keep_soft, "inputs": inputs}
+        options |= {"weight_decay": weight_decay, "share_work": share_work}
+        super().__init__(params, lr, stack=1, adamw_betas=adamw_betas, adamw_eps=adamw_eps, **options)
 
 
 def _look_ahead(grad: Tensor, momentum: Tensor, mu: float, ahead: float) -> Tensor:

@@ -27,9 +27,9 @@ CONTENDERS = {
     "torch Muon": lambda params: torch.optim.Muon(params, lr=1e-4, weight_decay=0.0),
     "Muon": lambda params: Teon(params, lr=1e-4, stack=1),
     "Pion": Pion,
-    "Pion, not transported": lambda params: Pion(params, momentum="ambient"),
+    "Pion, not transported": lambda params: Pion(params, momentum_frame="ambient"),
     "gradient, lie": lambda params: Pion(params, **LIE),
-    "gradient, lie, not transported": lambda params: Pion(params, momentum="ambient", **LIE),
+    "gradient, lie, not transported": lambda params: Pion(params, momentum_frame="ambient", **LIE),
     "polar": lambda params: Pion(params, direction="polar"),
     "paper": lambda params: Pion(params, preset="paper"),
 }
@@ -69,7 +69,7 @@ def test_neighbours_have_little_influence(rule):
 @pytest.mark.parametrize("name", ["Muon", "Pion", "gradient, lie", "polar", "paper", "rotate"])
 def test_a_step_waits_once(name, dtype):
     params = [nn.Parameter(torch.randn(shape, device="cuda", dtype=dtype)) for shape in SHAPES]
-    group = {"params": params, "rule": "pion_lora", "method": "rotate", "reach": [1.0] * len(params)}
+    group = {"params": params, "rule": "pion_lora", "method": "rotate", "unit_step": [1.0] * len(params)}
     optimizer = PionLora([group]) if name == "rotate" else CONTENDERS[name](params)
     for number in range(4):
         for p in params:
