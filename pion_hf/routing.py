@@ -181,7 +181,8 @@ def routing_table(
 
     Args:
         model: as it will be trained: with its adapters, and what is frozen frozen.
-        optim: `pion`, `pion_ambient`, `teon`, `muon` or `adamw_routed`; for models with LoRA adapters `pion_lora` or `teon_lora`.
+        optim: `pion`, `pion_ambient`, `teon`, `muon` or `adamw_routed`; for models with LoRA adapters `pion_lora` or
+            `teon_lora`.
         targets: regular expressions, searched in the names of parameters and of their modules (all of them, where
             a parameter is tied): only matrices of hidden layers that match are given to the matrix rule, the rest
             goes to AdamW. `"all-linear"` (the default) means all.
@@ -191,8 +192,9 @@ def routing_table(
             regular expressions; see `stacking.find_stacks`.
         lora_a, lora_b: of `pion_lora`: what the two factors do, `rotate` (the default of `A`), `orthogonal` (of `B`) or
             `adamw`. In embeddings, where peft starts `A` at zero instead of `B`, they change places.
-        zeros: of `pion` and `pion_ambient`: names of matrices that were zero when training began, and that AdamW therefore takes, since no
-            rotation can move them. Default: those that are zero now, which is right for a model not trained yet.
+        zeros: of `pion` and `pion_ambient`: names of matrices that were zero when training began, and that AdamW
+            therefore takes, since no rotation can move them. Default: those that are zero now, which is right for a
+            model not trained yet.
 
     Raises:
         ValueError: no trainable parameter, no matrix matched, an expression that is malformed or matches nothing, a

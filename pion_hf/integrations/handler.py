@@ -67,7 +67,7 @@ def choose_form(args: Any, model: nn.Module) -> tuple[str, dict[str, Any], dict[
 
 
 def options_from(args: Any, optim: str, usual: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The constructor's and the groups' options from typed fields and `optim_args` (which wins), or the `usual` ones."""
+    """The constructor's and the groups' options: the `usual` ones, typed fields, `optim_args`; the last one wins."""
     typed = args.given_options() if isinstance(args, PionOptions) else {}
     return resolve_options(optim, usual or {}, typed, parse_optim_args(args.optim_args))
 

@@ -88,17 +88,17 @@ class PionLora(_Factors):
     `pion_lora` says by `method` what its factors do; `pion_hf.param_groups(model, "pion_lora")` makes the groups.
 
     The scale. A step of either factor acts on the product, `s B A`. A factor that rotates turns by an angle:
-    `||dA||_F = c lr sqrt(r / 16) ||A||_F`, which moves `s B A` by at most as much of itself, whatever its size. A factor
-    that grows steps by
+    `||dA||_F = c lr sqrt(r / 16) ||A||_F`, which moves `s B A` by at most as much of itself, whatever its size. A
+    factor that grows steps by
 
         dB = -c lr sqrt(out / in) / (s a) * polar(U),    a = ||A||_F / sqrt(r)  (before training)
 
     so that each of the `r` singular values of `s dB A` is `c lr sqrt(out / in)` where those of `A` are equal, as they
-    nearly are after every random init. `sqrt(out / in)` is the spectral condition of arXiv 2310.17813, under which steps
-    do not depend on width; neither `s = alpha / r` nor the size of `A` is left. `c = 25` (`RATES`) makes learning rates
-    that are right for AdamW on adapters right here, and `sqrt(r / 16)` follows AdamW's best one, which falls with the
-    root of the rank: at equal size of the step the best one does not (examples/benchmarks/lora.py). (If the partner is
-    zero, as `B` is when `A` grows too, a step is `c lr sqrt(r / 16)` of the factor itself.)
+    nearly are after every random init. `sqrt(out / in)` is the spectral condition of arXiv 2310.17813, under which
+    steps do not depend on width; neither `s = alpha / r` nor the size of `A` is left. `c = 25` (`RATES`) makes learning
+    rates that are right for AdamW on adapters right here, and `sqrt(r / 16)` follows AdamW's best one, which falls with
+    the root of the rank: at equal size of the step the best one does not (examples/benchmarks/lora.py). (If the partner
+    is zero, as `B` is when `A` grows too, a step is `c lr sqrt(r / 16)` of the factor itself.)
 
     Args:
         params: groups from `pion_hf.param_groups(model, "pion_lora")`; its `lora_a` and `lora_b` choose the methods.

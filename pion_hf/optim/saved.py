@@ -14,7 +14,7 @@ from pion_hf.errors import listing
 from pion_hf.optim.checks import check_switches
 from pion_hf.optim.precision import REST_DTYPES
 
-# What state depends on, of what the routing puts into a group. (`unit_step` is measured anew; state holds the first one.)
+# What state depends on, of what the routing puts into a group. (`unit_step` is measured anew; state has the first.)
 ROUTED = ("rule", "layout", "method", "stacks")
 # How a step is carried out, which is the optimizer's own affair: not that of saved state.
 OWN = ("compile", "batch_elements")
@@ -48,9 +48,9 @@ def renewed(saved: dict[str, Any]) -> dict[str, Any]:
 def _renewed(group: dict[str, Any]) -> dict[str, Any]:
     if "reach" in group:
         raise ValueError(
-            f"the saved optimizer state of rule {group.get('rule')!r} is of a version before 0.13, whose learning rates "
-            "were 15 to 25 times as large: load the weights only and start with fresh state, at a rate that is right "
-            "for AdamW."
+            f"the saved optimizer state of rule {group.get('rule')!r} is of a version before 0.13, whose learning "
+            "rates were 15 to 25 times as large: load the weights only and start with fresh state, at a rate that is "
+            "right for AdamW."
         )
     if "rank_tolerance" not in group:
         return group
