@@ -1,18 +1,14 @@
-"""Typed options: the dataclass fields, the `optim_args` string, and their checks.
-
-The constructors' signatures say which options there are, of which type and with which default; the fields repeat names
-and types for parsers and editors (a test compares them) and add a help text.
-"""
+"""The options of `pion_hf.optim.options` as fields of `TrainingArguments` and in the `optim_args` string."""
 
 from __future__ import annotations
 
 import ast
-import inspect
+import dataclasses
 import json
 import math
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,10 +17,11 @@ import pion_hf.optim
 from pion_hf.errors import unknown
 from pion_hf.linalg.precision import bfloat16_speedup
 from pion_hf.needs import needed
-from pion_hf.optim.lora import FactorMethod
-from pion_hf.optim.pion import check_preset
+from pion_hf.optim.checks import check_value
+from pion_hf.optim.options import Factors, Routed, Stacked, types_of
+from pion_hf.optim.pion import PRESETS, check_preset
 from pion_hf.schedules import SCHEDULES, check_options
-from pion_hf.values import check_ranges, fit_fields
+from pion_hf.values import OPTION, check_ranges, fit_fields
 
 with needed("transformers"):
     from transformers import TrainingArguments
@@ -37,132 +34,93 @@ OPTIMIZER_CLASSES = {name: getattr(pion_hf.optim, kind) for name, kind in pion_h
 # What a name says, and no option of its own.
 FIXED_OPTIONS = {"pion_ambient": {"preset": "ambient"}}
 
-# Options of the routing and its groups rather than of the constructor (see `pion_hf.param_groups`).
-GROUP_OPTIONS = {
-    "adamw_lr": float,
-    "adamw_betas": tuple[float, float],
-    "adamw_eps": float,
-    "targets": list[str],
-    "exclude": list[str],
+# By optimizer, the options of its groups, which `pion_hf.param_groups` makes, rather than of the constructor.
+ROUTED = {
+    **dict.fromkeys(OPTIMIZER_CLASSES, (Routed,)),
+    **dict.fromkeys(("teon", "teon_lora"), (Routed, Stacked)),
+    "pion_lora": (Routed, Factors),
 }
-
-STACK_OPTIONS = {"stack": int, "stack_targets": list[str]}
-LORA_OPTIONS = {"lora_a": FactorMethod, "lora_b": FactorMethod}
-# By optimizer, those of the routing that not every one has.
-ROUTING_OPTIONS = {"teon": STACK_OPTIONS, "teon_lora": STACK_OPTIONS, "pion_lora": LORA_OPTIONS}
+GROUP_OPTIONS = tuple(dict.fromkeys(name for kinds in ROUTED.values() for kind in kinds for name in types_of(kind)))
 
 # What TrainingArguments already has a field for.
 TRAINER_FIELDS = {"lr": "learning_rate", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": f"{text} Unset: the optimizer's default."}
+def options_of(optim: str) -> dict[str, Any]:
+    """Every option of an optimizer that `optim_args` takes, constructor's and groups', as fields of dataclasses."""
+    constructor = dataclasses.fields(OPTIMIZER_CLASSES[optim].options)
+    elsewhere = TRAINER_FIELDS.keys() | FIXED_OPTIONS.get(optim, {}).keys()
+    own = {f.name: f for f in constructor if f.name not in elsewhere}
+    return own | {f.name: f for kind in ROUTED[optim] for f in dataclasses.fields(kind)}
+
+
+def option_types(optim: str) -> dict[str, Any]:
+    """Every option of an optimizer, as above, and its type."""
+    types = {}
+    for kind in (OPTIMIZER_CLASSES[optim].options, *ROUTED[optim]):
+        types |= types_of(kind)
+    return {name: types[name] for name in options_of(optim)}
+
+
+def field_name(option: str) -> str:
+    """The name of an option among the fields of `TrainingArguments`."""
+    return {"exclude": "optim_exclude_modules", "targets": "optim_target_modules"}.get(option, f"{OPTION}{option}")
+
+
+def option_name(field: str) -> str:
+    """The inverse of `field_name`."""
+    return "exclude" if field == "optim_exclude_modules" else field.removeprefix(OPTION)
+
+
+def _without_none(wanted: Any) -> Any:
+    kinds = typing.get_args(wanted)
+    return next(kind for kind in kinds if kind is not type(None)) if type(None) in kinds else wanted
+
+
+def _typed_fields() -> list[tuple[str, Any, Any]]:
+    """A field for every option but `targets`, which transformers has: all words of all optimizers, and who takes it."""
+    owners: dict[str, dict[str, Any]] = {}
+    for optim in OPTIMIZER_CLASSES:
+        for option, field in options_of(optim).items():
+            owners.setdefault(option, {})[optim] = field
+    types = {optim: option_types(optim) for optim in OPTIMIZER_CLASSES}
+    return [
+        (field_name(option), _field_type([types[optim][option] for optim in by]), _field(option, by))
+        for option, by in owners.items()
+        if option != "targets"
+    ]
+
+
+def _field_type(wanted: list[Any]) -> Any:
+    """What argparse takes for several types: words of all, a list for a tuple."""
+    kinds = list(dict.fromkeys(_without_none(kind) for kind in wanted))
+    choices = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal]
+    words = dict.fromkeys(word for each in choices for word in each)
+    kind = Literal[tuple(words)] if words else kinds[0]
+    return (list[float] if typing.get_origin(kind) is tuple else kind) | None
+
+
+def _field(option: str, by: dict[str, Any]) -> Any:
+    """Its help says what it is, of which optimizers, and their defaults."""
+    helps: dict[str, list[str]] = {}
+    defaults: dict[str, list[str]] = {}
+    for optim, field in by.items():
+        fixed = PRESETS.get(FIXED_OPTIONS.get(optim, {}).get("preset"), {})
+        helps.setdefault(field.metadata["help"], []).append(optim)
+        defaults.setdefault(str(fixed.get(option, field.default)), []).append(optim)
+    everyone = len(by) == len(OPTIMIZER_CLASSES)
+    said = [help if everyone else f"{', '.join(optims)}: {help}" for help, optims in helps.items()]
+    usual = [value if len(defaults) == 1 else f"{value} ({', '.join(optims)})" for value, optims in defaults.items()]
+    unset = "" if list(defaults) == ["None"] else f" Unset: {', '.join(usual)}."
+    return dataclasses.field(default=None, metadata={"help": " ".join(said) + unset})
+
+
+_Fields = dataclasses.make_dataclass("_Fields", _typed_fields(), namespace={"__module__": __name__})
 
 
 @dataclass
-class PionOptions:
+class OptimizerFields(_Fields):
     """Options of this package's optimizers as `TrainingArguments` fields: each is named `optim_` and the option."""
-
-    optim_adamw_lr: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of the AdamW groups (embeddings, heads, norms). Unset: learning_rate."},
-    )
-    optim_adamw_betas: list[float] | None = field(
-        default=None,
-        metadata={"help": "Betas of the AdamW groups (adamw_routed: of all). Unset: adam_beta1 and adam_beta2."},
-    )
-    optim_adamw_eps: float | None = field(
-        default=None, metadata={"help": "Epsilon of the AdamW groups (adamw_routed: of all). Unset: adam_epsilon."}
-    )
-    optim_exclude_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Regular expressions of parameters that AdamW takes instead of the matrix rule."},
-    )
-    optim_preset: Literal["paper", "ambient"] | None = field(
-        default=None, metadata={"help": "Pion: 'paper' sets the options of arXiv 2605.12492, 'ambient' our own rule."}
-    )
-    optim_momentum: float | None = field(default=None, metadata=_help("TEON and Muon: decay of the momentum."))
-    optim_momentum_frame: Literal["transported", "lie", "ambient"] | None = field(
-        default=None, metadata=_help("Pion: where the momentum lives.")
-    )
-    optim_direction: Literal["gradient", "adam", "natural", "polar", "msign"] | None = field(
-        default=None, metadata=_help("Pion: the step without the constraint.")
-    )
-    optim_metric: Literal["lie", "ambient"] | None = field(
-        default=None, metadata=_help("Pion: which rotation stands for the direction.")
-    )
-    optim_side: Literal["alternate", "in", "out", "both"] | None = field(
-        default=None, metadata=_help("Pion: the side(s) rotated in a step.")
-    )
-    optim_scale: str | None = field(
-        default=None, metadata=_help("Pion: rms, none or spectral. TEON and Muon: rms, paper or original.")
-    )
-    optim_rms: float | None = field(
-        default=None, metadata=_help("RMS of a matrix's update at learning rate 1 (scale=rms).")
-    )
-    optim_betas: list[float] | None = field(
-        default=None, metadata=_help("Pion: decay of the momentum and of the second moment.")
-    )
-    optim_eps: float | None = field(default=None, metadata=_help("Pion: added to the root of the second moment."))
-    optim_second_moment: bool | None = field(
-        default=None, metadata=_help("Pion: divide the gradient by a second moment, as the paper's variant.")
-    )
-    optim_polar: Literal["express", "quintic", "svd", "gram"] | None = field(
-        default=None,
-        metadata=_help("Orthogonalisation method; gram: pion-hf[gram] and an NVIDIA GPU from Hopper on."),
-    )
-    optim_polar_steps: int | None = field(default=None, metadata=_help("Iterations of the orthogonalisation."))
-    optim_polar_dtype: Literal["auto", "float32", "bfloat16"] | None = field(
-        default=None, metadata=_help("TEON and Muon: precision of the orthogonalisation.")
-    )
-    optim_nesterov: bool | None = field(
-        default=None, metadata=_help("TEON and Muon: look ahead by a step of momentum.")
-    )
-    optim_stack: int | None = field(
-        default=None, metadata=_help("TEON: consecutive layers whose matrices are orthogonalised together.")
-    )
-    optim_stack_targets: list[str] | None = field(
-        default=None,
-        metadata=_help("TEON: which matrices are stacked: q, k, v, or regular expressions over parameter names."),
-    )
-    optim_lora_a: FactorMethod | None = field(
-        default=None, metadata=_help("Pion on LoRA adapters: what the factor A does (of embeddings: B).")
-    )
-    optim_lora_b: FactorMethod | None = field(
-        default=None, metadata=_help("Pion on LoRA adapters: what the factor B does (of embeddings: A).")
-    )
-    optim_retraction: Literal["polar", "taylor"] | None = field(
-        default=None, metadata=_help("Pion: how a generator becomes a rotation.")
-    )
-    optim_degree: int | None = field(default=None, metadata=_help("Pion: degree of retraction=taylor."))
-    optim_generator_dtype: Literal["auto", "float32", "bfloat16"] | None = field(
-        default=None, metadata=_help("Pion: precision of the products that form a generator.")
-    )
-    optim_state_dtype: Literal["float32", "bfloat16"] | None = field(
-        default=None, metadata=_help("Pion on whole matrices: precision of the averages of gradients.")
-    )
-    optim_compile: bool | None = field(
-        default=None, metadata=_help("Elementwise parts of the matrices' steps through torch.compile.")
-    )
-    optim_batch_elements: int | None = field(
-        default=None,
-        metadata={
-            "help": "Elements of the equal matrices that are updated at once: bounds the extra memory of a step. "
-            "Unset: what is fastest on the device."
-        },
-    )
-    optim_keep: int | None = field(
-        default=None,
-        metadata=_help("So many leading directions of every layer's inputs keep their outputs, against forgetting."),
-    )
-    optim_keep_soft: bool | None = field(
-        default=None,
-        metadata=_help("Muon, TEON, adamw_routed: keep more directions, each by the share that its inputs suggest."),
-    )
-    optim_share_work: bool | None = field(
-        default=None,
-        metadata=_help("DDP: each process updates a share of the matrices and tells the others, instead of all."),
-    )
 
     def __post_init__(self) -> None:
         """Check before a model is loaded what would otherwise fail, or be ignored, when the optimizer is built."""
@@ -211,7 +169,7 @@ class PionOptions:
 
     def given_options(self) -> dict[str, Any]:
         """The options that were set, by the constructor's names."""
-        given = {option_name(f.name): getattr(self, f.name) for f in fields(PionOptions)}
+        given = {option_name(f.name): getattr(self, f.name) for f in dataclasses.fields(OptimizerFields)}
         return {option: value for option, value in given.items() if value is not None}
 
 
@@ -226,20 +184,6 @@ def warn_of_slow_bfloat16(args: TrainingArguments) -> None:
     """Of `bf16=True` on a CPU that only emulates it; training is about to begin."""
     if args.bf16 and args.device.type == "cpu" and bfloat16_speedup() < 1:
         logger.warning_once(f"bf16=True, but {measured_speed()}: leave it out (or bf16=auto) to train in float32.")
-
-
-def option_name(field: str) -> str:
-    """The constructor's name of a field of `PionOptions`."""
-    return "exclude" if field == "optim_exclude_modules" else field.removeprefix("optim_")
-
-
-def option_types(optim: str) -> dict[str, Any]:
-    """Every option of an optimizer and its type, constructor's and groups'."""
-    constructor = OPTIMIZER_CLASSES[optim].__init__
-    hints = typing.get_type_hints(constructor)
-    elsewhere = {"self", "params", "inputs", *TRAINER_FIELDS, *STACK_OPTIONS, *FIXED_OPTIONS.get(optim, ())}
-    own = {name: hints[name] for name in inspect.signature(constructor).parameters if name not in elsewhere}
-    return {**own, **GROUP_OPTIONS, **ROUTING_OPTIONS.get(optim, {})}
 
 
 def parse_optim_args(text: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -280,11 +224,13 @@ def resolve_options(optim: str, *sources: dict[str, Any]) -> tuple[dict[str, Any
             if key not in types:
                 raise _not_an_option(key, optim, types)
             merged[key] = _convert(key, value, types[key])
-    check_ranges({f"optim_{key}": value for key, value in merged.items()}, lambda key: key.removeprefix("optim_"))
+    for key, field in options_of(optim).items():
+        if key in merged:
+            check_value(key, merged[key], types[key], field.metadata["allowed"])
     merged |= FIXED_OPTIONS.get(optim, {})
     if merged.get("preset") is not None:
         check_preset(merged["preset"], merged)
-    groups = {key: merged.pop(key) for key in (*GROUP_OPTIONS, *STACK_OPTIONS, *LORA_OPTIONS) if key in merged}
+    groups = {key: merged.pop(key) for key in GROUP_OPTIONS if key in merged}
     return merged, groups
 
 
@@ -362,7 +308,7 @@ def _convert(key: str, value: Any, wanted: Any) -> Any:
     """`value` as `wanted`, or a ValueError that names the option, the value and what it should be."""
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if type(None) in arguments:  # Optional
-        (wanted,) = (a for a in arguments if a is not type(None))
+        wanted = _without_none(wanted)
         if value is None and "none" not in typing.get_args(wanted):
             return None
         return _convert(key, value, wanted)

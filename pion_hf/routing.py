@@ -19,7 +19,8 @@ from pion_hf.adapters import Factor, has_adapters, lora_factors
 from pion_hf.errors import listing, unknown
 from pion_hf.files import write_text
 from pion_hf.optim.blocks import Layout, name_of, split
-from pion_hf.optim.lora import RATES, FactorMethod
+from pion_hf.optim.lora import RATES
+from pion_hf.optim.options import FactorMethod
 from pion_hf.patterns import Patterns, spellings_of
 from pion_hf.stacking import ALL_FACTORS, DEFAULT_STACK, Stacks, find_stacks
 from pion_hf.structure import Structure, parameter_count

@@ -15,7 +15,7 @@ from pion_hf.arguments import (
     LORA_OPTIONS,
     OPTIMIZER_CLASSES,
     STACK_OPTIONS,
-    PionOptions,
+    OptimizerFields,
     option_types,
     parse_optim_args,
     resolve_options,
@@ -145,7 +145,7 @@ def test_later_sources_win():
 
 @pytest.mark.parametrize("optim", OPTIMIZER_CLASSES)
 def test_every_option_has_a_typed_field_of_its_type(optim):
-    types, hints = option_types(optim), typing.get_type_hints(PionOptions)
+    types, hints = option_types(optim), typing.get_type_hints(OptimizerFields)
     options = {"exclude" if f == "optim_exclude_modules" else f.removeprefix("optim_"): f for f in hints}
     # The field of `targets` is TrainingArguments' own optim_target_modules.
     assert set(types) - {"targets"} <= set(options)
@@ -162,7 +162,7 @@ def test_every_option_has_a_typed_field_of_its_type(optim):
 
 def test_every_typed_field_is_an_option_of_some_optimizer():
     known = set().union(*map(option_types, OPTIMIZER_CLASSES))
-    fields = typing.get_type_hints(PionOptions)
+    fields = typing.get_type_hints(OptimizerFields)
     assert {"exclude" if f == "optim_exclude_modules" else f.removeprefix("optim_") for f in fields} <= known
 
 
@@ -214,7 +214,7 @@ def _without_none(hint):
 def test_typed_fields_show_in_help_and_parse(tmp_path):
     parser = HfArgumentParser(PionTrainingArguments)
     text = parser.format_help()
-    for name in PionOptions.__dataclass_fields__:
+    for name in OptimizerFields.__dataclass_fields__:
         assert f"--{name}" in text
     command = "--use_cpu --optim_betas 0.9 0.99 --optim_hold 0.1 --optim_side in --optim_exclude_modules q_proj k_proj"
     (args,) = parser.parse_args_into_dataclasses([*command.split(), "--output_dir", str(tmp_path)])

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 import pion_hf.integrations.trl as ours
 from pion_hf import Pion, PionLora
-from pion_hf.arguments import PionOptions
+from pion_hf.arguments import OptimizerFields
 from tests.conftest import CHAT_TEMPLATE, chat_rows, toy_llama
 from tests.test_trainer import QUIET, inner
 
@@ -159,7 +159,7 @@ def test_full_training(name, package, make, checkpoint):
 def test_config_is_trls_with_typed_options(name, tmp_path):
     config = getattr(ours, f"Pion{name}Config")
     theirs = getattr(trl, f"{name}Config")
-    assert issubclass(config, (PionOptions, theirs))
+    assert issubclass(config, (OptimizerFields, theirs))
     assert config(output_dir=str(tmp_path), bf16=False).optim == "pion"
     assert config(output_dir=str(tmp_path), bf16=False, optim_hold=0.1).given_options() == {"hold": 0.1}
     assert config.learning_rate == theirs.learning_rate

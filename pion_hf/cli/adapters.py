@@ -10,7 +10,7 @@ from typing import Any
 from peft import EvaConfig, PeftConfig, get_peft_model_state_dict
 from peft.tuners.lora.eva import initialize_lora_eva_weights, prepare_model_inputs_fn_language_modeling
 
-from pion_hf.arguments import PionOptions, option_types, parse_optim_args, resolve_options
+from pion_hf.arguments import OptimizerFields, option_types, parse_optim_args, resolve_options
 from pion_hf.cli.flags import INITIALISATIONS, ModelArguments
 from pion_hf.errors import unknown
 from pion_hf.integrations.trl import PionSFTTrainer
@@ -44,7 +44,7 @@ def check_adapter(model_args: ModelArguments) -> None:
         raise ValueError("init_lora_weights is for LoRA adapters: set use_peft too, or leave it out")
 
 
-def check_start(args: PionOptions, model_args: ModelArguments) -> None:
+def check_start(args: OptimizerFields, model_args: ModelArguments) -> None:
     """Raise ValueError, before anything is loaded, for adapters that rotations of this package could not train."""
     if "lora_a" not in option_types(args.optim.value) or model_args.init_lora_weights is None:
         return

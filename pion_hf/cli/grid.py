@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from pion_hf.arguments import OPTIMIZER_CLASSES, PionOptions, option_name, option_types, resolve_options
+from pion_hf.arguments import OPTIMIZER_CLASSES, OptimizerFields, option_name, option_types, resolve_options
 from pion_hf.cli import TRAINING
 from pion_hf.cli.recipe import SECRETS, read_recipe
 from pion_hf.files import write_text
@@ -279,7 +279,7 @@ def _suits(key: str, value: Any, optim: str, recipe: Mapping[str, Any], chosen: 
     """Whether `optim` takes an option that was meant for the recipe's optimizer, or for one of several."""
     if key == "optim_args" and key not in chosen:
         return optim == str(recipe.get("optim", "pion"))
-    if key not in (f.name for f in fields(PionOptions)) or value is None:
+    if key not in (f.name for f in fields(OptimizerFields)) or value is None:
         return True
     if optim not in OPTIMIZER_CLASSES:
         return False

@@ -27,7 +27,7 @@ from trl.scripts.utils import DatasetConfig
 
 from pion_hf.arguments import (
     OPTIMIZER_CLASSES,
-    PionOptions,
+    OptimizerFields,
     option_name,
     option_types,
     parse_optim_args,
@@ -334,10 +334,10 @@ def _check_mixture(where: str, entries: Any) -> None:
 
 def _check_optimizer(path: str, recipe: dict[str, Any], optim: str) -> None:
     """Raise ValueError for options, in the recipe itself, that its optimizer does not have."""
-    if optim not in OptimizerNames._value2member_map_:  # PionOptions names the nearest
+    if optim not in OptimizerNames._value2member_map_:  # OptimizerFields names the nearest
         return
     own = option_types(optim) if optim in OPTIMIZER_CLASSES else {}
-    for field in dataclasses.fields(PionOptions):
+    for field in dataclasses.fields(OptimizerFields):
         option = option_name(field.name)
         if recipe.get(field.name) is not None and option not in own:
             owners = ", ".join(name for name in OPTIMIZER_CLASSES if option in option_types(name))
@@ -372,7 +372,7 @@ def _check_parsed(parsed: tuple[Any, ...], where: Callable[[str], str]) -> None:
     """Raise ValueError for options that the chosen scheduler or model does not have; `where` names a key's place."""
     args = next((a for a in parsed if isinstance(a, transformers.TrainingArguments)), None)
     schedule = getattr(args, "lr_scheduler_type", None)
-    if schedule is not None and schedule.value not in SCHEDULES:  # of ours PionOptions has checked them
+    if schedule is not None and schedule.value not in SCHEDULES:  # of ours OptimizerFields has checked them
         scheduler = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[schedule]).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in scheduler.values()):
             known = [name for name in scheduler if name not in GIVEN_TO_SCHEDULERS]

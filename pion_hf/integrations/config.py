@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from pion_hf.arguments import PionOptions
+from pion_hf.arguments import OptimizerFields
 from pion_hf.optim.checks import check_range
 
 
 @dataclass
-class PionByDefault(PionOptions):
+class PionByDefault(OptimizerFields):
     """Mix into any `TrainingArguments`: `optim="pion"` by default, and the optimizer's options as `optim_*` fields."""
 
     optim: str = field(default="pion", metadata={"help": "The optimizer: pion, or any name transformers knows."})

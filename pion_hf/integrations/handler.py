@@ -13,10 +13,9 @@ from transformers.utils import logging
 
 from pion_hf.adapters import has_adapters
 from pion_hf.arguments import (
-    LORA_OPTIONS,
+    GROUP_OPTIONS,
     OPTIMIZER_CLASSES,
-    STACK_OPTIONS,
-    PionOptions,
+    OptimizerFields,
     parse_optim_args,
     resolve_options,
     warn_of_slow_bfloat16,
@@ -68,14 +67,14 @@ def choose_form(args: Any, model: nn.Module) -> tuple[str, dict[str, Any], dict[
 
 def options_from(args: Any, optim: str, usual: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The constructor's and the groups' options: the `usual` ones, typed fields, `optim_args`; the last one wins."""
-    typed = args.given_options() if isinstance(args, PionOptions) else {}
+    typed = args.given_options() if isinstance(args, OptimizerFields) else {}
     return resolve_options(optim, usual or {}, typed, parse_optim_args(args.optim_args))
 
 
 def groups_from(args: Any, model: nn.Module, optim: str, options: dict[str, Any]) -> tuple[Routing, list[dict]]:
     """Route `model` and build its groups; AdamW's settings default to those of `TrainingArguments`."""
     options = {"adamw_betas": (args.adam_beta1, args.adam_beta2), "adamw_eps": args.adam_epsilon, **options}
-    choices = {key: options.pop(key, None) for key in ("targets", "exclude", *STACK_OPTIONS, *LORA_OPTIONS)}
+    choices = {key: options.pop(key, None) for key in GROUP_OPTIONS if not key.startswith("adamw_")}
     choices["targets"] = choices["targets"] or args.optim_target_modules
     routing = routing_table(model, optim, **choices, zeros=_zeros_at_the_start(args))
     (zeros,) = of_first([routing.zeros])  # by its weights: the others may not have them yet

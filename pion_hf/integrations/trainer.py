@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Trainer
 from transformers.utils import logging
 
-from pion_hf.arguments import OPTIMIZER_CLASSES, PionOptions
+from pion_hf.arguments import OPTIMIZER_CLASSES, OptimizerFields
 from pion_hf.integrations import model_card
 from pion_hf.integrations.callbacks import watch
 from pion_hf.integrations.checkpoints import CheckpointMixin
@@ -30,7 +30,7 @@ class PionTrainerMixin(CheckpointMixin):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.run_callback = watch(self)
-        chosen = isinstance(self.args, PionOptions) or self.optimizer or self.optimizer_cls_and_kwargs
+        chosen = isinstance(self.args, OptimizerFields) or self.optimizer or self.optimizer_cls_and_kwargs
         if not chosen and self.args.optim not in OPTIMIZER_CLASSES:
             logger.warning(
                 f"{type(self).__name__} measures, its args choose the optimizer, and theirs is "

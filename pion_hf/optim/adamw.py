@@ -14,6 +14,7 @@ from pion_hf.optim.checks import check_finite
 from pion_hf.optim.groups import kept_columns, named_parameters
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Update
+from pion_hf.optim.options import RoutedAdamWOptions, given
 from pion_hf.optim.rewritten import working_dtype
 
 KEY = f"{KEPT}.0"  # as of the first of a parameter's matrices: all of them have its inputs
@@ -37,6 +38,7 @@ class RoutedAdamW(MatrixOptimizer):
         ValueError: an unknown option or a value out of range; `keep` on parameters sharded by FSDP2.
     """
 
+    options = RoutedAdamWOptions
     matrix_rules = ("adamw_routed",)
     elementwise_rules = ("adamw", "adamw_routed")
 
@@ -52,8 +54,8 @@ class RoutedAdamW(MatrixOptimizer):
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
     ) -> None:
-        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": adamw_betas, "eps": adamw_eps}
-        defaults |= {"keep": keep, "keep_soft": keep_soft}
+        defaults = given(RoutedAdamWOptions, locals(), without=("adamw_betas", "adamw_eps"))
+        defaults |= {"betas": adamw_betas, "eps": adamw_eps}
         self._laid_out: set[Tensor] = set()  # parameters whose kept directions are none yet
         super().__init__(params, defaults, inputs=inputs)
 

@@ -17,17 +17,17 @@ from pion_hf.linalg.rotation import angles
 from pion_hf.optim import blocks, elementwise, gradients, groups, precision, sharding
 from pion_hf.optim.batches import KEPT, REST, Batch, Block, Plan, Step, is_apart, unshared
 from pion_hf.optim.checks import (
-    check_common,
     check_finite,
     check_flag,
     check_parameter,
     check_size,
     check_switches,
-    check_words,
+    check_values,
 )
 from pion_hf.optim.fingerprints import FINGERPRINT, FINGERPRINT_BYTES
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Observer, SelfCheck, Update
+from pion_hf.optim.options import Common
 from pion_hf.optim.rewritten import StateOfWeights, no_rest, working_dtype
 from pion_hf.optim.saved import ADAMW_OPTIONS, CALLED, OWN, check_saved, options_of_state, renewed
 
@@ -35,8 +35,8 @@ from pion_hf.optim.saved import ADAMW_OPTIONS, CALLED, OWN, check_saved, options
 class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
     """Updates matrices by a rule of its own and everything else by torch's AdamW.
 
-    A subclass sets `matrix_rules`, checks its options in `check_options`, and overrides `update`, unless its rules are
-    among `elementwise_rules`: what torch's AdamW steps.
+    A subclass names its `options` and `matrix_rules`, refuses options that do not combine in `check_options`, and
+    overrides `update`, unless its rules are among `elementwise_rules`: what torch's AdamW steps.
 
     A group's `rule` chooses: one of `matrix_rules`, or `"adamw"`. Groups without a rule, `(name, tensor)`
     pairs and bare tensors are divided: 2-D tensors are matrices, the rest goes to AdamW, without weight decay where it
@@ -51,6 +51,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
     it is, and averages of gradients stay (see `fingerprints`).
     """
 
+    options: type = Common
     matrix_rules: tuple[str, ...] = ()
     elementwise_rules: tuple[str, ...] = ("adamw",)
     per_block_state: frozenset[str] = frozenset()
@@ -118,8 +119,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         rule, layout = group["rule"], blocks.Layout.parse(group["layout"])
         self._check_rule(rule)
         check_switches(group)
-        check_common(group)
-        check_words(group, type(self))
+        check_values(group, self.options)
         for name, p in groups.named_parameters(group):
             check_parameter(name, p)
             if rule != "adamw":
@@ -149,7 +149,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
             raise unknown(f"rule of {type(self).__name__}", rule, rules)
 
     def check_options(self, group: dict) -> None:
-        """Raise ValueError for options of this algorithm that are wrong or do not combine."""
+        """Raise ValueError for options of this algorithm that do not combine."""
 
     # -- the step -------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
 import typing
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor
 
 from pion_hf.errors import unknown
-from pion_hf.linalg.polar import MOST_STEPS, check_method
+from pion_hf.linalg.polar import check_method
 from pion_hf.optim import sharding
 from pion_hf.optim.groups import SWITCHES
+from pion_hf.optim.options import DECAYS, NOT_NEGATIVE, Range, ranges_of, types_of
 
 # What groups of torch's optimizers may ask for and nobody does here.
 REFUSED = {
@@ -29,24 +29,36 @@ REFUSED = {
 SMALLEST, LARGEST = 1e-9, 1e15
 
 
-def check_words(group: dict, cls: type) -> None:
-    """Raises ValueError for an option that is none of the words that the constructor of `cls` takes, or no bool."""
-    for option, words in _words(cls).items():
-        if option not in group:
-            continue
-        if words == (True, False):
-            check_flag(option, group[option])
-        elif group[option] not in words:
-            raise unknown(f"value of {option}", group[option], words)
+def check_values(group: dict, options: type) -> None:
+    """Raises ValueError for a value of a group that its option (see `options`) cannot have."""
+    allowed = {"betas": DECAYS, "eps": NOT_NEGATIVE, **ranges_of(options)}
+    wanted = {"betas": tuple[float, float], "eps": float, **types_of(options)}
+    for name in wanted.keys() & group.keys():
+        check_value(name, group[name], wanted[name], allowed.get(name))
+    if "polar" in group:
+        check_method(group["polar"])
+    if group.get("keep_soft") and not group["keep"]:
+        raise ValueError("keep_soft=True says how directions are kept, and keep=0 keeps none: set keep, 16 for example")
 
 
-@functools.cache
-def _words(cls: type) -> dict[str, tuple]:
-    """What the constructors' types say, of `cls` and those it inherits from."""
-    owners = [c for c in reversed(cls.__mro__) if issubclass(c, torch.optim.Optimizer) and "__init__" in vars(c)]
-    hints = {name: hint for c in owners[1:] for name, hint in typing.get_type_hints(c.__init__).items()}
-    words = {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is typing.Literal}
-    return {**words, **{name: (True, False) for name, hint in hints.items() if hint is bool}}
+def check_value(name: str, value: Any, wanted: Any, allowed: Range | None) -> None:
+    """Raises ValueError for a value of another type than `wanted`, or out of the range `allowed`."""
+    kinds = typing.get_args(wanted) if type(None) in typing.get_args(wanted) else (wanted,)
+    if value is None and len(kinds) > 1:
+        return
+    kind = kinds[0]
+    if kind is bool:
+        check_flag(name, value)
+    elif typing.get_origin(kind) is typing.Literal:
+        if value not in typing.get_args(kind):
+            raise unknown(f"value of {name}", value, typing.get_args(kind))
+    elif typing.get_origin(kind) is tuple:
+        if not isinstance(value, (tuple, list)) or len(value) != len(typing.get_args(kind)):
+            raise ValueError(f"{name} must be {allowed.words}, got {value!r}")
+        for number in value:
+            check_range(name, number, *allowed)
+    elif allowed:
+        check_range(name, value, *allowed, whole=kind is int)
 
 
 def check_flag(option: str, value: Any) -> None:
@@ -78,35 +90,11 @@ def check_range(option: str, value: Any, ok: Callable[[float], bool], wanted: st
         raise ValueError(f"{option} must be {wanted}, got {value!r}")
 
 
-def check_polar(group: dict) -> None:
-    """Raises ValueError for a way to the polar factor that does not exist, or whose package is not installed."""
-    check_method(group["polar"])
-    steps = f"in 1..{MOST_STEPS}"
-    check_range("polar_steps", group["polar_steps"], lambda v: 1 <= v <= MOST_STEPS, steps, whole=True)
-
-
 def check_unused(group: dict, usual: dict, options: tuple[str, ...]) -> None:
     """Raises ValueError for options that the group's rule does not read, where they are not the `usual` ones."""
     for option in options:
         if group[option] != usual[option]:
             raise ValueError(f"{option}={group[option]!r} is no option of rule {group['rule']!r}: leave it out.")
-
-
-def check_common(group: dict) -> None:
-    """Raises ValueError for options that every optimizer has."""
-    for option in ("lr", "eps", "weight_decay"):
-        check_range(option, group[option], lambda v: v >= 0, "at least 0")
-    check_range("keep", group["keep"], lambda v: v >= 0, "a whole number of directions, 0 or more", whole=True)
-    if group.get("keep_soft") and not group["keep"]:
-        raise ValueError("keep_soft=True says how directions are kept, and keep=0 keeps none: set keep, 16 for example")
-    elements = group.get("batch_elements")
-    if elements is not None:
-        check_range("batch_elements", elements, lambda v: v >= 1, "a whole number of at least 1", whole=True)
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
-    for beta in betas:
-        check_range("betas", beta, lambda v: 0 <= v < 1, "two numbers in [0, 1)")
 
 
 def check_finite(name: str, matrix: Tensor) -> None:

@@ -31,9 +31,10 @@ from pion_hf.linalg.spectrum import numerical_zero, singular_values
 from pion_hf.optim.base import MatrixOptimizer, average
 from pion_hf.optim.batches import KEPT, Step
 from pion_hf.optim.blocks import Layout
-from pion_hf.optim.checks import check_polar, check_rotatable, check_unused
+from pion_hf.optim.checks import check_rotatable, check_unused
 from pion_hf.optim.directions import direction_of
 from pion_hf.optim.inputs import Inputs
+from pion_hf.optim.options import FactorMethod, PionLoraOptions, TeonLoraOptions, given
 from pion_hf.optim.precision import HALF
 from pion_hf.optim.teon import Teon, evened
 
@@ -41,7 +42,6 @@ from pion_hf.optim.teon import Teon, evened
 # that at rank 16 their best ones in examples/benchmarks/lora.py, 5e-2 and 3e-2 as sizes of steps, are AdamW's 2e-3.
 RATES = {"pion_lora": 25.0, "teon_lora": 15.0}
 # What a factor does; `adamw` is the rule of other groups.
-FactorMethod = Literal["rotate", "orthogonal", "adamw"]
 METHODS = get_args(FactorMethod)[:2]
 # What TEON of whole matrices can choose and that of factors cannot.
 UNUSED_BY_STACKS = ("polar_dtype", "compile", "scale", "rms", "keep_soft")
@@ -119,6 +119,7 @@ class PionLora(_Factors):
         ValueError: an unknown option or value; a factor asked to rotate that is zero or rank-deficient.
     """
 
+    options = PionLoraOptions
     matrix_rules = ("pion_lora",)
     per_block_state = frozenset({"u", "s", "v", "unit_step"})
     of_weights = frozenset({"u", "s", "v"})
@@ -141,19 +142,7 @@ class PionLora(_Factors):
         weight_decay: float = 0.0,
         share_work: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "direction": direction,
-            "metric": metric,
-            "momentum_frame": momentum_frame,
-            "polar": polar,
-            "polar_steps": polar_steps,
-            "batch_elements": batch_elements,
-            "keep": keep,
-            "weight_decay": weight_decay,
-        }
+        defaults = given(PionLoraOptions, locals(), without=("share_work",))
         super().__init__(params, defaults, share_work=share_work, inputs=inputs)
         self._check_kept(keep)
 
@@ -163,7 +152,6 @@ class PionLora(_Factors):
         _require_unit_steps(group)
         if group["method"] not in METHODS:
             raise unknown("value of method", group["method"], METHODS)
-        check_polar(group)
 
     def keeps_spectrum(self, group: dict) -> bool:
         """With `keep` the factor's changes once, before its first step."""
@@ -314,6 +302,7 @@ class TeonLora(_Factors, Teon):
         ValueError: an unknown option or value.
     """
 
+    options = TeonLoraOptions
     matrix_rules = ("teon_lora",)
     stacked_rule = "teon_lora"
     per_block_state = frozenset({"unit_step"})
@@ -336,10 +325,8 @@ class TeonLora(_Factors, Teon):
         adamw_eps: float = 1e-8,
         share_work: bool = False,
     ) -> None:
-        options = {"momentum": momentum, "nesterov": nesterov, "stack": stack, "weight_decay": weight_decay}
-        options |= {"batch_elements": batch_elements, "share_work": share_work, "keep": keep, "inputs": inputs}
-        options |= {"polar": polar, "polar_steps": polar_steps, "polar_dtype": "float32"}
-        super().__init__(params, lr, adamw_betas=adamw_betas, adamw_eps=adamw_eps, **options)
+        options = given(TeonLoraOptions, locals())
+        super().__init__(params, polar_dtype="float32", inputs=inputs, **options)
         self._check_kept(keep)
 
     def check_options(self, group: dict) -> None:

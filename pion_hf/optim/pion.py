@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable
 from typing import Literal
@@ -31,9 +30,10 @@ from pion_hf.linalg.rotation import (
 )
 from pion_hf.optim.base import MatrixOptimizer, average
 from pion_hf.optim.batches import KEPT, Step
-from pion_hf.optim.checks import check_polar, check_range, check_rotatable
+from pion_hf.optim.checks import check_rotatable
 from pion_hf.optim.directions import direction_of, seen_from
 from pion_hf.optim.inputs import Inputs
+from pion_hf.optim.options import PionOptions, given
 from pion_hf.optim.precision import rounded_on_average
 
 # `paper`: all choices of arXiv 2605.12492. `ambient`: our own rule, with an RMS under which the best learning rate is
@@ -110,6 +110,7 @@ class Pion(MatrixOptimizer):
         ValueError: an unknown option or value, options that do not combine, a zero or non-finite matrix.
     """
 
+    options = PionOptions
     matrix_rules = ("pion",)
     per_block_state = frozenset({"u", "s", "v", "outputs", "coupling", "lie_in", "lie_out", "lie_in_sq", "lie_out_sq"})
     of_weights = frozenset({"u", "s", "v", "outputs", "coupling"})
@@ -143,36 +144,12 @@ class Pion(MatrixOptimizer):
         preset: Literal["paper", "ambient"] | None = None,
         share_work: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "rms": rms,
-            "side": side,
-            "momentum_frame": momentum_frame,
-            "second_moment": second_moment,
-            "direction": direction,
-            "metric": metric,
-            "scale": scale,
-            "polar": polar,
-            "polar_steps": polar_steps,
-            "retraction": retraction,
-            "degree": degree,
-            "generator_dtype": generator_dtype,
-            "state_dtype": state_dtype,
-            "compile": compile,
-            "batch_elements": batch_elements,
-            "keep": keep,
-            "weight_decay": weight_decay,
-        }
+        defaults = given(PionOptions, locals(), without=("preset", "share_work"))
         if preset is not None:
             defaults.update(_preset_options(preset, defaults))
         super().__init__(params, defaults, share_work=share_work, inputs=inputs)
 
     def check_options(self, group: dict) -> None:
-        check_polar(group)
-        check_range("rms", group["rms"], lambda v: v > 0, "above 0")
-        check_range("degree", group["degree"], lambda v: 1 <= v <= 20, "in 1..20", whole=True)
         lie, ambient = group["momentum_frame"] == "lie", group["metric"] == "ambient"
         gradient, msign = group["direction"] == "gradient", group["direction"] == "msign"
         clashes = (
@@ -333,10 +310,10 @@ class Pion(MatrixOptimizer):
         return weight
 
 
-def _preset_options(preset: str, given: dict) -> dict:
+def _preset_options(preset: str, options: dict) -> dict:
     """The options of `preset`; a ValueError where another value than the default was given for one of them."""
-    signature = inspect.signature(Pion.__init__).parameters
-    check_preset(preset, {name: value for name, value in given.items() if value != signature[name].default})
+    usual = PionOptions()
+    check_preset(preset, {name: value for name, value in options.items() if value != getattr(usual, name)})
     return PRESETS[preset]
 
 

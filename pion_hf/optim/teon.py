@@ -15,9 +15,9 @@ from pion_hf.linalg.polar import polar_factor
 from pion_hf.optim import blocks, compiled
 from pion_hf.optim.base import MatrixOptimizer, buffer
 from pion_hf.optim.batches import Step
-from pion_hf.optim.checks import check_polar, check_range
 from pion_hf.optim.groups import named_parameters
 from pion_hf.optim.inputs import Inputs
+from pion_hf.optim.options import MuonOptions, TeonOptions, given
 from pion_hf.optim.sharding import stand_in
 
 
@@ -60,6 +60,7 @@ class Teon(MatrixOptimizer):
         ValueError: an unknown option or value, stacks of unequal shapes or of unknown names, non-finite weights.
     """
 
+    options = TeonOptions
     matrix_rules = ("teon", "muon")
     stacked_rule = "teon"
 
@@ -86,23 +87,8 @@ class Teon(MatrixOptimizer):
         adamw_eps: float = 1e-8,
         share_work: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "stack": stack,
-            "polar": polar,
-            "polar_steps": polar_steps,
-            "polar_dtype": polar_dtype,
-            "scale": scale,
-            "rms": rms,
-            "compile": compile,
-            "batch_elements": batch_elements,
-            "keep": keep,
-            "keep_soft": keep_soft,
-            "weight_decay": weight_decay,
-            "eps": adamw_eps,
-        }
+        defaults = given(TeonOptions, locals(), without=("adamw_betas", "adamw_eps", "share_work"))
+        defaults["eps"] = adamw_eps
         self.adamw_betas = adamw_betas
         super().__init__(params, defaults, share_work=share_work, inputs=inputs)
         found = {group["stack"] for group in self.param_groups if group["rule"] == self.stacked_rule} - {stack}
@@ -125,11 +111,6 @@ class Teon(MatrixOptimizer):
         super()._elementwise_step(group)
 
     def check_options(self, group: dict) -> None:
-        check_polar(group)
-        stack = group["stack"]
-        check_range("momentum", group["momentum"], lambda v: 0 <= v < 1, "in [0, 1)")
-        check_range("rms", group["rms"], lambda v: v > 0, "above 0")
-        check_range("stack", stack, lambda v: v >= 1, "a whole number of layers, 1 (Muon) or more", whole=True)
         if group["rule"] == self.stacked_rule:
             check_stacks(group)
         elif "stacks" in group:
@@ -161,6 +142,7 @@ class Muon(Teon):
         ValueError: an unknown option or value, non-finite weights.
     """
 
+    options = MuonOptions
     matrix_rules = ("muon",)
 
     def __init__(
@@ -185,11 +167,8 @@ class Muon(Teon):
         adamw_eps: float = 1e-8,
         share_work: bool = False,
     ) -> None:
-        options = {"momentum": momentum, "nesterov": nesterov, "polar": polar, "polar_steps": polar_steps}
-        options |= {"polar_dtype": polar_dtype, "scale": scale, "rms": rms, "compile": compile, "keep": keep}
-        options |= {"batch_elements": batch_elements, "keep_soft": keep_soft, "inputs": inputs}
-        options |= {"weight_decay": weight_decay, "share_work": share_work}
-        super().__init__(params, lr, stack=1, adamw_betas=adamw_betas, adamw_eps=adamw_eps, **options)
+        options = given(MuonOptions, locals())
+        super().__init__(params, stack=1, inputs=inputs, **options)
 
 
 def _look_ahead(grad: Tensor, momentum: Tensor, mu: float, ahead: float) -> Tensor:
