@@ -18,7 +18,7 @@ from pion_hf.errors import unknown
 from pion_hf.linalg.precision import bfloat16_speedup
 from pion_hf.needs import needed
 from pion_hf.optim.checks import check_value
-from pion_hf.optim.options import Factors, Routed, Stacked, types_of
+from pion_hf.optim.options import USUAL_RATES, Factors, Routed, Stacked, types_of
 from pion_hf.optim.pion import PRESETS, check_preset
 from pion_hf.schedules import SCHEDULES, check_options
 from pion_hf.values import OPTION, check_ranges, fit_fields
@@ -52,6 +52,16 @@ def options_of(optim: str) -> dict[str, Any]:
     elsewhere = TRAINER_FIELDS.keys() | FIXED_OPTIONS.get(optim, {}).keys()
     own = {f.name: f for f in constructor if f.name not in elsewhere}
     return own | {f.name: f for kind in ROUTED[optim] for f in dataclasses.fields(kind)}
+
+
+def default_rate(optim: str) -> float:
+    """The learning rate of an optimizer where nobody says one."""
+    return OPTIMIZER_CLASSES[optim].options.lr
+
+
+def usual_rates(optim: str) -> str:
+    """Those of an optimizer, in words."""
+    return " to ".join(f"{rate:g}" for rate in USUAL_RATES[optim])
 
 
 def option_types(optim: str) -> dict[str, Any]:

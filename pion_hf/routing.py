@@ -20,7 +20,7 @@ from pion_hf.errors import listing, unknown
 from pion_hf.files import write_text
 from pion_hf.optim.blocks import Layout, name_of, split
 from pion_hf.optim.lora import RATES
-from pion_hf.optim.options import FactorMethod
+from pion_hf.optim.options import USUAL_RATES, FactorMethod
 from pion_hf.patterns import Patterns, spellings_of
 from pion_hf.stacking import ALL_FACTORS, DEFAULT_STACK, Stacks, find_stacks
 from pion_hf.structure import Structure, parameter_count
@@ -137,10 +137,15 @@ class Routing:
             table.add_row(escape(row["role"]), row["rule"], *(f"{row[c]:,}" for c in counts), lr)
         if self.frozen:
             table.add_row("(frozen)", "-", *("" for _ in counts[:-1]), f"{self.frozen:,}", "")
+        said = []
+        if learning_rates:
+            low, high = USUAL_RATES[self.optim]
+            said.append(f"Usual learning rates of {self.optim} in fine-tuning: {low:g} to {high:g}.")
         if stacked:
-            table.caption = f"Stacks of {self.stack} consecutive layers."
-            if self.stacks.alone:
-                table.caption += escape(f" Left over, each alone: {listing(self.stacks.alone)}.")
+            said.append(f"Stacks of {self.stack} consecutive layers.")
+        if self.stacks.alone:
+            said.append(escape(f"Left over, each alone: {listing(self.stacks.alone)}."))
+        table.caption = " ".join(said)
         return table
 
     def save(self, path: str | os.PathLike, learning_rates: dict[str, float]) -> None:

@@ -23,6 +23,7 @@ from pion_hf.cli.memory import Memory, estimate, memory_table, quantized_bytes
 from pion_hf.cli.recipe import named_keys
 from pion_hf.cli.training import check_model, model_from_config
 from pion_hf.integrations.handler import choose_form, groups_from
+from pion_hf.optim.lora import RATES
 from pion_hf.routing import Routing
 
 
@@ -57,6 +58,7 @@ class Plan:
             self.routing.table(self.rates),
             memory,
             _state_table(self.optim, self.memory.state, self.adamw.state),
+            _update_table(self.optimizer.param_groups),
         ]
 
 
@@ -166,6 +168,35 @@ def _trained_model(args: TrainingArguments, model_args: trl.ModelConfig) -> tupl
             if p.requires_grad and "lora_magnitude_vector" not in name:
                 p.data = p.data.to(torch.bfloat16)
     return model, quantized
+
+
+def _update_table(groups: list[dict[str, Any]]) -> Table:
+    table = Table(title="The first update, at the full learning rate")
+    for column in ("rule", "lr", "size"):
+        table.add_column(column)
+    for rule, lr, size in dict.fromkeys((group["rule"], group["lr"], first_update(group)) for group in groups):
+        table.add_row(rule, f"{lr:g}", size)
+    return table
+
+
+def first_update(group: dict[str, Any]) -> str:
+    """How far a group's options let its parameters move in a step, in words."""
+    lr, rule = group["lr"], group["rule"]
+    if rule.startswith("adamw"):
+        return f"RMS {lr:.1e}"
+    if group.get("method") == "rotate":
+        angles = sorted({f"{lr * unit:.1e}" for unit in group["unit_step"]}, key=float)
+        return f"{' to '.join(dict.fromkeys((angles[0], angles[-1])))} of a factor's norm"
+    if group.get("method") == "orthogonal":
+        return f"each singular value of the factors' product {RATES[rule] * lr:.1e} x sqrt(out / in)"
+    sizes = {
+        "rms": f"RMS {lr * group['rms']:.1e}",
+        "none": "what the direction says, times the learning rate",
+        "spectral": f"the largest angle {lr:.1e} rad",
+        "paper": f"each singular value {lr:.1e} x sqrt(out / in)",
+        "original": f"each singular value {lr:.1e} x sqrt(max(1, out / in))",
+    }
+    return sizes[group["scale"]]
 
 
 def _state_table(optim: str, ours: int, adamw: int) -> Table:

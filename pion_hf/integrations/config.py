@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from pion_hf.arguments import OptimizerFields
+from pion_hf.arguments import OPTIMIZER_CLASSES, OptimizerFields, default_rate, usual_rates
 from pion_hf.optim.checks import check_range
+from pion_hf.optim.options import USUAL_RATES
 
 
 @dataclass
@@ -29,5 +30,31 @@ class PionByDefault(OptimizerFields):
 
 
 @dataclass
-class PionTrainingArguments(PionByDefault, TrainingArguments):
-    """transformers' `TrainingArguments` with `PionByDefault`."""
+class UsualRate(PionByDefault):
+    """`PionByDefault` with a learning rate that suits the optimizer, where none is given."""
+
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "The initial learning rate. Unset: the optimizer's own, of others the one of transformers or TRL. "
+            f"Usual in fine-tuning: {', '.join(f'{name} {usual_rates(name)}' for name in USUAL_RATES)}."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.rate_is_open = self.learning_rate is None  # until the model says which form an optimizer takes
+        if self.rate_is_open:
+            optim = getattr(self.optim, "value", self.optim)
+            self.learning_rate = default_rate(optim) if optim in OPTIMIZER_CLASSES else inherited_rate(type(self))
+        super().__post_init__()
+
+
+def inherited_rate(cls: type) -> float:
+    """The default learning rate of a config class, or of the first one above it that has one."""
+    defaults = (vars(base).get("__dataclass_fields__", {}).get("learning_rate") for base in cls.__mro__)
+    return next(f.default for f in defaults if f is not None and f.default is not None)
+
+
+@dataclass
+class PionTrainingArguments(UsualRate, TrainingArguments):
+    """transformers' `TrainingArguments` with `UsualRate`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -16,8 +17,10 @@ from pion_hf.arguments import (
     GROUP_OPTIONS,
     OPTIMIZER_CLASSES,
     OptimizerFields,
+    default_rate,
     parse_optim_args,
     resolve_options,
+    usual_rates,
     warn_of_slow_bfloat16,
 )
 from pion_hf.integrations.run_folder import recording
@@ -39,6 +42,7 @@ def optimizer_of(args: Any, model: nn.Module | None) -> tuple[type, dict[str, An
     fit_fields(args)  # of transformers' own class, which takes text for a number
     warn_of_slow_bfloat16(args)
     optim, options, group_options = choose_form(args, model)
+    say_what_it_is(args, optim, options)
     routing, groups = groups_from(args, model, optim, group_options)
     # Measured of weights of which the first process's count: DDP and FSDP2 give them to the others, but only later.
     measured = [group for group in groups if "unit_step" in group]
@@ -60,9 +64,27 @@ def choose_form(args: Any, model: nn.Module) -> tuple[str, dict[str, Any], dict[
     if not (optim in LORA_FORMS and has_adapters(model)):
         return optim, *options_from(args, optim)
     form, usual = LORA_FORMS[optim]
+    if getattr(args, "rate_is_open", False):
+        args.learning_rate = default_rate(form)
     what = "".join(f", {key}={value}" for key, value in usual.items())
     logger.warning(f"optim={optim!r} on LoRA adapters is {form!r}{what}: it updates the factors, each by its own rule.")
     return form, *options_from(args, form, usual)
+
+
+def say_what_it_is(args: Any, optim: str, options: dict[str, Any]) -> None:
+    """One line each where a name has become another rule, and where nobody may have thought of the learning rate."""
+    if optim == "pion" and not options.keys() & {"direction", "preset"}:
+        logger.warning_once(
+            f"optim='pion' is the published rule since 0.13 (direction=gradient, metric=lie; usual learning rates "
+            f"{usual_rates('pion')}). Until then it was what optim='pion_ambient' is now, at ten times the rate. "
+            "optim_direction=gradient says that you know."
+        )
+    defaults = [f.default for f in dataclasses.fields(args) if f.name == "learning_rate"]
+    if args.learning_rate in defaults and not getattr(args, "rate_is_open", False):
+        logger.warning_once(
+            f"learning_rate={args.learning_rate:g} is the default of {type(args).__name__}; usual for optim={optim!r} "
+            f"in fine-tuning: {usual_rates(optim)}."
+        )
 
 
 def options_from(args: Any, optim: str, usual: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -166,6 +188,7 @@ def _summary(routing: Routing, rates: dict[str, float]) -> str:
     said = [
         f"{rule}: {n['matrices'] or n['tensors']:,} {'matrices' if n['matrices'] else 'tensors'} of "
         f"{n['parameters']:,} parameters, lr {rates[rule]:g}"
+        + (f" (usual: {usual_rates(routing.optim)})" if rule != "adamw" else "")
         for rule, n in rows.items()
     ]
     return "; ".join(said) + (f"; frozen: {routing.frozen:,} parameters" if routing.frozen else "")

@@ -1,13 +1,14 @@
 """TRL's configs with this package's optimizer as the default and its options as typed fields.
 
-Every other option and default is TRL's, the learning rate too: 2e-5 in SFT, 1e-4 for reward models, 1e-6 else.
+Every other option and default is TRL's. The learning rate of SFT is the optimizer's own; where TRL's default is for
+other losses (1e-4 for reward models, 1e-6 else), it stays.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pion_hf.integrations.config import PionByDefault
+from pion_hf.integrations.config import PionByDefault, UsualRate
 from pion_hf.needs import needed
 
 with needed("trl"):
@@ -15,8 +16,8 @@ with needed("trl"):
 
 
 @dataclass
-class PionSFTConfig(PionByDefault, SFTConfig):
-    """TRL's `SFTConfig` with `PionByDefault`."""
+class PionSFTConfig(UsualRate, SFTConfig):
+    """TRL's `SFTConfig` with `UsualRate`."""
 
 
 @dataclass

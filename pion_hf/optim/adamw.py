@@ -45,7 +45,7 @@ class RoutedAdamW(MatrixOptimizer):
     def __init__(
         self,
         params: Iterable,
-        lr: float = 1e-4,
+        lr: float = 2e-4,
         *,
         weight_decay: float = 0.0,
         keep: int = 0,

@@ -21,6 +21,17 @@ Polar = Literal["express", "quintic", "svd", "gram"]
 Precision = Literal["auto", "float32", "bfloat16"]
 # What a LoRA factor does.
 FactorMethod = Literal["rotate", "orthogonal", "adamw"]
+# Between which the best learning rates lay in our runs on SmolLM2-135M (examples/benchmarks/compare.py and lora.py).
+# Those of `pion_ambient` and of adapters (ranks 64 to 4) are AdamW's.
+USUAL_RATES = {
+    "pion": (1e-4, 3e-4),
+    "pion_ambient": (2e-4, 4e-4),
+    "teon": (1e-3, 2e-3),
+    "muon": (1e-3, 2e-3),
+    "adamw_routed": (2e-4, 4e-4),
+    "pion_lora": (1e-3, 5e-3),
+    "teon_lora": (1e-3, 5e-3),
+}
 
 
 class Range(NamedTuple):
@@ -53,7 +64,7 @@ def option(default: Any, help: str, allowed: Range | None = None) -> Any:
 class Common:
     """Of every optimizer."""
 
-    lr: float = option(1e-4, "Learning rate of the matrices.", NOT_NEGATIVE)
+    lr: float = option(2e-4, "Learning rate of the matrices.", NOT_NEGATIVE)
     weight_decay: float = option(0.0, "Decoupled weight decay; a matrix that rotates has none.", NOT_NEGATIVE)
     keep: int = option(
         0, "So many leading directions of every layer's inputs keep their outputs, against forgetting.", DIRECTIONS
@@ -170,6 +181,7 @@ class PionOptions(Executed, Orthogonalised, Common):
 class MuonOptions(AdamWDefaults, Executed, Orthogonalised, Momentum, Common):
     """Of `Muon`."""
 
+    lr: float = option(1e-3, "Learning rate of the matrices.", NOT_NEGATIVE)
     polar_dtype: Precision = option("auto", "Precision of the orthogonalisation.")
     scale: Literal["rms", "paper", "original"] = option("rms", "What the learning rate is: of a matrix's update.")
     rms: float = option(0.2, "RMS of a matrix's update at learning rate 1 (scale=rms).", POSITIVE)

@@ -119,7 +119,7 @@ class Pion(MatrixOptimizer):
     def __init__(
         self,
         params: Iterable,
-        lr: float = 1e-4,
+        lr: float = 2e-4,
         *,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,

@@ -67,7 +67,7 @@ class Teon(MatrixOptimizer):
     def __init__(
         self,
         params: Iterable,
-        lr: float = 1e-4,
+        lr: float = 1e-3,
         *,
         momentum: float = 0.95,
         nesterov: bool = True,
@@ -148,7 +148,7 @@ class Muon(Teon):
     def __init__(
         self,
         params: Iterable,
-        lr: float = 1e-4,
+        lr: float = 1e-3,
         *,
         momentum: float = 0.95,
         nesterov: bool = True,
