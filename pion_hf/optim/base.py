@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pion_hf.errors import listing, unknown
 from pion_hf.linalg.precision import full_float32
@@ -30,6 +31,8 @@ from pion_hf.optim.observing import Observer, SelfCheck, Update
 from pion_hf.optim.options import Common
 from pion_hf.optim.rewritten import StateOfWeights, no_rest, working_dtype
 from pion_hf.optim.saved import ADAMW_OPTIONS, CALLED, OWN, check_saved, options_of_state, renewed
+
+PATIENCE = 5.0  # seconds of a step, after which it shows how far it is
 
 
 class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
@@ -397,8 +400,10 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         group, plan = self.param_groups[index], self._plans[index]
         for p in plan.params:
             self.state[p]["step"] += 1
+        first = self.is_master(group) and any(self.state[p]["step"] == 1 for p in plan.params)
+        bar = {"desc": "First step: factors of matrices", "delay": PATIENCE, "leave": False, "disable": not first}
         for batches, states in plan.rounds(self.state):
-            for batch in batches:
+            for batch in tqdm(batches, **bar):
                 self._update_batch(batch, states, group)
 
     def _update_batch(self, batch: Batch, states: dict, group: dict) -> None:
