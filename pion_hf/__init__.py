@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pion_hf.integrations.blend import Blend
     from pion_hf.integrations.callbacks import watch
     from pion_hf.integrations.config import PionTrainingArguments
+    from pion_hf.integrations.factory import factory
     from pion_hf.integrations.trainer import PionTrainer, PionTrainerMixin
     from pion_hf.optim import Inputs, Muon, Pion, PionLora, RoutedAdamW, Teon, TeonLora
     from pion_hf.routing import param_groups, routing_table
@@ -32,6 +33,7 @@ __all__ = [
     "Teon",
     "TeonLora",
     "__version__",
+    "factory",
     "param_groups",
     "register",
     "routing_table",
@@ -46,6 +48,7 @@ __getattr__, __dir__ = attach(
         "Blend": "pion_hf.integrations.blend",
         "watch": "pion_hf.integrations.callbacks",
         "PionTrainingArguments": "pion_hf.integrations.config",
+        "factory": "pion_hf.integrations.factory",
         **dict.fromkeys(("PionTrainer", "PionTrainerMixin"), "pion_hf.integrations.trainer"),
         **dict.fromkeys(("Inputs", "Muon", "Pion", "PionLora", "RoutedAdamW", "Teon", "TeonLora"), "pion_hf.optim"),
         **dict.fromkeys(("param_groups", "routing_table"), "pion_hf.routing"),

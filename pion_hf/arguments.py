@@ -46,10 +46,13 @@ GROUP_OPTIONS = tuple(dict.fromkeys(name for kinds in ROUTED.values() for kind i
 TRAINER_FIELDS = {"lr": "learning_rate", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}
 
 
-def options_of(optim: str) -> dict[str, Any]:
-    """Every option of an optimizer that `optim_args` takes, constructor's and groups', as fields of dataclasses."""
+def options_of(optim: str, *, by_trainer: bool = True) -> dict[str, Any]:
+    """Every option of an optimizer that `optim_args` takes, constructor's and groups', as fields of dataclasses.
+
+    by_trainer: whether learning rate and weight decay are fields of a Trainer's arguments, and none of these.
+    """
     constructor = dataclasses.fields(OPTIMIZER_CLASSES[optim].options)
-    elsewhere = TRAINER_FIELDS.keys() | FIXED_OPTIONS.get(optim, {}).keys()
+    elsewhere = (TRAINER_FIELDS.keys() if by_trainer else set()) | FIXED_OPTIONS.get(optim, {}).keys()
     own = {f.name: f for f in constructor if f.name not in elsewhere}
     return own | {f.name: f for kind in ROUTED[optim] for f in dataclasses.fields(kind)}
 
@@ -64,12 +67,12 @@ def usual_rates(optim: str) -> str:
     return " to ".join(f"{rate:g}" for rate in USUAL_RATES[optim])
 
 
-def option_types(optim: str) -> dict[str, Any]:
+def option_types(optim: str, *, by_trainer: bool = True) -> dict[str, Any]:
     """Every option of an optimizer, as above, and its type."""
     types = {}
     for kind in (OPTIMIZER_CLASSES[optim].options, *ROUTED[optim]):
         types |= types_of(kind)
-    return {name: types[name] for name in options_of(optim)}
+    return {name: types[name] for name in options_of(optim, by_trainer=by_trainer)}
 
 
 def field_name(option: str) -> str:
@@ -219,22 +222,26 @@ def parse_optim_args(text: str | Mapping[str, Any] | None) -> dict[str, Any]:
     return options
 
 
-def resolve_options(optim: str, *sources: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def resolve_options(
+    optim: str, *sources: dict[str, Any], by_trainer: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Merge and check sources of options; later ones win. Returns the constructor's and the groups'.
+
+    by_trainer: see `options_of`.
 
     Raises:
         ValueError: an option that does not exist (with the nearest that does) or a value of the wrong type.
     """
-    types = option_types(optim)
+    types = option_types(optim, by_trainer=by_trainer)
     merged: dict[str, Any] = {}
     for source in sources:
         for key, value in source.items():
-            if key in TRAINER_FIELDS:
+            if by_trainer and key in TRAINER_FIELDS:
                 raise ValueError(f"optim_args: {key!r} is set by --{TRAINER_FIELDS[key]}, not here.")
             if key not in types:
                 raise _not_an_option(key, optim, types)
             merged[key] = _convert(key, value, types[key])
-    for key, field in options_of(optim).items():
+    for key, field in options_of(optim, by_trainer=by_trainer).items():
         if key in merged:
             check_value(key, merged[key], types[key], field.metadata["allowed"])
     merged |= FIXED_OPTIONS.get(optim, {})
@@ -246,6 +253,7 @@ def resolve_options(optim: str, *sources: dict[str, Any]) -> tuple[dict[str, Any
 
 # Options of other optimizers that one might look for here, or of earlier versions, and what to do instead.
 ELSEWHERE = {
+    "learning_rate": "it is called 'lr' here",
     "hold": "it is gone since 0.13, as no benchmark spoke for it: leave it out",
     "rank_tolerance": "it is gone since 0.13, and always 0.02: leave it out",
     "fused": "AdamW's groups are updated by torch's fused AdamW as it is, and matrices in batches: leave it out",

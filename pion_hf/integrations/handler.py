@@ -44,31 +44,33 @@ def optimizer_of(args: Any, model: nn.Module | None) -> tuple[type, dict[str, An
     optim, options, group_options = choose_form(args, model)
     say_what_it_is(args, optim, options)
     routing, groups = groups_from(args, model, optim, group_options)
-    # Measured of weights of which the first process's count: DDP and FSDP2 give them to the others, but only later.
-    measured = [group for group in groups if "unit_step" in group]
-    for group, sizes in zip(measured, of_first([group["unit_step"] for group in measured]), strict=True):
-        group["unit_step"] = sizes
     announce(routing, groups, args)
-    if options.get("keep"):
-        options["inputs"] = Inputs(model, kept_columns(options))
-    return OPTIMIZER_CLASSES[optim], {"params": groups, "lr": args.learning_rate, **options}
+    return OPTIMIZER_CLASSES[optim], {"params": groups, "lr": args.learning_rate, **with_inputs(options, model)}
 
 
 def choose_form(args: Any, model: nn.Module) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """The optimizer's name and options for `model`: on LoRA adapters, that of the form for adapters.
+    """`form_of` with the options of typed fields and of `optim_args`, which wins; a rate that is open is the form's."""
+    typed = args.given_options() if isinstance(args, OptimizerFields) else {}
+    form, *options = form_of(args.optim.value, model, typed, parse_optim_args(args.optim_args))
+    if form != args.optim.value and getattr(args, "rate_is_open", False):
+        args.learning_rate = default_rate(form)
+    return form, *options
+
+
+def form_of(
+    optim: str, model: nn.Module, *sources: dict[str, Any], by_trainer: bool = True
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The optimizer's name and options for `model`, constructor's and groups'; on LoRA adapters those of its form.
 
     Raises:
         ValueError: as `resolve_options`, also for options that the form for adapters does not have.
     """
-    optim = args.optim.value
     if not (optim in LORA_FORMS and has_adapters(model)):
-        return optim, *options_from(args, optim)
+        return optim, *resolve_options(optim, *sources, by_trainer=by_trainer)
     form, usual = LORA_FORMS[optim]
-    if getattr(args, "rate_is_open", False):
-        args.learning_rate = default_rate(form)
     what = "".join(f", {key}={value}" for key, value in usual.items())
     logger.warning(f"optim={optim!r} on LoRA adapters is {form!r}{what}: it updates the factors, each by its own rule.")
-    return form, *options_from(args, form, usual)
+    return form, *resolve_options(form, usual, *sources, by_trainer=by_trainer)
 
 
 def say_what_it_is(args: Any, optim: str, options: dict[str, Any]) -> None:
@@ -87,25 +89,37 @@ def say_what_it_is(args: Any, optim: str, options: dict[str, Any]) -> None:
         )
 
 
-def options_from(args: Any, optim: str, usual: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The constructor's and the groups' options: the `usual` ones, typed fields, `optim_args`; the last one wins."""
-    typed = args.given_options() if isinstance(args, OptimizerFields) else {}
-    return resolve_options(optim, usual or {}, typed, parse_optim_args(args.optim_args))
-
-
 def groups_from(args: Any, model: nn.Module, optim: str, options: dict[str, Any]) -> tuple[Routing, list[dict]]:
-    """Route `model` and build its groups; AdamW's settings default to those of `TrainingArguments`."""
-    options = {"adamw_betas": (args.adam_beta1, args.adam_beta2), "adamw_eps": args.adam_epsilon, **options}
-    choices = {key: options.pop(key, None) for key in GROUP_OPTIONS if not key.startswith("adamw_")}
-    choices["targets"] = choices["targets"] or args.optim_target_modules
-    routing = routing_table(model, optim, **choices, zeros=_zeros_at_the_start(args))
-    (zeros,) = of_first([routing.zeros])  # by its weights: the others may not have them yet
+    """`groups_of` with the rates of `TrainingArguments`; AdamW's settings default to theirs too."""
+    settings = {"adamw_betas": (args.adam_beta1, args.adam_beta2), "adamw_eps": args.adam_epsilon, **options}
+    settings["targets"] = settings.get("targets") or args.optim_target_modules
+    rates = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    return groups_of(model, optim, {**settings, **rates}, zeros=_zeros_at_the_start(args))
+
+
+def groups_of(
+    model: nn.Module, optim: str, options: dict[str, Any], *, zeros: list[str] | None = None
+) -> tuple[Routing, list[dict]]:
+    """Route `model` and build its groups, by the weights of the first process: the others may not have them yet.
+
+    options: those of `pion_hf.param_groups`. zeros: see `pion_hf.routing_table`.
+    """
+    choices = {key: options.get(key) for key in GROUP_OPTIONS if not key.startswith("adamw_")}
+    routing = routing_table(model, optim, **choices, zeros=zeros)
+    (zeros,) = of_first([routing.zeros])
     if zeros != routing.zeros:
         routing = routing_table(model, optim, **choices, zeros=zeros)
-    groups = param_groups(
-        model, optim, lr=args.learning_rate, weight_decay=args.weight_decay, routing=routing, **options
-    )
+    settings = {key: value for key, value in options.items() if key not in choices}
+    groups = param_groups(model, optim, routing=routing, **settings)
+    measured = [group for group in groups if "unit_step" in group]
+    for group, sizes in zip(measured, of_first([group["unit_step"] for group in measured]), strict=True):
+        group["unit_step"] = sizes
     return routing, groups
+
+
+def with_inputs(options: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A constructor's options, with the inputs of the model's layers where some of their directions are kept."""
+    return {**options, "inputs": Inputs(model, kept_columns(options))} if options.get("keep") else options
 
 
 def _zeros_at_the_start(args: Any) -> list[str] | None:
@@ -178,10 +192,11 @@ def announce(routing: Routing, groups: list[dict], args: Any) -> None:
         if console.is_terminal:
             console.print(routing.table(rates))
         else:
-            print(_summary(routing, rates), file=sys.stderr)
+            print(summary(routing, rates), file=sys.stderr)
 
 
-def _summary(routing: Routing, rates: dict[str, float]) -> str:
+def summary(routing: Routing, rates: dict[str, float]) -> str:
+    """Who updates what, in a line."""
     rows: dict[str, Counter] = {}
     for row in routing.rows(rates):
         rows.setdefault(row["rule"], Counter()).update({key: row[key] for key in ("tensors", "matrices", "parameters")})
