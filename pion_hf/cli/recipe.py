@@ -73,6 +73,8 @@ GONE = {
     "fp16_backend": "there is only one",
     "half_precision_backend": "there is only one",
     "logging_dir": "trackers take their folder from the environment (TENSORBOARD_LOGGING_DIR)",
+    "optim_hold": "no benchmark spoke for it",
+    "optim_rank_tolerance": "it is always 0.02",
     "overwrite_output_dir": "a run always writes into output_dir; resume_from_checkpoint continues one",
     "save_safetensors": "nothing else is saved",
     "tokenizer_name": "the tokenizer is the model's",
