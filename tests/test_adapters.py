@@ -156,7 +156,7 @@ def test_several_adapters_at_once():
     per_adapter = [sum(f".{adapter}." in name for name in found) for adapter in ("default", "second")]
     assert per_adapter == [8, 8]
     before = copies(model)
-    train(model, PionLora(param_groups(model, "pion_lora", lr=1e-2)), steps=3)
+    train(model, PionLora(param_groups(model, "pion_lora", lr=1e-3)), steps=3)
     assert moved(model, before) == set(found)
 
 
@@ -168,7 +168,7 @@ def test_an_inactive_adapter_is_left_alone():
     assert len(found) == 8
     assert all(".second." in name for name in found)
     before = copies(model)
-    train(model, PionLora(param_groups(model, "pion_lora", lr=1e-2)), steps=3)
+    train(model, PionLora(param_groups(model, "pion_lora", lr=1e-3)), steps=3)
     assert moved(model, before) == set(found)
 
 
@@ -185,7 +185,7 @@ def test_ranks_and_alphas_by_pattern(optim):
         assert r.unit_step == pytest.approx(growth(model, r, scaling=scaling), rel=1e-6)
     if optim == "teon_lora":
         assert not any("v_proj" in name for names in routing_table(model, optim).stacks.stacks for name in names)
-    optimizer = {"pion_lora": PionLora, "teon_lora": TeonLora}[optim](param_groups(model, optim, lr=1e-2))
+    optimizer = {"pion_lora": PionLora, "teon_lora": TeonLora}[optim](param_groups(model, optim, lr=1e-3))
     before = copies(model)
     train(model, optimizer)
     assert moved(model, before) == set(found)
@@ -205,7 +205,7 @@ def test_in_embeddings_the_factors_change_places():
     spectral = math.sqrt(b.parameter.shape[0] / a.parameter.shape[1]) / (8 / 4 * size)
     assert a.unit_step == pytest.approx(25 * spectral, rel=1e-6)
     assert b.unit_step == pytest.approx(25 * math.sqrt(4 / 16), rel=1e-6)
-    optimizer, before = PionLora(param_groups(model, "pion_lora", lr=1e-2)), copies(model)
+    optimizer, before = PionLora(param_groups(model, "pion_lora", lr=1e-3)), copies(model)
     spectrum = torch.linalg.svdvals(b.parameter.detach().double())
     train(model, optimizer, steps=3)
     assert moved(model, before) == set(found)
@@ -220,7 +220,7 @@ def test_dora_magnitudes_go_to_adamw():
     assert {r.rule for r in magnitudes.values()} == {"adamw"}
     assert {n for n, r in found.items() if r.rule == "pion_lora"} == factor_names(model)
     before = copies(model)
-    train(model, PionLora(param_groups(model, "pion_lora", lr=1e-2)), steps=3)
+    train(model, PionLora(param_groups(model, "pion_lora", lr=1e-3)), steps=3)
     assert moved(model, before) == set(found)
 
 
@@ -272,7 +272,7 @@ def test_experts_train_and_each_rotated_factor_keeps_its_spectrum():
     model = adapted(mixtral(), target_modules=[], target_parameters=["mlp.experts.down_proj"])
     found = routes(model)
     before = copies(model)
-    train(model, PionLora(param_groups(model, "pion_lora", lr=2e-2)), steps=4)
+    train(model, PionLora(param_groups(model, "pion_lora", lr=2e-3)), steps=4)
     assert moved(model, before) == set(found)
     for name, r in found.items():
         if r.method == "rotate":
@@ -293,7 +293,7 @@ def test_gpt2_stores_its_layers_transposed_and_its_factors_not():
             assert (r.parameter.shape, partner(model, name).shape) == ((out, 4), (4, 32))
             assert r.unit_step == pytest.approx(growth(model, r, scaling=8 / 4), rel=1e-6)
     before = copies(model)
-    train(model, PionLora(param_groups(model, "pion_lora", lr=1e-2)), steps=3)
+    train(model, PionLora(param_groups(model, "pion_lora", lr=1e-3)), steps=3)
     assert moved(model, before) == set(found)
 
 
@@ -320,7 +320,7 @@ def test_a_frozen_factor_is_named_and_its_partner_trains(side, trains):
     assert set(found) == factor_names(model)
     assert all(f".lora_{trains}." in name for name in found)
     with pytest.warns(UserWarning, match="frozen while their partners train"):
-        groups = param_groups(model, "pion_lora", lr=1e-2)
+        groups = param_groups(model, "pion_lora", lr=1e-3)
     before = copies(model)
     train(model, PionLora(groups))
     assert moved(model, before) == set(found)
@@ -363,7 +363,7 @@ def test_the_choices_of_both_factors(lora_a, lora_b):
             routing_table(model, "pion_lora", lora_a=lora_a, lora_b=lora_b)
         return
     want = {"A": lora_a or "rotate", "B": lora_b or "orthogonal"}
-    groups = param_groups(model, "pion_lora", lr=1e-2, lora_a=lora_a, lora_b=lora_b)
+    groups = param_groups(model, "pion_lora", lr=1e-3, lora_a=lora_a, lora_b=lora_b)
     for group in groups:
         for name, _ in group["params"]:
             method = want["A" if ".lora_A." in name else "B"]

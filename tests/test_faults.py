@@ -284,7 +284,7 @@ def test_steps_with_gradients_that_are_not_finite_might_not_have_been(optim, dty
     tried("NaN or Inf in a gradient: bits of a run without the step", len(poison), "steps")
 
 
-@pytest.mark.parametrize("optim", ["pion", "teon", "muon", "adamw_routed"])
+@pytest.mark.parametrize("optim", ["pion", "pion_ambient", "teon", "muon", "adamw_routed"])
 def test_a_run_goes_on_after_a_gradient_that_is_not_finite(optim, tmp_path):
     class Poison(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):

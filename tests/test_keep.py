@@ -267,11 +267,11 @@ def adapted(**config) -> nn.Module:
 
 
 def pion_lora(model: nn.Module, lora_a: str = "rotate", **options) -> MatrixOptimizer:
-    return PionLora(param_groups(model, "pion_lora", lr=3e-2, lora_a=lora_a), lr=3e-2, **options)
+    return PionLora(param_groups(model, "pion_lora", lr=2e-3, lora_a=lora_a), lr=2e-3, **options)
 
 
 def teon_lora(model: nn.Module, stack: int = 2, **options) -> MatrixOptimizer:
-    return TeonLora(param_groups(model, "teon_lora", lr=3e-2, stack=stack), lr=3e-2, stack=stack, **options)
+    return TeonLora(param_groups(model, "teon_lora", lr=3e-3, stack=stack), lr=3e-3, stack=stack, **options)
 
 
 ADAPTERS = {
@@ -394,10 +394,11 @@ def assert_goes_on(trainer: Trainer, again: Trainer, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("trainer_class", [PionTrainer, Trainer])
-@pytest.mark.parametrize("optim", ["pion", "teon", "muon", "adamw_routed"])
+@pytest.mark.parametrize("optim", ["pion", "pion_ambient", "teon", "muon", "adamw_routed"])
 def test_a_trainer_watches(trainer_class, optim, tmp_path):
     """Both micro-batches of the first step count; the hooks are gone afterwards; a checkpoint goes on."""
-    args, rows = arguments(tmp_path, optim, learning_rate=3e-3, gradient_accumulation_steps=2), data()
+    rate = 3e-4 if optim == "pion_ambient" else 3e-3
+    args, rows = arguments(tmp_path, optim, learning_rate=rate, gradient_accumulation_steps=2), data()
     model = toy_llama()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = trainer_class(model, args, train_dataset=rows)
@@ -412,9 +413,9 @@ def test_a_trainer_watches(trainer_class, optim, tmp_path):
     assert_goes_on(trainer, trainer_class(toy_llama(), args, train_dataset=rows), tmp_path)
 
 
-@pytest.mark.parametrize("optim", ["pion", "muon"])
+@pytest.mark.parametrize("optim", ["pion", "pion_ambient", "muon"])
 def test_a_trainer_watches_adapters(optim, tmp_path):
-    args, rows = arguments(tmp_path, optim, learning_rate=3e-2), data()
+    args, rows = arguments(tmp_path, optim, learning_rate=2e-3), data()
     trainer = PionTrainer(adapted(), args, train_dataset=rows)
     trainer.train()
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)

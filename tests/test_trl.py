@@ -161,7 +161,7 @@ def test_config_is_trls_with_typed_options(name, tmp_path):
     theirs = getattr(trl, f"{name}Config")
     assert issubclass(config, (OptimizerFields, theirs))
     assert config(output_dir=str(tmp_path), bf16=False).optim == "pion"
-    assert config(output_dir=str(tmp_path), bf16=False, optim_hold=0.1).given_options() == {"hold": 0.1}
+    assert config(output_dir=str(tmp_path), bf16=False, optim_rms=0.1).given_options() == {"rms": 0.1}
     assert config.learning_rate == theirs.learning_rate
     with pytest.raises(ValueError, match="'ambiant' is not a known value of metric"):
         config(output_dir=str(tmp_path), bf16=False, optim_metric="ambiant")

@@ -228,7 +228,7 @@ OUT_OF_RANGE = [
     ("optim_adamw_lr", math.nan, "at least 0"),
     ("optim_adamw_betas", [0.9, 1.5], "at least 0 and below 1, got [0.9, 1.5]"),
     ("optim_rms", 0.0, "above 0"),
-    ("optim_hold", 1.0, "at least 0 and below 1"),
+    ("optim_momentum", 1.0, "at least 0 and below 1"),
     ("lora_r", 0, "at least 1"),
     ("lora_alpha", -8, "at least 1"),
     ("lora_dropout", 1.0, "at least 0 and below 1"),
