@@ -12,9 +12,7 @@ from transformers import HfArgumentParser
 from pion_hf import Pion, PionTrainingArguments, param_groups
 from pion_hf.arguments import (
     GROUP_OPTIONS,
-    LORA_OPTIONS,
     OPTIMIZER_CLASSES,
-    STACK_OPTIONS,
     OptimizerFields,
     option_types,
     parse_optim_args,
@@ -281,4 +279,4 @@ def test_fields_that_the_optimizer_ignores_are_named(arguments, monkeypatch):
 
 
 def test_group_options_are_those_of_param_groups():
-    assert {*GROUP_OPTIONS, *STACK_OPTIONS, *LORA_OPTIONS} <= set(inspect.signature(param_groups).parameters)
+    assert {*GROUP_OPTIONS} <= set(inspect.signature(param_groups).parameters)

@@ -112,7 +112,7 @@ def test_sft_trains_and_reports(recipe, tmp_path, capsys):
     assert [example["question"] for example in report["examples"]] == questions
     assert report["examples"][0]["before"] != report["examples"][0]["reference"]
     assert report["optimizer"]["name"] == "pion"
-    assert report["optimizer"]["options"]["direction"] == "natural"
+    assert report["optimizer"]["options"]["direction"] == "gradient"
     assert report["steps"] == 2
     assert report["spectrum_drift"] < 1e-5
     printed = capsys.readouterr().out
@@ -161,8 +161,9 @@ def test_errors_of_the_users_own_code_keep_their_traceback(monkeypatch):
 
 
 def planned_bytes(printed: str) -> dict[str, int]:
-    """Bytes of state by optimizer, from the last table."""
-    cells = [[c.strip() for c in line.split("│")] for line in printed.split("Optimizer state")[1].splitlines()]
+    """Bytes of state by optimizer, from their table."""
+    table = printed.split("Optimizer state")[1].split("The first update")[0]
+    cells = [[c.strip() for c in line.split("│")] for line in table.splitlines()]
     return {row[1]: int(row[2].replace(",", "")) for row in cells if len(row) > 3}
 
 
@@ -202,6 +203,9 @@ def test_plan_follows_the_recipe_without_training(recipe, tmp_path, capsys):
     sizes = {n: p.numel() for n, p in toy_llama().named_parameters()}
     assert by_rule["pion"] == sum(size for n, size in sizes.items() if "mlp" in n)
     assert by_rule["adamw"] == sum(size for n, size in sizes.items() if "mlp" not in n)
+    rows = [[c.strip() for c in line.split("│")] for line in printed.split("The first update")[1].splitlines()]
+    updates = {row[1]: row[2:4] for row in rows if len(row) > 3}
+    assert updates == {"pion": ["0.01", "RMS 2.0e-03"], "adamw": ["0.001", "RMS 1.0e-03"]}
     assert not (tmp_path / "run").exists()
 
 
