@@ -271,7 +271,9 @@ def _not_an_option(key: str, optim: str, types: dict[str, Any]) -> ValueError:
         return ValueError(f"optim={optim!r} has no option {key!r}: {ELSEWHERE[key]}.")
     owners = [name for name in OPTIMIZER_CLASSES if key in option_types(name)]
     if owners:
-        return ValueError(f"{key!r} is an option of optim={' and '.join(map(repr, owners))}, not of optim={optim!r}.")
+        hint = " It is momentum_frame since 0.13." if key == "momentum" and "momentum_frame" in types else ""
+        owner = " and ".join(map(repr, owners))
+        return ValueError(f"{key!r} is an option of optim={owner}, not of optim={optim!r}.{hint}")
     return unknown(f"option of optim={optim!r}", key, types)
 
 

@@ -26,6 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noq
 from torch import Tensor  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
+from pion_hf.linalg import rotation  # noqa: E402
 from pion_hf.linalg.rotation import Factors, Fixed, product_of  # noqa: E402
 from pion_hf.optim import blocks, sharding  # noqa: E402
 from pion_hf.optim.base import MatrixOptimizer  # noqa: E402
@@ -87,6 +88,12 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 @pytest.fixture
 def model() -> LlamaForCausalLM:
     return toy_llama()
+
+
+@pytest.fixture
+def exact_rank(monkeypatch) -> None:
+    """Only singular values that are zero to rounding count as zero, as in the literal references."""
+    monkeypatch.setattr(rotation, "RANK_TOLERANCE", 0.0)
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:

@@ -9,13 +9,12 @@ def trajectory(
     grads: Tensor,
     *,
     lr: float,
-    direction: str = "natural",
-    metric: str = "ambient",
-    momentum: str = "transported",
+    direction: str = "gradient",
+    metric: str = "lie",
+    momentum_frame: str = "transported",
     side: str = "alternate",
     scale: str = "rms",
     second_moment: bool = False,
-    hold: float = 0.0,
     rms: float = 0.2,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
@@ -28,7 +27,7 @@ def trajectory(
     weights = []
     for t, g in enumerate(grads, start=1):
         sides = {"alternate": ("in",) if t % 2 else ("out",), "both": ("in", "out")}.get(side, (side,))
-        if momentum == "lie":
+        if momentum_frame == "lie":
             generators = {}
             for s in ("in", "out"):
                 x, y = seen(w, s), seen(g, s)
@@ -51,7 +50,7 @@ def trajectory(
                 d = polar(m)
             else:
                 d = m / (v.sqrt() + eps) if second_moment else m
-            generators = {s: generator(seen(w, s), seen(d, s), metric, hold) for s in sides}
+            generators = {s: generator(seen(w, s), seen(d, s), metric) for s in sides}
         if direction == "msign":
             generators = {s: polar(a) for s, a in generators.items()}
         moved = sum(seen(seen(w, s) @ a, s) for s, a in generators.items()).norm()
@@ -62,7 +61,7 @@ def trajectory(
         assert max(torch.linalg.matrix_norm(x, 2) for x in tangents) < max_angle / 2, "a step that may be clipped"
         for s, x in xs.items():
             w = seen(rotated(seen(w, s), x), s)
-            m = m + seen(seen(m, s) @ x, s) if momentum == "transported" else m
+            m = m + seen(seen(m, s) @ x, s) if momentum_frame == "transported" else m
         weights.append(w)
     return weights
 
@@ -83,15 +82,13 @@ def polar(x: Tensor) -> Tensor:
     return u[:, s > 1e-9 * s[0]] @ vh[s > 1e-9 * s[0]]
 
 
-def generator(w: Tensor, d: Tensor, metric: str, hold: float) -> Tensor:
+def generator(w: Tensor, d: Tensor, metric: str) -> Tensor:
     """The skew n x n `A` of a direction: `-skew(w^T d)`, or the one whose `w A` is nearest to `-d`."""
     skew = w.T @ d - d.T @ w
     if metric == "lie":
         return -skew
     _, s, vh = torch.linalg.svd(w, full_matrices=True)
-    held = int(hold * len(s))
     s = torch.cat((s.where(s > 1e-12 * s[0], 0), torch.zeros(w.shape[1] - len(s), dtype=w.dtype)))
     sums = s[:, None] ** 2 + s[None, :] ** 2
     a = torch.where(sums > 0, -(vh @ skew @ vh.T) / sums, 0)
-    a[:held], a[:, :held] = 0, 0
     return vh.T @ a @ vh

@@ -49,7 +49,7 @@ def write_run(
             "name": optim,
             "learning_rate": learning_rate,
             "schedule": "linear",
-            **({"options": {"side": "alternate", "hold": 0.0}, "rules": [_rule(learning_rate)]} if rotates else {}),
+            **({"options": {"side": "alternate", "rms": 0.2}, "rules": [_rule(learning_rate)]} if rotates else {}),
         },
         "arguments": {"max_steps": steps, "output_dir": str(folder), "optim": optim, "learning_rate": learning_rate},
         "peak_memory_bytes": 3 * 2**30,

@@ -15,7 +15,7 @@ from pion_hf.integrations.callbacks import unwrap
 from tests.conftest import toy_llama
 
 # A full model or adapters, and the optimizer that it gets.
-KINDS = ["pion", "teon", "pion_lora"]
+KINDS = ["pion", "pion_ambient", "teon", "pion_lora"]
 STEPS, ROWS = 3, 4
 
 

@@ -300,7 +300,7 @@ def test_a_contender_keeps_what_a_recipe_says_of_the_rest(tmp_path):
         "AdamW: {optim: adamw_torch}\nAdamW, two rates: {optim: adamw_routed, learning_rate: [1e-4, 2e-4]}",
         encoding="utf-8",
     )
-    base = {"optim": "pion", "learning_rate": 1e-3, "max_steps": 2, "optim_betas": [0.9, 0.95], "optim_hold": 0.1}
+    base = {"optim": "pion", "learning_rate": 1e-3, "max_steps": 2, "optim_betas": [0.9, 0.95], "optim_degree": 3}
     base |= {"optim_adamw_lr": 3e-5, "optim_adamw_betas": [0.9, 0.99], "optim_exclude_modules": ["down_proj"]}
     grid, said = make_grid(base, "sft", read_contenders(path, base), {}, 1)
     plain, *two = [{k: v for k, v in trial.recipe.items() if k.startswith("optim")} for trial in grid]

@@ -57,10 +57,14 @@ def partner(model: nn.Module, name: str) -> torch.Tensor:
     return dict(model.named_parameters())[other].detach()
 
 
-def growing_reach(model: nn.Module, r, *, scaling: float) -> float:
-    """`sqrt(16 / r) sqrt(out / in) / (s a)` with `a = ||A||_F / sqrt(r)`, of a factor `B` with its partner `A`."""
+RATES = {"pion_lora": 25, "teon_lora": 15}
+
+
+def growth(model: nn.Module, r, *, scaling: float) -> float:
+    """`c sqrt(out / in) / (s a)` with `a = ||A||_F / sqrt(r)`, of a factor `B` with its partner `A`."""
     a = partner(model, r.name).double()
-    return 4 * math.sqrt(r.parameter.shape[0] / a.shape[1]) / (scaling * a.norm().item())
+    size = a.norm().item() / math.sqrt(a.shape[0])
+    return RATES[r.rule] * math.sqrt(r.parameter.shape[0] / a.shape[1]) / (scaling * size)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2, vocabulary: int = 90) -> list[float]:
@@ -102,20 +106,45 @@ def test_a_rotates_and_b_grows():
         assert r.matrices == 1
 
 
-@pytest.mark.parametrize(("options", "scaling"), [({"lora_alpha": 12}, 12 / 4), ({"use_rslora": True}, 8 / 4**0.5)])
-def test_a_growing_step_knows_width_scaling_and_the_size_of_its_partner(options, scaling):
-    model = adapted(**options)
-    for name, r in routes(model).items():
-        if ".lora_B." in name:
-            assert r.unit_step == pytest.approx(growing_reach(model, r, scaling=scaling), rel=1e-6)
+@pytest.mark.parametrize("optim", LORA_FORMS)
+@pytest.mark.parametrize("rank", [1, 4, 16, 24])
+@pytest.mark.parametrize(("options", "scaling"), [({"lora_alpha": 12}, 12), ({"lora_alpha": 8, "use_rslora": True}, 8)])
+def test_a_growing_step_knows_width_scaling_and_the_size_of_its_partner(options, scaling, rank, optim):
+    model = adapted(r=rank, **options)
+    scaling /= math.sqrt(rank) if "use_rslora" in options else rank
+    growing = [r for name, r in routes(model, optim).items() if ".lora_B." in name]
+    assert len(growing) == 4
+    for r in growing:
+        assert r.unit_step == pytest.approx(growth(model, r, scaling=scaling), rel=1e-6)
 
 
-def test_a_factor_whose_partner_is_zero_steps_by_its_own_size():
-    model = adapted()
-    for name, r in routes(model, lora_a="orthogonal").items():
-        if ".lora_A." in name:
-            own = r.parameter.detach().double().norm().item() / math.sqrt(4)
-            assert r.unit_step == pytest.approx(own, rel=1e-6)
+@pytest.mark.parametrize("rank", [2, 4, 16, 24])
+def test_a_rotation_turns_by_an_angle_that_grows_with_the_root_of_the_rank(rank):
+    model = adapted(r=rank)
+    rotating = {name: r for name, r in routes(model).items() if r.method == "rotate"}
+    assert [r.unit_step for r in rotating.values()] == pytest.approx([25 * math.sqrt(rank / 16)] * 4)
+    before, lr = copies(model), 1e-4
+    optimizer = PionLora(param_groups(model, "pion_lora", lr=lr))
+    train(model, optimizer, steps=1)
+    still = copies(model)
+    assert all(torch.equal(still[name], before[name]) for name in rotating), "B is zero: A has no gradient"
+    train(model, optimizer, steps=1)
+    for name, p in model.named_parameters():
+        if name in rotating:
+            moved = (p.detach() - before[name]).norm() / before[name].norm()
+            assert moved.item() == pytest.approx(lr * 25 * math.sqrt(rank / 16), rel=1e-2)
+
+
+@pytest.mark.parametrize("optim", LORA_FORMS)
+@pytest.mark.parametrize("rank", [1, 4, 16, 24])
+def test_a_factor_whose_partner_is_zero_steps_by_its_own_size(rank, optim):
+    model = adapted(r=rank)
+    options = {"lora_a": "orthogonal"} if optim == "pion_lora" else {}
+    growing = [r for name, r in routes(model, optim, **options).items() if ".lora_A." in name]
+    assert len(growing) == 4
+    for r in growing:
+        own = r.parameter.detach().double().norm().item() / math.sqrt(rank)
+        assert r.unit_step == pytest.approx(RATES[optim] * math.sqrt(rank / 16) * own, rel=1e-6)
 
 
 def test_several_adapters_at_once():
@@ -127,7 +156,7 @@ def test_several_adapters_at_once():
     per_adapter = [sum(f".{adapter}." in name for name in found) for adapter in ("default", "second")]
     assert per_adapter == [8, 8]
     before = copies(model)
-    train(model, PionLora(param_groups(model, "pion_lora", lr=1e-2)), steps=3)
+    train(model, PionLora(param_groups(model, "pion_lora", lr=1e-3)), steps=3)
     assert moved(model, before) == set(found)
 
 
@@ -139,7 +168,7 @@ def test_an_inactive_adapter_is_left_alone():
     assert len(found) == 8
     assert all(".second." in name for name in found)
     before = copies(model)
-    train(model, PionLora(param_groups(model, "pion_lora", lr=1e-2)), steps=3)
+    train(model, PionLora(param_groups(model, "pion_lora", lr=1e-3)), steps=3)
     assert moved(model, before) == set(found)
 
 
@@ -153,10 +182,10 @@ def test_ranks_and_alphas_by_pattern(optim):
             continue
         rank = 2 if "layers.0.self_attn.v_proj" in name else 4
         scaling = (32 if "q_proj" in name else 8) / rank
-        assert r.unit_step == pytest.approx(growing_reach(model, r, scaling=scaling), rel=1e-6)
+        assert r.unit_step == pytest.approx(growth(model, r, scaling=scaling), rel=1e-6)
     if optim == "teon_lora":
         assert not any("v_proj" in name for names in routing_table(model, optim).stacks.stacks for name in names)
-    optimizer = {"pion_lora": PionLora, "teon_lora": TeonLora}[optim](param_groups(model, optim, lr=1e-2))
+    optimizer = {"pion_lora": PionLora, "teon_lora": TeonLora}[optim](param_groups(model, optim, lr=1e-3))
     before = copies(model)
     train(model, optimizer)
     assert moved(model, before) == set(found)
@@ -174,8 +203,9 @@ def test_in_embeddings_the_factors_change_places():
     assert (b.method, b.layout) == ("rotate", "transposed")
     size = b.parameter.detach().double().norm().item() / math.sqrt(4)
     spectral = math.sqrt(b.parameter.shape[0] / a.parameter.shape[1]) / (8 / 4 * size)
-    assert a.reach == pytest.approx(math.sqrt(16 / 4) * spectral, rel=1e-6)
-    optimizer, before = PionLora(param_groups(model, "pion_lora", lr=1e-2)), copies(model)
+    assert a.unit_step == pytest.approx(25 * spectral, rel=1e-6)
+    assert b.unit_step == pytest.approx(25 * math.sqrt(4 / 16), rel=1e-6)
+    optimizer, before = PionLora(param_groups(model, "pion_lora", lr=1e-3)), copies(model)
     spectrum = torch.linalg.svdvals(b.parameter.detach().double())
     train(model, optimizer, steps=3)
     assert moved(model, before) == set(found)
@@ -190,7 +220,7 @@ def test_dora_magnitudes_go_to_adamw():
     assert {r.rule for r in magnitudes.values()} == {"adamw"}
     assert {n for n, r in found.items() if r.rule == "pion_lora"} == factor_names(model)
     before = copies(model)
-    train(model, PionLora(param_groups(model, "pion_lora", lr=1e-2)), steps=3)
+    train(model, PionLora(param_groups(model, "pion_lora", lr=1e-3)), steps=3)
     assert moved(model, before) == set(found)
 
 
@@ -242,7 +272,7 @@ def test_experts_train_and_each_rotated_factor_keeps_its_spectrum():
     model = adapted(mixtral(), target_modules=[], target_parameters=["mlp.experts.down_proj"])
     found = routes(model)
     before = copies(model)
-    train(model, PionLora(param_groups(model, "pion_lora", lr=2e-2)), steps=4)
+    train(model, PionLora(param_groups(model, "pion_lora", lr=2e-3)), steps=4)
     assert moved(model, before) == set(found)
     for name, r in found.items():
         if r.method == "rotate":
@@ -261,9 +291,9 @@ def test_gpt2_stores_its_layers_transposed_and_its_factors_not():
         if ".lora_B." in name:
             out = {"c_attn": 96, "c_fc": 128}[name.split(".lora_")[0].split(".")[-1]]
             assert (r.parameter.shape, partner(model, name).shape) == ((out, 4), (4, 32))
-            assert r.unit_step == pytest.approx(growing_reach(model, r, scaling=8 / 4), rel=1e-6)
+            assert r.unit_step == pytest.approx(growth(model, r, scaling=8 / 4), rel=1e-6)
     before = copies(model)
-    train(model, PionLora(param_groups(model, "pion_lora", lr=1e-2)), steps=3)
+    train(model, PionLora(param_groups(model, "pion_lora", lr=1e-3)), steps=3)
     assert moved(model, before) == set(found)
 
 
@@ -290,7 +320,7 @@ def test_a_frozen_factor_is_named_and_its_partner_trains(side, trains):
     assert set(found) == factor_names(model)
     assert all(f".lora_{trains}." in name for name in found)
     with pytest.warns(UserWarning, match="frozen while their partners train"):
-        groups = param_groups(model, "pion_lora", lr=1e-2)
+        groups = param_groups(model, "pion_lora", lr=1e-3)
     before = copies(model)
     train(model, PionLora(groups))
     assert moved(model, before) == set(found)
@@ -310,12 +340,15 @@ def test_two_zero_factors_are_refused(optim):
 
 @pytest.mark.parametrize("optim", LORA_FORMS)
 def test_no_adapters(optim, model):
-    whole = optim.removesuffix("_lora")
+    whole = {"pion_lora": "pion_ambient", "teon_lora": "teon"}[optim]
     with pytest.raises(ValueError, match=f"the model has none that is trainable.* use optim='{whole}' for whole"):
         routing_table(model, optim)
 
 
-@pytest.mark.parametrize(("optim", "form"), [("pion", "pion_lora"), ("teon", "teon_lora"), ("muon", "teon_lora")])
+@pytest.mark.parametrize(
+    ("optim", "form"),
+    [("pion", "pion_lora"), ("pion_ambient", "pion_lora"), ("teon", "teon_lora"), ("muon", "teon_lora")],
+)
 def test_adapters_under_a_rule_of_whole_matrices(optim, form):
     with pytest.raises(ValueError, match=f"has LoRA adapters, and optim='{optim}' .*use optim='{form}'"):
         param_groups(adapted(), optim)
@@ -330,7 +363,7 @@ def test_the_choices_of_both_factors(lora_a, lora_b):
             routing_table(model, "pion_lora", lora_a=lora_a, lora_b=lora_b)
         return
     want = {"A": lora_a or "rotate", "B": lora_b or "orthogonal"}
-    groups = param_groups(model, "pion_lora", lr=1e-2, lora_a=lora_a, lora_b=lora_b)
+    groups = param_groups(model, "pion_lora", lr=1e-3, lora_a=lora_a, lora_b=lora_b)
     for group in groups:
         for name, _ in group["params"]:
             method = want["A" if ".lora_A." in name else "B"]
@@ -445,16 +478,20 @@ def optimizer_of(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("optim", "form", "stack"), [("pion", PionLora, None), ("teon", TeonLora, 2), ("muon", TeonLora, 1)]
+    ("optim", "form", "stack"),
+    [("pion", PionLora, None), ("pion_ambient", PionLora, None), ("teon", TeonLora, 2), ("muon", TeonLora, 1)],
 )
 def test_whole_matrix_names_become_their_lora_forms(optim, form, stack, optimizer_of):
     model = adapted()
-    optimizer, logged = optimizer_of(model, optim=optim, learning_rate=1e-2)
+    optimizer, logged = optimizer_of(model, optim=optim, learning_rate=5e-4)
     assert type(optimizer) is form
     assert len(logged) == 1
     name = "pion_lora" if form is PionLora else "teon_lora"
     assert f"optim={optim!r} on LoRA adapters is {name!r}" in logged[0]
     assert ("stack=1" in logged[0]) == (optim == "muon")
+    assert ("direction=gradient" in logged[0]) == (optim == "pion")
+    directions = {"pion": {"gradient"}, "pion_ambient": {"natural"}}.get(optim, {None})
+    assert {g.get("direction") for g in optimizer.param_groups} == directions
     matrices = [g for g in optimizer.param_groups if g["rule"] == name]
     assert {g.get("stack") for g in matrices} == {stack}
     if stack:
@@ -476,11 +513,18 @@ def test_the_forms_own_names_say_nothing(optim, form, optimizer_of, tmp_path):
     assert all(p["unit_step"] > 0 for p in record["parameters"])
 
 
+@pytest.mark.parametrize("words", [{"optim_args": "direction=polar"}, {"optim_direction": "polar"}])
+def test_another_direction_wins_over_that_of_the_name(words, optimizer_of):
+    for classes in (PionTrainingArguments, TrainingArguments)[: 2 if "optim_args" in words else 1]:
+        optimizer, _ = optimizer_of(adapted(), classes, optim="pion", **words)
+        assert {g["direction"] for g in optimizer.param_groups} == {"polar"}
+
+
 def test_options_reach_the_lora_form(optimizer_of):
-    options = {"optim_metric": "lie", "optim_direction": "gradient", "optim_betas": [0.8, 0.9], "weight_decay": 0.1}
+    options = {"optim_metric": "ambient", "optim_direction": "adam", "optim_betas": [0.8, 0.9], "weight_decay": 0.1}
     optimizer, _ = optimizer_of(adapted(), PionTrainingArguments, optim_adamw_lr=1e-3, **options)
     for group in optimizer.param_groups:
-        assert (group["metric"], group["direction"], group["betas"]) == ("lie", "gradient", (0.8, 0.9))
+        assert (group["metric"], group["direction"], group["betas"]) == ("ambient", "adam", (0.8, 0.9))
         assert group["weight_decay"] == (0.0 if group["method"] == "rotate" else 0.1)
     optimizer, _ = optimizer_of(adapted(), optim="pion_lora", optim_args="lora_a=orthogonal, lora_b=adamw")
     assert sorted((g["rule"], g.get("method")) for g in optimizer.param_groups) == [
@@ -496,13 +540,11 @@ def test_options_reach_the_lora_form(optimizer_of):
 @pytest.mark.parametrize(
     ("optim", "options", "message"),
     [
-        ("pion", {"optim_args": "side=in"}, "'side' is an option of optim='pion', not of optim='pion_lora'"),
-        ("pion", {"optim_args": "preset=paper"}, "not of optim='pion_lora'"),
-        (
-            "pion",
-            {"optim_args": "retraction=taylor"},
-            "'retraction' is an option of optim='pion', not of",
-        ),
+        ("pion", {"optim_args": "side=in"}, "'side' is an option of optim='pion' and 'pion_ambient', not of"),
+        ("pion_ambient", {"optim_args": "side=in"}, "'side' is an option of optim='pion' and 'pion_ambient', not of"),
+        ("pion", {"optim_args": "preset=paper"}, "'preset' is an option of optim='pion', not of optim='pion_lora'"),
+        ("pion_ambient", {"optim_args": "rms=0.2"}, "not of optim='pion_lora'"),
+        ("pion", {"optim_args": "retraction=taylor"}, "'retraction' is an option of optim='pion' and 'pion_ambient'"),
         ("pion", {"optim_args": "direction=msign"}, "'msign' is not a known value of direction"),
         ("teon", {"optim_args": "scale=rms"}, "not of optim='teon_lora'"),
         ("muon", {"optim_args": "rms=0.1"}, "not of optim='teon_lora'"),

@@ -9,12 +9,10 @@ import typing
 import pytest
 from transformers import HfArgumentParser
 
-from pion_hf import PionTrainingArguments, param_groups
+from pion_hf import Pion, PionTrainingArguments, param_groups
 from pion_hf.arguments import (
     GROUP_OPTIONS,
-    LORA_OPTIONS,
     OPTIMIZER_CLASSES,
-    STACK_OPTIONS,
     OptimizerFields,
     option_types,
     parse_optim_args,
@@ -41,7 +39,7 @@ def arguments(tmp_path):
         ("rms=0.2", {"rms": 0.2}),
         ("rms = 0.2 , side = both ,", {"rms": 0.2, "side": "both"}),
         ("betas=(0.9,0.95)", {"betas": [0.9, 0.95]}),
-        ("betas=[0.9, 0.95],hold=0.0", {"betas": [0.9, 0.95], "hold": 0.0}),
+        ("betas=[0.9, 0.95],eps=0.0", {"betas": [0.9, 0.95], "eps": 0.0}),
         ("second_moment=true,preset=none", {"second_moment": True, "preset": None}),
         ("polar_steps=3,eps=1e-6", {"polar_steps": 3, "eps": 1e-6}),
         ("targets=[q_proj, k_proj]", {"targets": ["q_proj", "k_proj"]}),
@@ -140,7 +138,7 @@ def test_numbers_that_yaml_reads_as_text(arguments):
 
 
 def test_later_sources_win():
-    assert resolve_options("pion", {"rms": 0.1, "hold": 0.1}, {"rms": 0.2}) == ({"rms": 0.2, "hold": 0.1}, {})
+    assert resolve_options("pion", {"rms": 0.1, "eps": 0.1}, {"rms": 0.2}) == ({"rms": 0.2, "eps": 0.1}, {})
 
 
 @pytest.mark.parametrize("optim", OPTIMIZER_CLASSES)
@@ -166,15 +164,40 @@ def test_every_typed_field_is_an_option_of_some_optimizer():
     assert {"exclude" if f == "optim_exclude_modules" else f.removeprefix("optim_") for f in fields} <= known
 
 
-def test_fields_that_differ_between_optimizers_reach_each_in_its_own_type(arguments):
-    for optim, given, wanted in (("pion", "lie", "lie"), ("teon", "0.9", 0.9), ("muon", "0.9", 0.9)):
-        resolved, _ = resolve_options(optim, arguments(optim="adamw_torch", optim_momentum=given).given_options())
-        assert resolved["momentum"] == wanted
+def test_fields_that_differ_between_optimizers_reach_each_in_its_own_words(arguments):
+    for optim, given in (("pion", "spectral"), ("pion_ambient", "rms"), ("teon", "paper"), ("muon", "original")):
+        resolved, _ = resolve_options(optim, arguments(optim="adamw_torch", optim_scale=given).given_options())
+        assert resolved["scale"] == given
+    with pytest.raises(ValueError, match="'spectral' is not a known value of scale"):
+        resolve_options("teon", arguments(optim="adamw_torch", optim_scale="spectral").given_options())
 
 
-def test_muon_is_teon_without_stacks():
-    assert resolve_options("muon", {"rms": 0.1}) == ({"rms": 0.1, "stack": 1}, {})
+def test_momenta_are_numbers_of_teon_and_muon_and_frames_of_pion(arguments):
+    for optim in ("teon", "muon", "teon_lora"):
+        resolved, _ = resolve_options(optim, arguments(optim="adamw_torch", optim_momentum="0.9").given_options())
+        assert resolved == {"momentum": 0.9}
+    for optim in ("pion", "pion_ambient", "pion_lora"):
+        given = arguments(optim="adamw_torch", optim_momentum_frame="ambient").given_options()
+        assert resolve_options(optim, given)[0]["momentum_frame"] == "ambient"
+        with pytest.raises(ValueError, match=rf"not of optim='{optim}'\. It is momentum_frame since 0\.13\.$"):
+            resolve_options(optim, {"momentum": "lie"})
+
+
+def test_a_stack_is_teons():
+    assert resolve_options("muon", {"rms": 0.1}) == ({"rms": 0.1}, {})
     assert resolve_options("teon", {"stack": 3, "stack_targets": "q"}) == ({}, {"stack": 3, "stack_targets": ["q"]})
+
+
+def test_pion_ambient_is_a_preset_of_pion():
+    assert OPTIMIZER_CLASSES["pion_ambient"] is OPTIMIZER_CLASSES["pion"] is Pion
+    assert resolve_options("pion_ambient", {"side": "in"}) == ({"preset": "ambient", "side": "in"}, {})
+    assert resolve_options("pion_ambient", {"rms": 2.0}) == ({"preset": "ambient", "rms": 2.0}, {})
+    for clash in ({"rms": 0.2}, {"metric": "lie"}, {"direction": "adam"}, {"scale": "none"}):
+        with pytest.raises(ValueError, match=rf"preset='ambient' sets {next(iter(clash))}=.*leave out one of the two"):
+            resolve_options("pion_ambient", clash)
+    for preset in ("ambient", "paper"):
+        with pytest.raises(ValueError, match="'preset' is an option of optim='pion', not of optim='pion_ambient'"):
+            resolve_options("pion_ambient", {"preset": preset})
 
 
 def test_choices_of_lora_factors_are_the_routings():
@@ -189,15 +212,18 @@ def test_choices_of_lora_factors_are_the_routings():
 @pytest.mark.parametrize(
     ("optim", "option", "message"),
     [
-        ("teon", {"hold": 0.1}, "'hold' is an option of optim='pion', not of optim='teon'"),
+        ("teon", {"degree": 2}, "'degree' is an option of optim='pion' and 'pion_ambient', not of optim='teon'"),
+        ("pion", {"hold": 0.1}, "optim='pion' has no option 'hold': it is gone since 0.13"),
+        ("pion", {"rank_tolerance": 0.1}, "optim='pion' has no option 'rank_tolerance': it is gone since 0.13"),
         ("muon", {"stack": 2}, "'stack' is an option of optim='teon' and 'teon_lora', not of optim='muon'"),
         ("pion", {"nesterov": True}, "'nesterov' is an option of optim='teon' and 'muon' and 'teon_lora', not of"),
         ("pion", {"lora_a": "rotate"}, "'lora_a' is an option of optim='pion_lora', not of optim='pion'"),
-        ("pion_lora", {"side": "in"}, "'side' is an option of optim='pion', not of optim='pion_lora'"),
+        ("pion_lora", {"side": "in"}, "'side' is an option of optim='pion' and 'pion_ambient', not of"),
         ("pion_lora", {"lora_b": "grow"}, "'grow' is not a known value of lora_b"),
-        ("pion_lora", {"retraction": "polar"}, "'retraction' is an option of optim='pion', not of optim='pion_lora'"),
+        ("pion_lora", {"retraction": "polar"}, "'retraction' is an option of optim='pion' and 'pion_ambient', not of"),
         ("teon_lora", {"scale": "rms"}, "not of optim='teon_lora'"),
-        ("teon", {"momentum_frame": "lie"}, "momentum must be of type float, got 'lie'"),
+        ("teon", {"momentum_frame": "lie"}, "'momentum_frame' is an option of optim='pion' and 'pion_ambient' and"),
+        ("teon", {"momentum": "lie"}, "momentum must be of type float, got 'lie'"),
         ("teon", {"stak": 2}, "Did you mean 'stack'"),
     ],
 )
@@ -216,11 +242,11 @@ def test_typed_fields_show_in_help_and_parse(tmp_path):
     text = parser.format_help()
     for name in OptimizerFields.__dataclass_fields__:
         assert f"--{name}" in text
-    command = "--use_cpu --optim_betas 0.9 0.99 --optim_hold 0.1 --optim_side in --optim_exclude_modules q_proj k_proj"
+    command = "--use_cpu --optim_betas 0.9 0.99 --optim_rms 0.1 --optim_side in --optim_exclude_modules q_proj k_proj"
     (args,) = parser.parse_args_into_dataclasses([*command.split(), "--output_dir", str(tmp_path)])
     assert args.optim == "pion"
     assert resolve_options("pion", args.given_options()) == (
-        {"betas": (0.9, 0.99), "hold": 0.1, "side": "in"},
+        {"betas": (0.9, 0.99), "rms": 0.1, "side": "in"},
         {"exclude": ["q_proj", "k_proj"]},
     )
 
@@ -229,7 +255,7 @@ def test_typed_fields_show_in_help_and_parse(tmp_path):
     ("options", "message"),
     [
         ({"optim": "pin"}, "'pin' is not a known optimizer. Did you mean 'pion'"),
-        ({"optim_momentum": "transport"}, "Did you mean 'transported'"),
+        ({"optim_momentum_frame": "transport"}, "Did you mean 'transported'"),
         ({"optim_metric": "ambiant"}, "Did you mean 'ambient'"),
         ({"optim_polar_steps": 2.5}, "polar_steps must be of type int"),
         ({"optim_betas": [0.9]}, "betas must be 2 numbers"),
@@ -243,14 +269,14 @@ def test_wrong_typed_fields_fail_at_once(options, message, arguments):
 def test_fields_that_the_optimizer_ignores_are_named(arguments, monkeypatch):
     warnings = []
     monkeypatch.setattr("pion_hf.arguments.logger.warning", warnings.append)
-    arguments(optim="adamw_torch", optim_hold=0.1)
+    arguments(optim="adamw_torch", optim_rms=0.1)
     assert len(warnings) == 1
     assert "adamw_torch" in warnings[0]
-    assert "hold" in warnings[0]
+    assert "rms" in warnings[0]
     arguments(optim="adamw_torch")
-    arguments(optim_hold=0.1)
+    arguments(optim_rms=0.1)
     assert len(warnings) == 1
 
 
 def test_group_options_are_those_of_param_groups():
-    assert {*GROUP_OPTIONS, *STACK_OPTIONS, *LORA_OPTIONS} <= set(inspect.signature(param_groups).parameters)
+    assert {*GROUP_OPTIONS} <= set(inspect.signature(param_groups).parameters)

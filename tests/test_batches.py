@@ -63,7 +63,8 @@ def pion_lora(params: list[nn.Parameter], *, method: str, **options: Any) -> Pio
 
 BUILDERS: dict[str, Callable[..., MatrixOptimizer]] = {
     "pion": pion,
-    "pion lie": functools.partial(pion, metric="lie", side="both"),
+    "pion ambient": functools.partial(pion, direction="natural", metric="ambient"),
+    "pion both sides": functools.partial(pion, direction="natural", side="both"),
     "pion paper": functools.partial(pion, preset="paper"),
     "muon": muon,
     "teon": teon,
@@ -75,11 +76,13 @@ BUILDERS: dict[str, Callable[..., MatrixOptimizer]] = {
 # Rules of rotations that the matrices of a batch could have in common more than they should.
 NEIGHBOURS = {
     "default": {},
-    "gradient": {"direction": "gradient"},
-    "adam": {"direction": "adam"},
-    "polar": {"direction": "polar", "polar": "svd"},
-    "lie, both sides": {"metric": "lie", "direction": "gradient", "side": "both"},
+    "natural, ambient": {"direction": "natural", "metric": "ambient"},
+    "gradient, ambient": {"metric": "ambient"},
+    "adam, ambient": {"direction": "adam", "metric": "ambient"},
+    "polar, ambient": {"direction": "polar", "polar": "svd", "metric": "ambient"},
+    "both sides": {"side": "both"},
     "spectral": {"scale": "spectral"},
+    "spectral, ambient": {"scale": "spectral", "metric": "ambient"},
     "paper": {"preset": "paper"},
 }
 

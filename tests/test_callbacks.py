@@ -110,10 +110,11 @@ class Fail(TrainerCallback):
 # -- the folder -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optim", ["pion", "teon", "muon", "adamw_routed", "adamw_torch", "sgd"])
+@pytest.mark.parametrize("optim", ["pion", "pion_ambient", "teon", "muon", "adamw_routed", "adamw_torch", "sgd"])
 def test_snapshots_are_those_of_the_weights(optim, train):
     """Under any optimizer, against singular values by torch."""
-    _, run = train(optim=optim, extra=[keep := Keep()])
+    rate = 1e-3 if optim == "pion_ambient" else 1e-2
+    _, run = train(optim=optim, learning_rate=rate, extra=[keep := Keep()])
     assert run.status == "finished"
     assert [snapshot.step for snapshot in run.snapshots] == list(range(7))
     assert len(run.matrices) == 14
@@ -129,7 +130,7 @@ def test_snapshots_are_those_of_the_weights(optim, train):
                 now, before = (keep.steps[s][matrix["name"]] for s in (snapshot.step, snapshot.step - 1))
                 rms = (now - before).square().mean().sqrt().item()
                 assert snapshot.values["update_rms"][index] == pytest.approx(rms, rel=1e-3, abs=1e-9)
-    assert ("angle_in" in run.snapshots[-1].values) == (optim == "pion")
+    assert ("angle_in" in run.snapshots[-1].values) == (optim in ("pion", "pion_ambient"))
     for name, (before, after) in run.spectra.items():
         for step, values in ((0, before), (6, after)):
             torch.testing.assert_close(
@@ -142,7 +143,7 @@ def test_snapshots_are_those_of_the_weights(optim, train):
 
 def test_the_record_says_what_ran(train, token_rows):
     rows = datasets.Dataset.from_list(token_rows)
-    trainer, run = train(optim_adamw_lr=1e-3, optim_hold=0.1, hub_token="secret", rows=rows)
+    trainer, run = train(optim_adamw_lr=1e-3, optim_rms=0.1, hub_token="secret", rows=rows)
     record = run.record
     assert record["model"] == {
         "name": "LlamaForCausalLM",
@@ -151,7 +152,7 @@ def test_the_record_says_what_ran(train, token_rows):
         "trainable": trainer.model.num_parameters(),
     }
     assert record["data"] == {"train": "Dataset, 16 rows", "evaluation": None}
-    assert record["optimizer"]["options"]["hold"] == 0.1
+    assert record["optimizer"]["options"]["rms"] == 0.1
     assert record["arguments"]["optim_adamw_lr"] == 1e-3
     assert record["arguments"]["max_steps"] == 6
     assert not {"weight_decay", "adam_beta1", "hub_token"} & record["arguments"].keys()
@@ -180,8 +181,9 @@ def test_input_tokens_in_every_entry_are_not_the_end(train):
     assert "spectrum_drift" in trainer.run_callback.summary
 
 
-def test_the_logs_are_those_of_the_trainer_and_of_trackers(train):
-    trainer, run = train(optim="pion", learning_rate=1e-3, extra=[tracker := Tracker()])
+@pytest.mark.parametrize(("optim", "rate", "rms"), [("pion", 1e-3, 0.2), ("pion_ambient", 1e-4, 2.0)])
+def test_the_logs_are_those_of_the_trainer_and_of_trackers(optim, rate, rms, train):
+    trainer, run = train(optim=optim, learning_rate=rate, extra=[tracker := Tracker()])
     assert [entry["step"] for entry in run.logs] == [2, 4, 6, 6]
     for logged, kept, sent in zip(run.logs, trainer.state.log_history, tracker.sent, strict=True):
         assert logged.items() >= kept.items()
@@ -192,7 +194,7 @@ def test_the_logs_are_those_of_the_trainer_and_of_trackers(train):
     wanted |= {"skipped_steps", "clipped", "optimizer_share", "spectral_norm/max", "stable_rank/mean", "spectrum_drift"}
     assert entry.keys() >= wanted | {"orthogonality_error"}
     # Of the chord; a step's size is that of the tangent, which is longer at second order.
-    assert entry["update_rms/pion"] == pytest.approx(0.2 * entry["learning_rate/pion"], rel=5e-3)
+    assert entry["update_rms/pion"] == pytest.approx(rms * entry["learning_rate/pion"], rel=5e-3)
     assert 0 < entry["angle_in/mean"] < entry["angle_in/max"] < math.pi
     assert 0 <= entry["orthogonality_error"] < 1e-5
     end = run.logs[-1]
@@ -207,7 +209,7 @@ def test_both_sides_are_told_where_rules_take_turns(train):
     assert run.logs[0]["angle_out/max"] == pytest.approx(1e-2, rel=0.2)
 
 
-@pytest.mark.parametrize("optim", ["pion", "teon", "muon", "adamw_torch"])
+@pytest.mark.parametrize("optim", ["pion", "pion_ambient", "teon", "muon", "adamw_torch"])
 def test_adapters_are_told_by_their_factors(optim, train):
     config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4, task_type="CAUSAL_LM")
     _, run = train(peft.get_peft_model(toy_llama(), config), optim=optim)
@@ -217,11 +219,12 @@ def test_adapters_are_told_by_their_factors(optim, train):
         ("down A", 0, [4, 48]),
         ("down B", 0, [4, 32]),
     ]
-    assert {m["rule"] for m in run.matrices} == {{"pion": "pion_lora", "adamw_torch": "adamw"}.get(optim, "teon_lora")}
+    rules = {"pion": "pion_lora", "pion_ambient": "pion_lora", "adamw_torch": "adamw"}
+    assert {m["rule"] for m in run.matrices} == {rules.get(optim, "teon_lora")}
     first = run.snapshots[0].values
     assert first["spectral_norm"][1] == 0
     assert math.isnan(first["stable_rank"][1]), "B starts at zero"
-    if optim == "pion":
+    if optim in ("pion", "pion_ambient"):
         assert run.logs[-1]["rotated_matrices"] == 4
         assert run.logs[-1]["spectrum_drift"] < 1e-5
         assert {"update_rms/pion_lora/rotate", "update_rms/pion_lora/orthogonal"} <= run.logs[0].keys()

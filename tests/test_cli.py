@@ -77,7 +77,7 @@ def test_run_trains_an_unmodified_script(tmp_path, checkpoint):
     script = tmp_path / "train.py"
     script.write_text(PLAIN_SCRIPT, encoding="utf-8")
     out = tmp_path / "out"
-    options = ["--model", str(checkpoint), "--output_dir", str(out), "--optim_args", "betas=(0.9, 0.95), hold=0.0,"]
+    options = ["--model", str(checkpoint), "--output_dir", str(out), "--optim_args", "betas=(0.9, 0.95), rms=0.2,"]
     done = run_process([*COMMAND, "run", str(script), *options, *TWO_STEPS])
     assert "pion: 14 matrices of " in done.stderr  # a line for a pipe; the table is for terminals
     assert (out / "routing.json").is_file()
@@ -112,7 +112,7 @@ def test_sft_trains_and_reports(recipe, tmp_path, capsys):
     assert [example["question"] for example in report["examples"]] == questions
     assert report["examples"][0]["before"] != report["examples"][0]["reference"]
     assert report["optimizer"]["name"] == "pion"
-    assert report["optimizer"]["options"]["direction"] == "natural"
+    assert report["optimizer"]["options"]["direction"] == "gradient"
     assert report["steps"] == 2
     assert report["spectrum_drift"] < 1e-5
     printed = capsys.readouterr().out
@@ -161,13 +161,14 @@ def test_errors_of_the_users_own_code_keep_their_traceback(monkeypatch):
 
 
 def planned_bytes(printed: str) -> dict[str, int]:
-    """Bytes of state by optimizer, from the last table."""
-    cells = [[c.strip() for c in line.split("│")] for line in printed.split("Optimizer state")[1].splitlines()]
+    """Bytes of state by optimizer, from their table."""
+    table = printed.split("Optimizer state")[1].split("The first update")[0]
+    cells = [[c.strip() for c in line.split("│")] for line in table.splitlines()]
     return {row[1]: int(row[2].replace(",", "")) for row in cells if len(row) > 3}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("optim_args", ["hold=0.1", "preset=paper", "exclude=q_proj"])
+@pytest.mark.parametrize("optim_args", ["direction=natural", "preset=paper", "preset=ambient", "exclude=q_proj"])
 def test_plan_states_the_bytes_a_stepped_optimizer_holds(dtype, optim_args, checkpoint, tmp_path, capsys):
     options = ["--model_name_or_path", str(checkpoint), "--dtype", dtype, "--optim_args", optim_args]
     main(["plan", *options])
@@ -202,6 +203,9 @@ def test_plan_follows_the_recipe_without_training(recipe, tmp_path, capsys):
     sizes = {n: p.numel() for n, p in toy_llama().named_parameters()}
     assert by_rule["pion"] == sum(size for n, size in sizes.items() if "mlp" in n)
     assert by_rule["adamw"] == sum(size for n, size in sizes.items() if "mlp" not in n)
+    rows = [[c.strip() for c in line.split("│")] for line in printed.split("The first update")[1].splitlines()]
+    updates = {row[1]: row[2:4] for row in rows if len(row) > 3}
+    assert updates == {"pion": ["0.01", "RMS 2.0e-03"], "adamw": ["0.001", "RMS 1.0e-03"]}
     assert not (tmp_path / "run").exists()
 
 
@@ -222,18 +226,18 @@ def test_plan_takes_the_dtype_of_the_checkpoint(tmp_path, capsys):
     ("changes", "flags", "message"),
     [
         ({"learning_rat": 1e-3}, [], "'learning_rat' is not a known key. Did you mean 'learning_rate'"),
-        ({"optim_hald": 0.1}, [], "Did you mean 'optim_hold'"),
+        ({"optim_rsm": 0.1}, [], "Did you mean 'optim_rms'"),
         ({"optim": "pin"}, [], "'pin' is not a known optimizer. Did you mean 'pion'"),
         ({"optim_metric": "ambiant"}, [], "'ambiant' is not a known value of optim_metric. Did you mean 'ambient'"),
-        ({"optim_momentum": "lye"}, [], "'lye' is not a known value of momentum. Did you mean 'lie'"),
+        ({"optim_momentum_frame": "lye"}, [], "'lye' is not a known value of optim_momentum_frame. Did you mean 'lie'"),
         ({"learning_rate": "fast"}, [], "--learning_rate/--learning-rate: invalid float value: 'fast'"),
-        ({"optim_hold": [0.1]}, [], "hold must be of type float, got [0.1]"),
+        ({"optim_rms": [0.1]}, [], "rms must be of type float, got [0.1]"),
         ({"max_steps": 2.5}, [], "max_steps must be a whole number, got 2.5"),
         ({"learning_rate": [0.001]}, [], "learning_rate must be a number, got [0.001]"),
         ({"max_steps": float("inf")}, [], "max_steps must be a whole number, got inf"),
         ({"max_steps": True}, [], "max_steps must be a whole number, got True"),
         ({"optim_args": "beta=(0.9,0.95)"}, [], "Did you mean 'betas'"),
-        ({}, ["--optim_hald", "0.1"], "'optim_hald' is not a known flag. Did you mean 'optim_hold'"),
+        ({}, ["--optim_rsm", "0.1"], "'optim_rsm' is not a known flag. Did you mean 'optim_rms'"),
         ({}, ["--learning-rate=1e-3x"], "invalid float value: '1e-3x'"),
         ({}, ["--optim_side", "inn"], "'inn' is not a known value. Did you mean 'in'"),
         ({}, ["--optim_polar_steps", "2.5"], "invalid int value: '2.5'"),
@@ -456,7 +460,7 @@ def test_sft_help_has_our_flags_and_trls(capsys):
         main(["sft", "--help"])
     assert raised.value.code == 0
     printed = capsys.readouterr().out
-    assert all(flag in printed for flag in ("--optim_hold", "--exact_match_samples", "--dataset_name", "--packing"))
+    assert all(flag in printed for flag in ("--optim_rms", "--exact_match_samples", "--dataset_name", "--packing"))
 
 
 @pytest.fixture

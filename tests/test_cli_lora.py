@@ -71,7 +71,7 @@ def loaded(checkpoint: Path, folder: Path) -> PeftModel:
 # -- training ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "pion_lora", "teon_lora", "pion", "teon", "muon"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "pion_lora", "teon_lora", "pion", "pion_ambient", "teon", "muon"])
 def test_every_optimizer_trains_adapters_and_reports(optim, recipe, tmp_path, checkpoint, trained, capsys):
     other = tmp_path / "other.txt"
     other.write_text("Sphinx of black quartz, judge my vow. " * 20, encoding="utf-8")
@@ -84,7 +84,7 @@ def test_every_optimizer_trains_adapters_and_reports(optim, recipe, tmp_path, ch
         assert all(math.isfinite(value) for values in report[moment].values() for value in values.values())
     assert report["learnt"] > 0
     assert f"{optim}, 3 steps" in capsys.readouterr().out
-    assert ("spectrum_drift" in report) == (optim in ("pion", "pion_lora"))
+    assert ("spectrum_drift" in report) == (optim in ("pion", "pion_ambient", "pion_lora"))
     assert report.get("spectrum_drift", 0.0) < 1e-5
     assert (folder / "routing.json").exists() == (optim != "adamw_torch")
     torch.testing.assert_close(logits(loaded(checkpoint, folder)), logits(trained[0]), rtol=0, atol=1e-5)

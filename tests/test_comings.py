@@ -23,7 +23,7 @@ from tests.test_batches import TOLERANCE, pion
 EXPERTS, STEPS = 8, 60
 BUILDERS: dict[str, Callable[..., MatrixOptimizer]] = {
     **{case: build for case, build in test_batches.BUILDERS.items() if case != "teon"},
-    "pion adam": functools.partial(pion, direction="adam", scale="none"),
+    "pion adam": functools.partial(pion, direction="adam", metric="ambient", scale="none"),
     "pion in": functools.partial(pion, side="in", momentum_frame="ambient"),
 }
 
@@ -66,7 +66,7 @@ def test_each_does_as_it_does_alone(case, dtype):
     params, lone = experts(dtype=dtype), experts(dtype=dtype)
     optimizer, others = BUILDERS[case](params), [BUILDERS[case]([p]) for p in lone]
     for i, other in enumerate(others):
-        if "reach" in other.param_groups[0]:
+        if "unit_step" in other.param_groups[0]:
             other.param_groups[0]["unit_step"] = [optimizer.param_groups[0]["unit_step"][i]]
     for _ in random_gradients(params, 24):
         optimizer.step()

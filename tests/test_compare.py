@@ -42,7 +42,7 @@ def compared(tmp_path_factory, checkpoint, chat_data) -> Path:
         "dataset_name": str(chat_data),
         "optim": "pion",
         "optim_adamw_lr": 1e-3,
-        "optim_args": "rank_tolerance=0.03",
+        "optim_args": "degree=3",
         "max_steps": 2,
         "per_device_train_batch_size": 4,
         "bf16": False,
@@ -346,7 +346,7 @@ def test_without_another_domain_there_is_no_frontier():
 
 # -- the grid ---------------------------------------------------------------------------------------
 
-BASE = {"optim": "pion", "optim_hold": 0.1, "optim_args": "rms=0.1", "learning_rate": 1e-3, "max_steps": 2}
+BASE = {"optim": "pion", "optim_degree": 3, "optim_args": "rms=0.1", "learning_rate": 1e-3, "max_steps": 2}
 
 
 def grid_of(base: dict, contenders: str, tmp_path: Path, *axes: str, seeds: int = 1):
@@ -358,10 +358,10 @@ def grid_of(base: dict, contenders: str, tmp_path: Path, *axes: str, seeds: int 
 def test_options_of_one_optimizer_are_left_out_for_another_and_said_once(tmp_path):
     grid, said = grid_of(BASE, "A: {optim: adamw_torch}\nM: {optim: muon}\nP: {optim: pion}", tmp_path, seeds=2)
     by_name = {trial.contender: trial.recipe for trial in grid}
-    assert "optim_hold" not in {**by_name["A"], **by_name["M"]}
-    assert by_name["P"]["optim_hold"] == 0.1
+    assert "optim_degree" not in {**by_name["A"], **by_name["M"]}
+    assert by_name["P"]["optim_degree"] == 3
     assert by_name["P"]["optim_args"] == "rms=0.1"
-    assert said == ["optim_args is left out for A; M.", "optim_hold is left out for A; M."]
+    assert said == ["optim_args is left out for A; M.", "optim_degree is left out for A; M."]
     assert [trial.seed for trial in grid] == [0, 0, 0, 1, 1, 1]
     assert all(trial.recipe["data_seed"] == trial.recipe["seed"] == trial.seed for trial in grid)
 
@@ -410,18 +410,18 @@ def refuse(recipe: str, *flags: str) -> str:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--set", "optim_hld=0,0.1"], ["'optim_hld' is not a known key", "'optim_hold'"]),
+        (["--set", "optim_rsm=0.1,0.2"], ["'optim_rsm' is not a known key", "'optim_rms'"]),
         (["--set", "max_seq_length=8"], ["'max_seq_length' is outdated", "'max_length'"]),
         (["--set", "optim_side=inn"], ["'inn'", "Did you mean 'in'"]),
         (["--set", "max_steps=2,4"], ["max_steps is '2' for", "'4' for", "no comparison under equal budget"]),
         (["--set", "seed=1"], ["--set seed", "--seeds"]),
         (["--set", "learning_rate=1"], ["--learning_rate"]),
-        (["--set", "optim_hold"], ["--set optim_hold", "key=value"]),
-        (["--set", "optim_hold="], ["holds an empty value"]),
-        (["--set", "optim_hold=[1"], ["no list of values"]),
-        (["--set", "optim_hold=0.1,0.1"], ["'0.1' is given twice"]),
-        (["--set", "optim_hold=0", "optim_hold=0.1"], ["given twice"]),
-        (["--optim", "muon", "--set", "optim_hold=0,0.1"], ["none of the optimizers"]),
+        (["--set", "optim_rms"], ["--set optim_rms", "key=value"]),
+        (["--set", "optim_rms="], ["holds an empty value"]),
+        (["--set", "optim_rms=[1"], ["no list of values"]),
+        (["--set", "optim_rms=0.1,0.1"], ["'0.1' is given twice"]),
+        (["--set", "optim_rms=0.2", "optim_rms=0.1"], ["given twice"]),
+        (["--optim", "muon", "--set", "optim_degree=2,3"], ["none of the optimizers"]),
         (["--optim", "adamw_troch"], ["'adamw_troch' is not a known", "'adamw_torch'"]),
         (["--optim", "pion,pion"], ["'pion' is given twice"]),
         (["--learning_rate", "1e-3,fast"], ["'fast' is no learning rate"]),
@@ -447,7 +447,7 @@ def test_flags_that_are_wrong_are_refused_before_anything_runs(recipe, tmp_path,
 @pytest.mark.parametrize(
     ("contenders", "said"),
     [
-        ("A: {optim: muon, optim_hold: 0.1}", ["A", "optim_hold", "muon"]),
+        ("A: {optim: muon, optim_degree: 3}", ["A", "optim_degree", "muon"]),
         ("A: {optim: muon, momentun: 0.1}", ["A", "'momentun' is not a known key"]),
         ("A: {max_steps: 3}\nB: {}", ["max_steps is 3 for A and 2 for B"]),
         ("A: {per_device_train_batch_size: 3}\nB: {}", ["per_device_train_batch_size is 3 for A and 4 for B"]),

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import SWALR
 
-from pion_hf import Pion, PionLora, RoutedAdamW, Teon, TeonLora
+from pion_hf import Muon, Pion, PionLora, RoutedAdamW, Teon, TeonLora
 from pion_hf.linalg.precision import full_float32
 from pion_hf.optim import MatrixOptimizer
 
@@ -23,8 +23,9 @@ LORA = {"method": "orthogonal", "unit_step": [0.5, 2.0]}
 BUILDERS: dict[str, Callable[..., MatrixOptimizer]] = {
     "pion": lambda **own: Pion(groups("pion", **own), lr=1e-2),
     "pion, preset": lambda **own: Pion(groups("pion", **own), lr=1e-2, preset="paper"),
+    "pion, ambient": lambda **own: Pion(groups("pion", **own), lr=1e-3, preset="ambient"),
     "teon": lambda **own: Teon(groups("teon", stacks=[["a", "b"]], **own), lr=1e-2),
-    "muon": lambda **own: Teon(groups("muon", **own), lr=1e-2, stack=1),
+    "muon": lambda **own: Muon(groups("muon", **own), lr=1e-2),
     "pion_lora, rotate": lambda **own: PionLora(groups("pion_lora", **{**LORA, "method": "rotate"}, **own)),
     "pion_lora, orthogonal": lambda **own: PionLora(groups("pion_lora", **LORA, **own)),
     "teon_lora": lambda **own: TeonLora(groups("teon_lora", stacks=[["a", "b"]], **LORA, **own)),

@@ -264,7 +264,7 @@ def test_help_explains_the_packing(capsys):
         main(["cpt", "--help"])
     assert raised.value.code == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("wrapped", "--from_config", "--spectral_init", "--optim_hold"))
+    assert all(word in printed for word in ("wrapped", "--from_config", "--spectral_init", "--optim_rms"))
 
 
 # -- the recipe's text ------------------------------------------------------------------------------

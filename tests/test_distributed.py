@@ -33,7 +33,8 @@ from tests.conftest import toy_llama
 from tests.distributed_worker import launch
 
 STEPS, BATCH = 20, 8
-OPTIMIZERS = ["pion", "teon", "muon", "pion_lora", "teon_lora", "pion keep", "muon keep", "adamw_routed"]
+OPTIMIZERS = ["pion", "pion_ambient", "teon", "muon", "adamw_routed", "pion_lora", "teon_lora"]
+OPTIMIZERS += ["pion keep", "muon keep"]
 RECIPES = Path(__file__).parent.parent / "recipes" / "accelerate"
 
 

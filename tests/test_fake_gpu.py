@@ -13,7 +13,6 @@ from pion_hf import Inputs, Pion, PionLora, RoutedAdamW, Teon
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "benchmarks" / "fake_gpu.py"
 SHAPES = ((128, 128), (192, 128), (128, 192), (128, 640), (640, 128))
-LIE = {"metric": "lie"}
 
 
 def lora(params: list[nn.Parameter]) -> PionLora:
@@ -34,13 +33,14 @@ class Kept(Inputs):
 
 OPTIMIZERS = {
     "default": Pion,
-    "adam, hold": lambda params: Pion(params, direction="adam", scale="none", hold=0.1),
+    "natural, ambient": lambda params: Pion(params, preset="ambient"),
+    "adam, ambient": lambda params: Pion(params, direction="adam", metric="ambient", scale="none"),
     "spectral": lambda params: Pion(params, scale="spectral"),
-    "gradient, lie": lambda params: Pion(params, direction="gradient", **LIE),
-    "polar, lie": lambda params: Pion(params, direction="polar", **LIE),
-    "msign": lambda params: Pion(params, direction="msign", **LIE),
-    "both sides": lambda params: Pion(params, direction="gradient", side="both", **LIE),
-    "lie momentum": lambda params: Pion(params, direction="gradient", momentum_frame="lie", second_moment=True, **LIE),
+    "spectral, ambient": lambda params: Pion(params, metric="ambient", scale="spectral"),
+    "polar": lambda params: Pion(params, direction="polar"),
+    "msign": lambda params: Pion(params, direction="msign"),
+    "both sides": lambda params: Pion(params, side="both"),
+    "lie momentum": lambda params: Pion(params, momentum_frame="lie", second_moment=True),
     "paper": lambda params: Pion(params, preset="paper"),
     "without transport": lambda params: Pion(params, momentum_frame="ambient"),
     "float32": lambda params: Pion(params, generator_dtype="float32"),
@@ -86,7 +86,7 @@ def test_a_step_stays_on_the_device(name, dtype, fake_gpu, monkeypatch):
             assert {value.device.type for value in states if value.ndim} <= {"cuda"}
 
 
-@pytest.mark.parametrize("name", ["default", "gradient, lie", "polar, lie"])
+@pytest.mark.parametrize("name", ["default", "natural, ambient", "polar"])
 def test_products_are_in_bfloat16(name, fake_gpu):
     """All of them: those of float32 take ten times as long there."""
     with fake_gpu() as counts:

@@ -237,7 +237,8 @@ ALONE = {"rule": "teon_lora", "unit_step": [1.0], "stacks": [], "stack": 1, "met
 OPTIMIZERS = {
     "pion": (Pion, PION, PION, {}),
     "pion-paper": (Pion, PION, PION, {"preset": "paper"}),
-    "pion-polar": (Pion, PION, PION, {"direction": "polar", "metric": "lie", "side": "both"}),
+    "pion-ambient": (Pion, PION, PION, {"direction": "natural", "metric": "ambient"}),
+    "pion-polar": (Pion, PION, PION, {"direction": "polar", "side": "both"}),
     "muon": (Teon, MUON, MUON, {}),
     "teon": (Teon, TEON, MUON, {}),
     "pion_lora": (PionLora, ROTATE, GROW, {}),
@@ -283,7 +284,7 @@ def test_steps_with_gradients_that_are_not_finite_might_not_have_been(optim, dty
     tried("NaN or Inf in a gradient: bits of a run without the step", len(poison), "steps")
 
 
-@pytest.mark.parametrize("optim", ["pion", "teon", "muon", "adamw_routed"])
+@pytest.mark.parametrize("optim", ["pion", "pion_ambient", "teon", "muon", "adamw_routed"])
 def test_a_run_goes_on_after_a_gradient_that_is_not_finite(optim, tmp_path):
     class Poison(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -373,7 +374,7 @@ def test_inputs_that_are_never_there_do_not_take_the_step(direction):
         start, turn = draw(size, size, seed=0) / size**0.5, draw(size, size, seed=1) / 10
         wanted = start @ torch.linalg.matrix_exp(turn - turn.T)
         w = nn.Parameter(start.clone())
-        optimizer = Pion([("w", w)], lr=3e-2, direction=direction)
+        optimizer = Pion([("w", w)], lr=3e-2, direction=direction, metric="ambient")
         for step in range(150):
             x = draw(size, 64, seed=step)
             x[:dead] = 0

@@ -292,5 +292,5 @@ def test_help_names_rewards_and_flags(capsys):
         main(["grpo", "--help"])
     assert raised.value.code == 0
     printed = capsys.readouterr().out
-    flags = ("--reward_funcs", "reasoning_gym_reward", "--num_generations", "--optim_hold", "--other_text_file")
+    flags = ("--reward_funcs", "reasoning_gym_reward", "--num_generations", "--optim_rms", "--other_text_file")
     assert all(flag in printed for flag in flags)

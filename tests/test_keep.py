@@ -35,6 +35,7 @@ from tests.conftest import toy_llama
 from tests.distributed_worker import launch
 from tests.test_inputs import KEEP, Net, ids, inputs_of, leading, rows_of
 
+AMBIENT = {"direction": "natural", "metric": "ambient"}
 DRIFT = 1e-4  # of singular values, relative to the largest
 
 # -- what is kept -----------------------------------------------------------------------------------------------------
@@ -61,10 +62,12 @@ OPTIMIZERS = {
     "adamw_routed": (adamw_routed, {}),
     "teon": (teon, {}),
     "pion": (pion, {"generator_dtype": "float32"}),
-    "pion, lie, both": (pion, {"metric": "lie", "side": "both", "generator_dtype": "float32"}),
-    "pion, polar, hold": (pion, {"direction": "polar", "hold": 0.1, "generator_dtype": "float32"}),
-    "pion, adam": (pion, {"direction": "adam", "scale": "none", "generator_dtype": "float32"}),
+    "pion, ambient": (pion, {**AMBIENT, "generator_dtype": "float32"}),
+    "pion, natural, both": (pion, {"direction": "natural", "side": "both", "generator_dtype": "float32"}),
+    "pion, polar": (pion, {**AMBIENT, "direction": "polar", "generator_dtype": "float32"}),
+    "pion, adam": (pion, {**AMBIENT, "direction": "adam", "scale": "none", "generator_dtype": "float32"}),
     "pion, bfloat16": (pion, {"generator_dtype": "bfloat16"}),
+    "pion, ambient, bfloat16": (pion, {**AMBIENT, "generator_dtype": "bfloat16"}),
 }
 
 
@@ -106,8 +109,9 @@ def test_outputs_of_kept_directions_stay(case, dtype):
             assert spectral_drift(singular_values(before[name]), singular_values(p.detach())) < DRIFT
 
 
+@pytest.mark.parametrize("rule", [{}, AMBIENT], ids=["default", "ambient"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rotations_keep_the_spectrum_beside(dtype):
+def test_rotations_keep_the_spectrum_beside(dtype, rule):
     """Of long and square matrices whose singular values lie close together, which any cross term would part."""
     draws = torch.Generator().manual_seed(0)
     layers = [nn.Linear(n, m, bias=False) for m, n in ((96, 48), (48, 96), (48, 48), (120, 24))]
@@ -116,9 +120,8 @@ def test_rotations_keep_the_spectrum_beside(dtype):
         layer.weight.data *= torch.linspace(1, 1.05, layer.in_features)
     model = nn.ModuleList(layers)
     before = [layer.weight.detach().clone() for layer in layers]
-    optimizer = Pion(
-        list(model.named_parameters()), lr=2e-2, keep=KEEP, inputs=Inputs(model, KEEP), generator_dtype=dtype
-    )
+    options = {"keep": KEEP, "inputs": Inputs(model, KEEP), "generator_dtype": dtype}
+    optimizer = Pion(list(model.named_parameters()), lr=2e-2, **options, **rule)
     for number in range(60):
         optimizer.zero_grad()
         for layer in layers:
@@ -191,7 +194,7 @@ def test_matrices_that_saw_nothing_move_freely():
     assert not torch.equal(model.idle.weight, before)
 
 
-@pytest.mark.parametrize("options", [{}, {"side": "out"}, {"direction": "polar", "metric": "lie"}])
+@pytest.mark.parametrize("options", [{}, {"side": "out"}, AMBIENT, {**AMBIENT, "side": "out"}, {"direction": "polar"}])
 def test_rotations_of_matrices_that_saw_nothing_are_free(options):
     """On the side of the outputs too: what zero directions give out is no reason to hold anything."""
     model = Net()
@@ -264,11 +267,11 @@ def adapted(**config) -> nn.Module:
 
 
 def pion_lora(model: nn.Module, lora_a: str = "rotate", **options) -> MatrixOptimizer:
-    return PionLora(param_groups(model, "pion_lora", lr=3e-2, lora_a=lora_a), lr=3e-2, **options)
+    return PionLora(param_groups(model, "pion_lora", lr=2e-3, lora_a=lora_a), lr=2e-3, **options)
 
 
 def teon_lora(model: nn.Module, stack: int = 2, **options) -> MatrixOptimizer:
-    return TeonLora(param_groups(model, "teon_lora", lr=3e-2, stack=stack), lr=3e-2, stack=stack, **options)
+    return TeonLora(param_groups(model, "teon_lora", lr=3e-3, stack=stack), lr=3e-3, stack=stack, **options)
 
 
 ADAPTERS = {
@@ -391,10 +394,11 @@ def assert_goes_on(trainer: Trainer, again: Trainer, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("trainer_class", [PionTrainer, Trainer])
-@pytest.mark.parametrize("optim", ["pion", "teon", "muon", "adamw_routed"])
+@pytest.mark.parametrize("optim", ["pion", "pion_ambient", "teon", "muon", "adamw_routed"])
 def test_a_trainer_watches(trainer_class, optim, tmp_path):
     """Both micro-batches of the first step count; the hooks are gone afterwards; a checkpoint goes on."""
-    args, rows = arguments(tmp_path, optim, learning_rate=3e-3, gradient_accumulation_steps=2), data()
+    rate = 3e-4 if optim == "pion_ambient" else 3e-3
+    args, rows = arguments(tmp_path, optim, learning_rate=rate, gradient_accumulation_steps=2), data()
     model = toy_llama()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = trainer_class(model, args, train_dataset=rows)
@@ -409,9 +413,9 @@ def test_a_trainer_watches(trainer_class, optim, tmp_path):
     assert_goes_on(trainer, trainer_class(toy_llama(), args, train_dataset=rows), tmp_path)
 
 
-@pytest.mark.parametrize("optim", ["pion", "muon"])
+@pytest.mark.parametrize("optim", ["pion", "pion_ambient", "muon"])
 def test_a_trainer_watches_adapters(optim, tmp_path):
-    args, rows = arguments(tmp_path, optim, learning_rate=3e-2), data()
+    args, rows = arguments(tmp_path, optim, learning_rate=2e-3), data()
     trainer = PionTrainer(adapted(), args, train_dataset=rows)
     trainer.train()
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)

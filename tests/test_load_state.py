@@ -71,8 +71,7 @@ MISFITS: dict[str, tuple[Callable, Callable, str]] = {
     "order": (pion, lambda: pion("ba"), "its parameters are in other groups, or in another order"),
     "rule": (muon, pion, "rule of a was 'muon' and is 'pion'"),
     "side": (lambda: pion(side="in"), lambda: pion(side="out"), "side of a was 'in' and is 'out'"),
-    "hold": (pion, lambda: pion(hold=0.1), "hold of a was 0.0 and is 0.1"),
-    "metric": (pion, lambda: pion(metric="lie"), "metric of a was 'ambient' and is 'lie'"),
+    "metric": (pion, lambda: pion(metric="ambient"), "metric of a was 'lie' and is 'ambient'"),
     "layout": (pion, lambda: pion(group=FUSED), "layout of a was '' and is 'rows=2,4'"),
     "stacks": (lambda: teon("ab", "cd"), lambda: teon("ab", "dc"), "stacks of a was ['c', 'd'] and is ['d', 'c']"),
     "no stack": (lambda: teon("ab"), lambda: teon("ab", "cd"), "stacks of a was None and is ['c', 'd']"),
@@ -104,6 +103,7 @@ def test_state_that_does_not_fit_is_refused(misfit):
 FITTING: list[Callable[[], MatrixOptimizer]] = [
     pion,
     lambda: pion(preset="paper"),
+    lambda: pion(preset="ambient"),
     lambda: pion(group=FUSED, dtype=torch.bfloat16),
     muon,
     lambda: teon("ab", "cd"),

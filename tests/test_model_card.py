@@ -81,7 +81,7 @@ def test_sft_writes_a_card_that_agrees_with_the_records(recipe, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("Sphinx of black quartz, judge my vow. " * 20, encoding="utf-8")
     changes = {"other_text_file": str(other), "exact_match_samples": 2, "max_new_tokens": 3}
-    main(["sft", "--config", recipe(optim_hold=0.1, weight_decay=0.5, **changes)])
+    main(["sft", "--config", recipe(optim_rms=0.1, weight_decay=0.5, **changes)])
     folder = tmp_path / "run"
     card, record = card_in(folder), json.loads((folder / "eval.json").read_text())
     assert {"pion", "pion_hf", "sft", "trl", "generated_from_trainer"} == set(card.data.tags)
@@ -102,7 +102,7 @@ def test_sft_writes_a_card_that_agrees_with_the_records(recipe, tmp_path):
     assert "2 steps of `pion` of pion_hf" in card.text
     assert "at a learning rate of 0.01 (schedule: `linear`)" in card.text
     assert "`direction=natural`" in card.text
-    assert "`hold=0.1`" in card.text
+    assert "`rms=0.1`" in card.text
     # Counts are those of the routing.
     summary = json.loads((folder / "routing.json").read_text())["summary"]
     for row in rows_of(card.text, "rule"):
@@ -131,11 +131,13 @@ def test_sft_writes_a_card_that_agrees_with_the_records(recipe, tmp_path):
     ("optim", "model", "methods"),
     [
         ("pion", toy_llama, ["pion"]),
+        ("pion_ambient", toy_llama, ["pion"]),
         ("teon", toy_llama, ["teon", "muon"]),
         ("muon", toy_llama, ["muon"]),
         ("adamw_routed", toy_llama, ["adamw_routed"]),
         ("adamw_torch", toy_llama, []),
         ("pion", adapted, ["pion", "muon"]),
+        ("pion_ambient", adapted, ["pion", "muon"]),
         ("pion_lora", adapted, ["pion", "muon"]),
         ("teon_lora", adapted, ["teon"]),
         ("muon", adapted, ["muon"]),

@@ -17,27 +17,27 @@ from tests.reference import trajectory
 
 DATA = Path(__file__).parent / "data"
 CASES = json.loads((DATA / "pion_teon_cases.json").read_text())
-PAPER = {"direction": "gradient", "metric": "lie", "scale": "rms", "hold": 0.0}
+AMBIENT = {"direction": "natural", "metric": "ambient"}
 
 # Every rule, at the learning rate 1e-2 of the spectrum test.
 RULES = {
     "default": {},
-    "paper with an exact retraction": {**PAPER, "momentum_frame": "lie"},
-    "lie momentum, second moment": {**PAPER, "momentum_frame": "lie", "second_moment": True},
-    "gradient": PAPER,
-    "gradient, both sides": {**PAPER, "side": "both"},
-    "gradient, second moment": {**PAPER, "second_moment": True},
-    "gradient, ambient momentum": {**PAPER, "momentum_frame": "ambient"},
-    "msign": {**PAPER, "direction": "msign"},
-    "polar": {**PAPER, "direction": "polar"},
-    "polar, ambient": {**PAPER, "direction": "polar", "metric": "ambient"},
-    "adam, ambient": {**PAPER, "direction": "adam", "metric": "ambient", "scale": "none"},
-    "adam, ambient, hold": {**PAPER, "direction": "adam", "metric": "ambient", "scale": "none", "hold": 0.1},
-    "adam, lie": {**PAPER, "direction": "adam"},
-    "natural, ambient": {**PAPER, "direction": "natural", "metric": "ambient"},
-    "natural, lie": {**PAPER, "direction": "natural"},
-    "spectral scale": {**PAPER, "scale": "spectral"},
+    "lie momentum": {"momentum_frame": "lie"},
+    "lie momentum, second moment": {"momentum_frame": "lie", "second_moment": True},
+    "both sides": {"side": "both"},
+    "second moment": {"second_moment": True},
+    "ambient momentum": {"momentum_frame": "ambient"},
+    "msign": {"direction": "msign"},
+    "polar": {"direction": "polar"},
+    "polar, ambient": {"direction": "polar", "metric": "ambient"},
+    "adam, ambient": {"direction": "adam", "metric": "ambient", "scale": "none"},
+    "adam, lie": {"direction": "adam"},
+    "natural, ambient": AMBIENT,
+    "natural, lie": {"direction": "natural"},
+    "spectral scale": {"scale": "spectral"},
+    "spectral scale, natural, ambient": {**AMBIENT, "scale": "spectral"},
     "bfloat16 generators": {"generator_dtype": "bfloat16"},
+    "bfloat16 generators, natural, ambient": {**AMBIENT, "generator_dtype": "bfloat16"},
 }
 
 
@@ -47,8 +47,9 @@ def trajectories():
 
 
 def reference_options(config: dict) -> dict:
-    options = {"second_moment" if key == "second" else key: value for key, value in config.items()}
-    return {**PAPER, "rank_tolerance": 0.0, "polar": "svd", "generator_dtype": "float32", **options}
+    names = {"second": "second_moment", "momentum": "momentum_frame"}
+    options = {names.get(key, key): value for key, value in config.items()}
+    return {"polar": "svd", "generator_dtype": "float32", **options}
 
 
 @pytest.mark.parametrize("case", [i for i, c in enumerate(CASES["pion_configs"]) if c["retraction"] == "taylor"])
@@ -68,29 +69,28 @@ def test_reference_trajectories(trajectories, shape, case, dtype, tolerance):
         assert (p.double() - want).abs().max() <= tolerance * want.abs().max()
 
 
-AMBIENT = {"metric": "ambient", "direction": "adam"}
 FIXED = {"scale": "none", "lr": 1e-3}
+SIDES = ("in", "out", "alternate")
 LITERAL = [
     {},
+    {"side": "both"},
+    {"second_moment": True},
     {"momentum_frame": "ambient"},
-    *({**PAPER, "side": side} for side in ("alternate", "both")),
-    {**PAPER, "second_moment": True},
-    {**PAPER, "momentum_frame": "lie"},
-    {**PAPER, "momentum_frame": "lie", "second_moment": True, "side": "both"},
-    *({**PAPER, "direction": d, "side": side} for d in ("polar", "msign") for side in ("alternate", "both")),
-    {**PAPER, "direction": "msign", "momentum_frame": "lie"},
-    *({**PAPER, "direction": "adam", **FIXED, "lr": 1e-4, "side": side} for side in ("in", "out", "both")),
-    {**PAPER, "momentum_frame": "lie", **FIXED, "lr": 1e-4},
-    *({"direction": d, "side": side} for d in ("gradient", "polar") for side in ("in", "out", "alternate")),
-    *({**AMBIENT, "side": side} for side in ("in", "out", "alternate")),
-    *({**AMBIENT, **FIXED, "side": side} for side in ("in", "out", "alternate")),
-    *({**AMBIENT, **FIXED, "hold": 0.25, "side": side} for side in ("in", "out", "alternate")),
+    {"momentum_frame": "lie"},
+    {"momentum_frame": "lie", "second_moment": True, "side": "both"},
+    {"momentum_frame": "lie", **FIXED, "lr": 1e-4},
+    *({"direction": d, "side": side} for d in ("polar", "msign") for side in ("alternate", "both")),
+    {"direction": "msign", "momentum_frame": "lie"},
+    *({"direction": "adam", **FIXED, "lr": 1e-4, "side": side} for side in ("in", "out", "both")),
+    *({**AMBIENT, "direction": d, "side": side} for d in ("natural", "gradient", "polar", "adam") for side in SIDES),
+    {**AMBIENT, "momentum_frame": "ambient"},
+    *({**AMBIENT, "direction": "adam", **FIXED, "side": side} for side in SIDES),
 ]
 
 
 @pytest.mark.parametrize("options", LITERAL, ids=str)
 @pytest.mark.parametrize("shape", [(9, 9), (14, 6), (6, 14), (5, 30)])
-def test_rules_follow_their_literal_reference(options, shape):
+def test_rules_follow_their_literal_reference(exact_rank, options, shape):
     draw = torch.Generator().manual_seed(3)
     w, grads = (torch.randn(size, dtype=torch.float64, generator=draw) for size in (shape, (12, *shape)))
     options = {"lr": 3e-3, **options}
@@ -99,7 +99,7 @@ def test_rules_follow_their_literal_reference(options, shape):
     exact = 1e-5 if options.get("direction") == "msign" else 1e-8
     for dtype, tolerance in ((torch.float64, exact), (torch.float32, 1e-4)):
         p = nn.Parameter(w.to(dtype, copy=True))
-        optimizer = Pion([p], rank_tolerance=0.0, polar="svd", generator_dtype="float32", **options)
+        optimizer = Pion([p], polar="svd", generator_dtype="float32", **options)
         for grad, want in zip(grads, expected, strict=True):
             p.grad = grad.to(dtype)
             optimizer.step()
@@ -108,7 +108,7 @@ def test_rules_follow_their_literal_reference(options, shape):
 
 @pytest.mark.parametrize("metric", ["lie", "ambient"])
 @pytest.mark.parametrize("side", ["in", "out"])
-def test_the_spectral_scale_turns_by_the_learning_rate(metric, side):
+def test_the_spectral_scale_turns_by_the_learning_rate(exact_rank, metric, side):
     for shape in ((9, 9), (14, 6), (6, 14)):
         draw = torch.Generator().manual_seed(3)
         w, grads = (torch.randn(size, dtype=torch.float64, generator=draw) for size in (shape, (1, *shape)))
@@ -116,7 +116,7 @@ def test_the_spectral_scale_turns_by_the_learning_rate(metric, side):
         (want,) = trajectory(w, grads, **options)
         p = nn.Parameter(w.clone())
         p.grad = grads[0]
-        Pion([p], rank_tolerance=0.0, **options).step()
+        Pion([p], **options).step()
         assert (p - want).norm() <= 0.05 * (w - want).norm()  # the largest angle is estimated
 
 
@@ -147,18 +147,18 @@ def test_taylor_of_degree_two_drifts_where_the_polar_retraction_does_not():
     drifts = {}
     for retraction in ("taylor", "polar"):
         p = nn.Parameter(w.clone())
-        train(p, Pion([p], lr=5e-2, retraction=retraction, **PAPER), 1000)
+        train(p, Pion([p], lr=5e-2, retraction=retraction), 1000)
         drifts[retraction] = spectral_drift(singular_values(w), singular_values(p.detach())).item()
     assert drifts["polar"] < 1e-4
     assert drifts["taylor"] > 1e-2
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
-def test_factors_that_moved_for_long_are_those_of_the_weight(shape):
+def test_factors_that_moved_for_long_are_those_of_the_weight(exact_rank, shape):
     """300 steps on carried factors equal 300 steps with a fresh decomposition in each."""
     torch.manual_seed(0)
     w = torch.randn(shape, dtype=torch.float64) * 0.1
-    options = {"direction": "adam", "scale": "none", "hold": 0.1, "rank_tolerance": 0.0, "lr": 1e-3}
+    options = {"direction": "adam", "metric": "ambient", "scale": "none", "lr": 1e-3}
     carried, fresh = nn.Parameter(w.clone()), nn.Parameter(w.clone())
     first, second = Pion([carried], **options), Pion([fresh], **options)
     for _ in range(300):
@@ -245,7 +245,7 @@ def test_groups_without_a_rule_are_divided_with_their_names_whenever_they_come()
 
 def test_state_is_lazy_and_in_parameter_shape():
     p = nn.Parameter(torch.randn(6, 4))
-    optimizer = Pion([("w", p)])
+    optimizer = Pion([("w", p)], **AMBIENT)
     assert not optimizer.state
     p.grad = torch.randn(6, 4)
     optimizer.step()
@@ -260,7 +260,7 @@ def test_state_is_lazy_and_in_parameter_shape():
     }
 
 
-@pytest.mark.parametrize("rule", ["default", "gradient", "lie momentum, second moment", "polar, ambient"])
+@pytest.mark.parametrize("rule", ["default", "natural, ambient", "lie momentum, second moment", "polar, ambient"])
 def test_state_bytes_are_those_of_a_real_step(rule):
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(s)) for s in ((8, 8), (8, 8), (12, 5), (3, 6, 4))]
@@ -352,7 +352,6 @@ def test_paper_preset_is_the_papers_set_of_choices():
         "momentum_frame": "lie",
         "direction": "gradient",
         "metric": "lie",
-        "hold": 0.0,
         "scale": "rms",
         "side": "alternate",
         "retraction": "taylor",
@@ -362,30 +361,49 @@ def test_paper_preset_is_the_papers_set_of_choices():
     assert {key: group[key] for key in paper} == paper
 
 
+def test_the_default_is_the_published_rule_with_an_exact_retraction_and_a_momentum_of_gradients():
+    default, paper = (Pion([nn.Parameter(torch.eye(3))], **o).param_groups[0] for o in ({}, {"preset": "paper"}))
+    assert {key for key, value in paper.items() if key != "params" and value != default[key]} == {
+        "momentum_frame",
+        "retraction",
+    }
+    assert (default["momentum_frame"], default["retraction"], default["rms"]) == ("transported", "polar", 0.2)
+
+
+def test_the_ambient_preset_is_our_own_rule():
+    default, ambient = (Pion([nn.Parameter(torch.eye(3))], **o).param_groups[0] for o in ({}, {"preset": "ambient"}))
+    differs = {key: value for key, value in ambient.items() if key != "params" and value != default[key]}
+    assert differs == {"direction": "natural", "metric": "ambient", "rms": 2.0}
+
+
+def test_options_that_say_what_a_preset_sets_are_no_clash():
+    group = Pion([nn.Parameter(torch.eye(3))], preset="ambient", rms=2.0, metric="ambient", side="in").param_groups[0]
+    assert (group["rms"], group["metric"], group["side"]) == (2.0, "ambient", "in")
+
+
 MATRIX = [nn.Parameter(torch.eye(3))]
 BAD_OPTIONS = [
     ({"side": "inn"}, "Did you mean 'in'"),
     ({"direction": "adamw"}, "Did you mean 'adam'"),
     ({"metric": "ambiant"}, "Did you mean 'ambient'"),
-    ({"momentum": "transport"}, "Did you mean 'transported'"),
+    ({"momentum_frame": "transport"}, "Did you mean 'transported'"),
     ({"retraction": "poler"}, "Did you mean 'polar'"),
     ({"preset": "papers"}, "Did you mean 'paper'"),
     ({"preset": "paper", "scale": "none"}, "preset='paper' sets scale='rms'"),
+    ({"preset": "ambient", "rms": 0.1}, r"preset='ambient' sets rms=2\.0, but rms=0\.1 was given"),
+    ({"preset": "ambient", "direction": "adam"}, "preset='ambient' sets direction='natural'"),
     ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
     ({"lr": float("nan")}, "lr must be at least 0"),
     ({"betas": (0.9, 1.0)}, "betas must be two numbers"),
     ({"betas": (0.9,)}, "betas must be two numbers"),
     ({"eps": -1e-8}, "eps must be"),
     ({"rms": 0.0}, "rms must be above 0"),
-    ({"hold": 1.0}, r"hold must be in \[0, 1\)"),
-    ({"rank_tolerance": 1.0}, "rank_tolerance must be"),
     ({"degree": 0}, "degree must be in"),
     ({"polar_steps": 0}, "polar_steps must be in"),
     ({"weight_decay": -0.1}, "weight_decay must be"),
-    ({"side": "both", "metric": "ambient", "hold": 0.0}, "side='both' is not for metric='ambient'"),
-    ({**PAPER, "momentum_frame": "lie", "direction": "adam"}, "momentum_frame='lie' averages generators"),
-    ({"momentum_frame": "lie", "direction": "gradient"}, "metric='lie'"),
-    ({**PAPER, "hold": 0.1}, "hold needs metric='ambient'"),
+    ({"side": "both", "metric": "ambient"}, "side='both' is not for metric='ambient'"),
+    ({"momentum_frame": "lie", "direction": "adam"}, "momentum_frame='lie' averages generators"),
+    ({"momentum_frame": "lie", "metric": "ambient"}, "metric='lie'"),
     ({"second_moment": True, "direction": "adam"}, "second_moment=True is a variant of direction='gradient'"),
     ({"direction": "msign", "metric": "ambient"}, "direction='msign'"),
 ]
@@ -450,7 +468,7 @@ def test_double_precision_is_kept_where_few_rows_are_rotated():
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(24, 32, dtype=torch.float64))
     start = torch.linalg.svdvals(p.detach())
-    optimizer = Pion([p], lr=1e-2, side="in", metric="lie")
+    optimizer = Pion([p], lr=1e-2, side="in")
     for _ in range(50):
         p.grad = torch.randn_like(p)
         optimizer.step()
@@ -501,9 +519,7 @@ def test_a_group_that_is_refused_in_part_is_refused():
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize(
-    "options", [{"compile": "no"}, {"share_work": "no"}, {"second_moment": 0.5, "direction": "gradient"}]
-)
+@pytest.mark.parametrize("options", [{"compile": "no"}, {"share_work": "no"}, {"second_moment": 0.5}])
 def test_flags_are_true_or_false(options):
     with pytest.raises(ValueError, match=rf"{next(iter(options))} must be True or False, got"):
         Pion([nn.Parameter(torch.eye(4))], **options)
@@ -532,13 +548,14 @@ def test_what_are_no_parameters_is_said(params, said):
 FORMS = [
     {},
     {"preset": "paper"},
-    {"direction": "gradient", "metric": "lie"},
-    {"direction": "gradient", "metric": "lie", "second_moment": True},
-    {"direction": "gradient", "metric": "lie", "side": "both"},
-    {"direction": "adam", "scale": "none"},
-    {"direction": "polar", "metric": "lie"},
-    {"direction": "msign", "metric": "lie"},
+    {"preset": "ambient"},
+    {"second_moment": True},
+    {"side": "both"},
+    {"direction": "adam", "metric": "ambient", "scale": "none"},
+    {"direction": "polar"},
+    {"direction": "msign"},
     {"scale": "spectral"},
+    {**AMBIENT, "scale": "spectral"},
 ]
 
 

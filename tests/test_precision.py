@@ -21,6 +21,10 @@ def pion(p: nn.Parameter, lr: float) -> Pion:
     return Pion([("w", p)], lr=lr)
 
 
+def ambient(p: nn.Parameter, lr: float) -> Pion:
+    return Pion([("w", p)], lr=lr / 10, preset="ambient")
+
+
 def teon(p: nn.Parameter, lr: float) -> Teon:
     return Teon([("w", p)], lr=lr, stack=1)
 
@@ -32,8 +36,8 @@ def lora(method: str):
     return build
 
 
-RULES = {"pion": pion, "teon": teon, "rotate": lora("rotate"), "grow": lora("orthogonal")}
-ISOSPECTRAL = ("pion", "rotate")  # whose factors are the masters; the others keep what bfloat16 drops
+RULES = {"pion": pion, "ambient": ambient, "teon": teon, "rotate": lora("rotate"), "grow": lora("orthogonal")}
+ISOSPECTRAL = ("pion", "ambient", "rotate")  # whose factors are the masters; the others keep what bfloat16 drops
 
 
 def start(seed: int = 0) -> torch.Tensor:
@@ -110,7 +114,7 @@ def test_transposed_masters_come_back(dtype):
 # -- in training ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["pion", "teon", "rotate"])
+@pytest.mark.parametrize("rule", ["pion", "ambient", "teon", "rotate"])
 def test_small_steps_of_a_bfloat16_matrix_follow_the_float32_trajectory(rule):
     lr, steps = 1e-5, 200
     half, full = nn.Parameter(start()), nn.Parameter(start().float())
@@ -244,7 +248,7 @@ def test_rounding_is_each_matrixs_own():
     assert not torch.equal(rounded_on_average(x, (3, 3)), rounded_on_average(x, (4, 4)))
 
 
-@pytest.mark.parametrize("options", [{}, {"direction": "gradient", "metric": "lie"}, {"preset": "paper"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"direction": "natural", "metric": "ambient"}, {"preset": "paper"}], ids=str)
 def test_averages_in_bfloat16_follow_those_in_float32(options):
     """A second moment in bfloat16 that rounds to nearest stands still under beta2 = 0.999."""
     w, target = (torch.randn(24, 40, generator=torch.Generator().manual_seed(i)) for i in (0, 1))

@@ -135,6 +135,22 @@ def test_handler_routes_the_model(arguments, model, tmp_path):
     }
 
 
+def test_pion_ambient_is_our_own_rule_at_its_own_scale(arguments, model):
+    for optim, words in (("pion_ambient", None), ("pion", "preset=ambient")):
+        optimizer = optimizer_of(arguments(optim, optim_args=words), model)
+        assert type(optimizer) is Pion
+        for group in groups_by_rule(optimizer)["pion"]:
+            assert (group["direction"], group["metric"], group["rms"]) == ("natural", "ambient", 2.0)
+    for group in groups_by_rule(optimizer_of(arguments(), model))["pion"]:
+        assert (group["direction"], group["metric"], group["rms"]) == ("gradient", "lie", 0.2)
+
+
+@pytest.mark.parametrize("word", ["rms=0.2", "metric=lie", "direction=adam"])
+def test_what_pion_ambient_sets_is_no_option_of_it(word, arguments, model):
+    with pytest.raises(ValueError, match=f"preset='ambient' sets {word.split('=')[0]}="):
+        optimizer_of(arguments("pion_ambient", optim_args=word), model)
+
+
 def test_optim_args_reach_the_optimizer(arguments, model):
     text = "betas=(0.8, 0.9), adamw_lr=2e-3, adamw_betas=[0.7,0.8], exclude=[q_proj, k_proj], scale=none,"
     groups = groups_by_rule(optimizer_of(arguments(optim_args=text), model))
@@ -146,10 +162,10 @@ def test_optim_args_reach_the_optimizer(arguments, model):
 
 def test_optim_args_win_over_typed_fields(model, tmp_path):
     args = PionTrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, optim_hold=0.3, optim_eps=1e-5, optim_args="hold=0.1"
+        output_dir=str(tmp_path), use_cpu=True, optim_rms=0.3, optim_eps=1e-5, optim_args="rms=0.1"
     )
     (group, *_) = groups_by_rule(optimizer_of(args, model))["pion"]
-    assert (group["hold"], group["eps"]) == (0.1, 1e-5)
+    assert (group["rms"], group["eps"]) == (0.1, 1e-5)
 
 
 def test_target_modules_choose_the_matrices(arguments, model):

@@ -129,7 +129,7 @@ def test_several_runs_stand_side_by_side_with_what_differs(pair, tmp_path):
     assert found.column("optim") == ["pion", "adamw_torch"]
     assert found.column("learning_rate") == ["0.001", "0.0001"]
     head = next(row for row in found.rows if "optim" in row)
-    assert not {"max_steps", "output_dir", "lr_scheduler_type", "optim_hold"} & set(head)
+    assert not {"max_steps", "output_dir", "lr_scheduler_type", "optim_rms"} & set(head)
     assert found.column("task: loss") == ["4.0000", "2.9000", "2.9900"]
     assert found.column("run")[:2] == ["1 one", "2 two"]
     assert {"2.9000", "+1.1000", "+0.0050", "3.0050"} <= set(found.best)
@@ -138,7 +138,7 @@ def test_several_runs_stand_side_by_side_with_what_differs(pair, tmp_path):
 
 
 def test_an_option_differs_within_an_optimizer_and_an_argument_from_its_default(tmp_path):
-    other = {"name": "pion", "learning_rate": 1e-3, "schedule": "linear", "options": {"side": "in", "hold": 0.0}}
+    other = {"name": "pion", "learning_rate": 1e-3, "schedule": "linear", "options": {"side": "in", "rms": 0.2}}
     runs = [
         write_run(tmp_path / "a"),
         write_run(tmp_path / "b", changes={"optimizer": other, "arguments": {"weight_decay": 0.1, "max_steps": 20}}),

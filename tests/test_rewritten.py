@@ -53,9 +53,9 @@ def factors(cls: type, rule: str, method: str, **options: Any) -> Callable[[Pair
 
 RULES = {
     "pion": whole(Pion),
-    "pion, lie": whole(Pion, metric="lie"),
-    "pion, adam, in": whole(Pion, direction="adam", side="in", scale="none"),
-    "pion, polar, hold": whole(Pion, direction="polar", hold=0.2),
+    "pion, natural, ambient": whole(Pion, direction="natural", metric="ambient"),
+    "pion, adam, ambient, in": whole(Pion, direction="adam", metric="ambient", side="in", scale="none"),
+    "pion, polar, ambient": whole(Pion, direction="polar", metric="ambient"),
     "pion, paper": whole(Pion, preset="paper"),
     "muon": whole(Teon, stack=1),
     "teon": lambda pair: Teon(
@@ -66,7 +66,7 @@ RULES = {
     "grow": factors(PionLora, "pion_lora", "orthogonal"),
     "teon_lora": factors(TeonLora, "teon_lora", "orthogonal"),
 }
-FROM_THE_RIGHT = {"pion, adam, in", "rotate", "rotate, ambient"}  # a zero row stays one
+FROM_THE_RIGHT = {"pion, adam, ambient, in", "rotate", "rotate, ambient"}  # a zero row stays one
 DRIFTING = {"muon", "teon", "grow", "teon_lora", "pion, paper"}
 
 
@@ -338,13 +338,14 @@ def test_adamw_goes_on_in_another_precision_between_steps():
 
 
 CHANGES = {
-    "to ambient": ({"metric": "lie"}, {"metric": "ambient"}, 6),
-    "to lie": ({}, {"metric": "lie"}, 6),
-    "to adam": ({}, {"direction": "adam"}, 6),
-    "to gradient": ({}, {"direction": "gradient"}, 6),
-    "to natural": ({"direction": "gradient"}, {"direction": "natural"}, 3),
-    "to lie momentum": ({"direction": "gradient", "metric": "lie"}, {"momentum_frame": "lie"}, 3),
-    "to a second moment": ({"direction": "gradient"}, {"second_moment": True}, 3),
+    "to ambient": ({}, {"metric": "ambient"}, 6),
+    "to lie": ({"metric": "ambient"}, {"metric": "lie"}, 6),
+    "to adam": ({"direction": "natural"}, {"direction": "adam"}, 6),
+    "to gradient": ({"direction": "natural"}, {"direction": "gradient"}, 6),
+    "to natural": ({}, {"direction": "natural"}, 3),
+    "to our own rule": ({}, {"direction": "natural", "metric": "ambient"}, 3),
+    "to lie momentum": ({}, {"momentum_frame": "lie"}, 3),
+    "to a second moment": ({}, {"second_moment": True}, 3),
     "to one side": ({}, {"side": "in"}, 6),
 }
 
@@ -367,7 +368,7 @@ def test_an_option_may_change_between_steps(before, change, step, dtype):
     assert (now - spectrum).abs().max() < tolerance * spectrum[0]
 
 
-@pytest.mark.parametrize("rule", ["pion", "pion, lie", "rotate"])
+@pytest.mark.parametrize("rule", ["pion", "pion, natural, ambient", "rotate"])
 def test_a_matrix_that_others_made_zero_leaves_its_state_finite(rule):
     pair = Pair(torch.float32)
     optimizer = RULES[rule](pair)

@@ -454,16 +454,15 @@ def test_frozen_parameters_are_counted_and_never_routed():
 # -- what groups bring ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optim", ["pion", "teon", "muon", "adamw_routed"])
+@pytest.mark.parametrize("optim", ["pion", "pion_ambient", "teon", "muon", "adamw_routed"])
 def test_the_optimizers_own_rate_and_decay_hold_where_none_is_given(optim):
-    stack = {"stack": 1} if optim == "muon" else {}
     cls = OPTIMIZER_CLASSES[optim]
-    optimizer = cls(param_groups(llama(), optim), lr=3e-3, weight_decay=0.1, **stack)
+    optimizer = cls(param_groups(llama(), optim), lr=3e-3, weight_decay=0.1)
     assert {group["lr"] for group in optimizer.param_groups} == {3e-3}
     decays = {(group["rule"], group["weight_decay"]) for group in optimizer.param_groups}
     assert decays >= {("adamw", 0.0), ("adamw", 0.1)}  # norms; embeddings and heads
-    assert (optim, 0.1) in decays or optim == "pion"
-    own = cls(param_groups(llama(), optim, lr=1e-2, adamw_lr=2e-3), lr=3e-3, **stack)
+    assert (optim, 0.1) in decays or optim in ("pion", "pion_ambient")
+    own = cls(param_groups(llama(), optim, lr=1e-2, adamw_lr=2e-3), lr=3e-3)
     assert {(group["rule"] == "adamw", group["lr"]) for group in own.param_groups} == {(False, 1e-2), (True, 2e-3)}
 
 

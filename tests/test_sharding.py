@@ -126,11 +126,12 @@ def with_tensors(groups: list[dict], model: nn.Module) -> list[dict]:
 
 BUILDERS: dict[str, Callable[..., MatrixOptimizer]] = {
     "pion": pion,
+    "pion ambient": lambda model, **options: pion(model, direction="natural", metric="ambient", **options),
     "pion paper": lambda model, **options: pion(model, preset="paper", **options),
     "pion keep": lambda model, **options: pion(model, keep=1, inputs=watched(model), **options),
     "muon keep": lambda model, **options: muon(model, keep=2, inputs=watched(model), **options),
     "pion both sides, msign": lambda model, **options: pion(
-        model, side="both", metric="lie", direction="msign", polar="svd", **options
+        model, side="both", direction="msign", polar="svd", **options
     ),
     "teon": teon,
     "muon": muon,
@@ -141,7 +142,7 @@ BUILDERS: dict[str, Callable[..., MatrixOptimizer]] = {
 DTYPES = {"pion bfloat16": torch.bfloat16, "pion float16": torch.float16}
 CASES = [*BUILDERS, *DTYPES]
 SHARING = [case for case in CASES if case != "adamw_routed"]  # the rules that have work to share
-FAST = ["pion", "pion keep", "teon", "pion_lora"]
+FAST = ["pion", "pion ambient", "pion keep", "teon", "pion_lora"]
 
 
 def start(case: str, *, mesh: Any = None, **options: Any) -> tuple[nn.ParameterDict, MatrixOptimizer]:

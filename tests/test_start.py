@@ -99,7 +99,7 @@ for command in ("sft", "cpt", "grpo", "plan"):
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
         main([command, "--help"])
     assert said.getvalue().startswith(f"usage: pion-hf {command} "), said.getvalue()[:200]
-    assert "--optim_hold" in said.getvalue()
+    assert "--optim_rms" in said.getvalue()
 print([name for name in ("datasets", "pandas", "pyarrow", "evaluate", "transformers.trainer") if name in sys.modules])
 """
 

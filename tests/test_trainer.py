@@ -86,14 +86,14 @@ def test_dpo_trainer(model, tokenizer, options):
 
 def test_pion_trainer_uses_typed_fields_and_reports(model, token_rows, options, tmp_path):
     before = rotated(model)
-    args = PionTrainingArguments(optim_adamw_lr=1e-3, optim_hold=0.1, optim_exclude_modules=["q_proj"], **options)
+    args = PionTrainingArguments(optim_adamw_lr=1e-3, optim_rms=0.1, optim_exclude_modules=["q_proj"], **options)
     assert args.optim == "pion"
     trainer = PionTrainer(model=model, args=args, train_dataset=token_rows)
     metrics = trainer.train().metrics
     groups = inner(trainer).param_groups
     assert {g["initial_lr"] for g in groups if g["rule"] == "pion"} == {1e-2}
     assert {g["initial_lr"] for g in groups if g["rule"] == "adamw"} == {1e-3}
-    assert {g["hold"] for g in groups if g["rule"] == "pion"} == {0.1}
+    assert {g["rms"] for g in groups if g["rule"] == "pion"} == {0.1}
     matrices = [name for name in before if "q_proj" not in name]
     assert metrics["rotated_matrices"] == len(matrices)
     assert 0 < metrics["spectrum_drift"] < 1e-5

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 import pion_hf.integrations.trl as ours
 from pion_hf import Pion, PionLora
-from pion_hf.arguments import OptimizerFields
+from pion_hf.arguments import OptimizerFields, default_rate
 from tests.conftest import CHAT_TEMPLATE, chat_rows, toy_llama
 from tests.test_trainer import QUIET, inner
 
@@ -161,8 +161,9 @@ def test_config_is_trls_with_typed_options(name, tmp_path):
     theirs = getattr(trl, f"{name}Config")
     assert issubclass(config, (OptimizerFields, theirs))
     assert config(output_dir=str(tmp_path), bf16=False).optim == "pion"
-    assert config(output_dir=str(tmp_path), bf16=False, optim_hold=0.1).given_options() == {"hold": 0.1}
-    assert config.learning_rate == theirs.learning_rate
+    assert config(output_dir=str(tmp_path), bf16=False, optim_rms=0.1).given_options() == {"rms": 0.1}
+    given = config(output_dir=str(tmp_path), bf16=False).learning_rate
+    assert given == (default_rate("pion") if name == "SFT" else theirs.learning_rate)
     with pytest.raises(ValueError, match="'ambiant' is not a known value of metric"):
         config(output_dir=str(tmp_path), bf16=False, optim_metric="ambiant")
 

@@ -57,7 +57,7 @@ def run(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], grads: li
 
 @pytest.mark.parametrize("products", PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "bfloat16 generators"])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if "generators" not in rule])
 def test_neighbours_have_no_influence(rule, shape, products):
     """To the bit, and so in batches of any size and order."""
     options = {**RULES[rule], "lr": 1e-2, "generator_dtype": products}
@@ -99,9 +99,7 @@ def master(p: nn.Parameter, optimizer: Pion) -> torch.Tensor:
 @pytest.mark.parametrize("lr", [1e-5, 1e-2, 0.3])
 @pytest.mark.parametrize("products", PRECISIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "rule", ["default", "gradient", "gradient, both sides", "polar, ambient", "adam, ambient, hold"]
-)
+@pytest.mark.parametrize("rule", ["default", "both sides", "natural, ambient", "polar, ambient", "adam, ambient"])
 def test_the_spectrum_stays(rule, dtype, products, lr, jump):
     """At any rate and conditioning: errors do not add up, so that 100 steps show what 1,000 would."""
     for shape in SHAPES:
@@ -115,7 +113,7 @@ def test_the_spectrum_stays(rule, dtype, products, lr, jump):
 
 
 @pytest.mark.parametrize("products", PRECISIONS)
-@pytest.mark.parametrize("rule", ["default", "gradient", "lie momentum, second moment", "polar, ambient", "msign"])
+@pytest.mark.parametrize("rule", ["default", "natural, ambient", "lie momentum", "polar, ambient", "msign"])
 def test_a_resumed_run_is_the_same_to_the_bit(rule, products):
     options = {**RULES[rule], "lr": 1e-2, "generator_dtype": products}
     starts = neighbours((10, 24))[:3]
@@ -133,7 +131,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(rule, products):
 
 def test_long_steps_are_clipped_and_counted():
     p = nn.Parameter(matrix((10, 24), "random", torch.Generator().manual_seed(0)))
-    optimizer = Pion([p], lr=1e-3, direction="gradient", scale="none", metric="lie")
+    optimizer = Pion([p], lr=1e-3, scale="none")
     run(optimizer, [p], [[g] for g in gradients((10, 24), 3)])
     assert optimizer.clipped_steps == 0
     p.grad = torch.full_like(p, 1e9)

@@ -226,9 +226,10 @@ OUT_OF_RANGE = [
     ("seed", -1, "between 0 and 2^32 - 1"),
     ("dataloader_num_workers", -1, "at least 0"),
     ("optim_adamw_lr", math.nan, "at least 0"),
-    ("optim_adamw_betas", [0.9, 1.5], "at least 0 and below 1, got [0.9, 1.5]"),
+    ("optim_adamw_betas", [0.9, 1.5], "two numbers in [0, 1), got [0.9, 1.5]"),
     ("optim_rms", 0.0, "above 0"),
-    ("optim_hold", 1.0, "at least 0 and below 1"),
+    ("optim_eps", math.inf, "at least 0, got inf"),
+    ("optim_degree", 0, "in 1..20, got 0"),
     ("lora_r", 0, "at least 1"),
     ("lora_alpha", -8, "at least 1"),
     ("lora_dropout", 1.0, "at least 0 and below 1"),
@@ -253,7 +254,7 @@ def test_ranges_hold_on_the_command_line_and_within_optim_args(tmp_path):
     assert "max_steps must be at least 1" in fails("sft", *flags, "--max_steps", "0", "--bf16", "false")
     with pytest.raises(ValueError, match="adamw_lr must be at least 0, got nan"):
         resolve_options("pion", {"adamw_lr": math.nan})
-    with pytest.raises(ValueError, match="momentum must be at least 0 and below 1, got 1"):
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\), got 1"):
         resolve_options("muon", {"momentum": "1.0"})
 
 

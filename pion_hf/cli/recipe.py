@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import math
 import os
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -30,6 +31,7 @@ from pion_hf.arguments import (
     OptimizerFields,
     option_name,
     option_types,
+    options_of,
     parse_optim_args,
     resolve_options,
 )
@@ -73,6 +75,8 @@ GONE = {
     "fp16_backend": "there is only one",
     "half_precision_backend": "there is only one",
     "logging_dir": "trackers take their folder from the environment (TENSORBOARD_LOGGING_DIR)",
+    "optim_hold": "no benchmark spoke for it",
+    "optim_rank_tolerance": "it is always 0.02",
     "overwrite_output_dir": "a run always writes into output_dir; resume_from_checkpoint continues one",
     "save_safetensors": "nothing else is saved",
     "tokenizer_name": "the tokenizer is the model's",
@@ -333,17 +337,21 @@ def _check_mixture(where: str, entries: Any) -> None:
 
 
 def _check_optimizer(path: str, recipe: dict[str, Any], optim: str) -> None:
-    """Raise ValueError for options, in the recipe itself, that its optimizer does not have."""
+    """Raise ValueError for options, in the recipe itself, that its optimizer does not have, or not with this value."""
     if optim not in OptimizerNames._value2member_map_:  # OptimizerFields names the nearest
         return
-    own = option_types(optim) if optim in OPTIMIZER_CLASSES else {}
+    own = options_of(optim) if optim in OPTIMIZER_CLASSES else {}
     for field in dataclasses.fields(OptimizerFields):
-        option = option_name(field.name)
-        if recipe.get(field.name) is not None and option not in own:
+        option, value = option_name(field.name), recipe.get(field.name)
+        if value is not None and option not in own:
             owners = ", ".join(name for name in OPTIMIZER_CLASSES if option in option_types(name))
             raise ValueError(
                 f"{path}: {field.name} is an option of optim: {owners}, not of optim: {optim}: leave out one of the two"
             )
+        allowed = own[option].metadata["allowed"] if option in own else None
+        numbers = [v for v in (value if isinstance(value, list) else [value]) if type(v) in (int, float)]
+        if allowed and not all(math.isfinite(v) and allowed.holds(v) for v in numbers):
+            raise ValueError(f"{path}: {field.name} must be {allowed.words}, got {value!r}")
     text = recipe.get("optim_args")
     if text is not None and not isinstance(text, str):
         raise ValueError(f'{path}: optim_args must be a string, as in optim_args: "rms=0.2, side=in", got {text!r}')

@@ -18,8 +18,9 @@ from tests.field.trial import Input
 from tests.field.world import World
 from tests.test_faults import OPTIMIZERS, draw, groups_of, parameters
 
-ROTATES = ("pion", "pion-paper", "pion-polar", "pion_lora")  # of them, whose matrix `a` keeps its singular values
-EXACT = ("pion", "pion-polar")  # not those with the paper's retraction, which grows them
+# Of them, those whose matrix `a` keeps its singular values.
+ROTATES = ("pion", "pion-paper", "pion-ambient", "pion-polar", "pion_lora")
+EXACT = ("pion", "pion-ambient", "pion-polar")  # not those with the paper's retraction, which grows them
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 

@@ -22,15 +22,15 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SHAPES = [(256, 256), (320, 192), (192, 320)]
 # Of a layer of Llama-3.1-8B: queries and outputs, keys and values, the MLP's three.
 LAYER = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
-LIE = {"direction": "gradient", "metric": "lie"}
+AMBIENT = {"preset": "ambient"}
 CONTENDERS = {
     "torch Muon": lambda params: torch.optim.Muon(params, lr=1e-4, weight_decay=0.0),
     "Muon": lambda params: Teon(params, lr=1e-4, stack=1),
     "Pion": Pion,
     "Pion, not transported": lambda params: Pion(params, momentum_frame="ambient"),
-    "gradient, lie": lambda params: Pion(params, **LIE),
-    "gradient, lie, not transported": lambda params: Pion(params, momentum_frame="ambient", **LIE),
-    "polar": lambda params: Pion(params, direction="polar"),
+    "natural, ambient": lambda params: Pion(params, **AMBIENT),
+    "natural, ambient, not transported": lambda params: Pion(params, momentum_frame="ambient", **AMBIENT),
+    "polar, ambient": lambda params: Pion(params, direction="polar", metric="ambient"),
     "paper": lambda params: Pion(params, preset="paper"),
 }
 
@@ -66,7 +66,7 @@ def test_neighbours_have_little_influence(rule):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["Muon", "Pion", "gradient, lie", "polar", "paper", "rotate"])
+@pytest.mark.parametrize("name", ["Muon", "Pion", "natural, ambient", "polar, ambient", "paper", "rotate"])
 def test_a_step_waits_once(name, dtype):
     params = [nn.Parameter(torch.randn(shape, device="cuda", dtype=dtype)) for shape in SHAPES]
     group = {"params": params, "rule": "pion_lora", "method": "rotate", "unit_step": [1.0] * len(params)}
@@ -84,12 +84,13 @@ def test_a_step_waits_once(name, dtype):
     assert sum("synchronizing" in str(warning.message) for warning in said) <= 1
 
 
+@pytest.mark.parametrize("rule", ["default", "natural, ambient"])
 @pytest.mark.parametrize("products", ["float32", "bfloat16"])
-def test_a_resumed_run_is_the_same_to_the_bit(products):
+def test_a_resumed_run_is_the_same_to_the_bit(products, rule):
     starts = [matrix((192, 320), kind, torch.Generator().manual_seed(0)).cuda() for kind in SPECTRA]
     grads = [[g.cuda()] * len(starts) for g in gradients((192, 320), 10, 1000.0)]
     straight, resumed = ([nn.Parameter(w.clone()) for w in starts] for _ in range(2))
-    options = {"lr": 1e-2, "generator_dtype": products}
+    options = {**RULES[rule], "lr": 1e-2, "generator_dtype": products}
     run(Pion(straight, **options), straight, grads)
     first, second = Pion(resumed, **options), Pion(resumed, **options)
     run(first, resumed, grads[:4])
