@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pion_hf.cli import compare
+from pion_hf.cli.comparison import PLAIN_WIDTH
 from pion_hf.cli.contest import remarks, table
 
 HERE = Path(__file__).parent
@@ -83,7 +84,7 @@ def main() -> None:
     if not chosen.show:
         chosen.comparison.run(chosen.jobs)
     record = json.loads(chosen.comparison.result(".json").read_text(encoding="utf-8"))
-    console = Console(width=compare.PLAIN_WIDTH)
+    console = Console(width=PLAIN_WIDTH)
     console.print(table(record, plain=True))
     for line in remarks(record):
         console.print(line, highlight=False)

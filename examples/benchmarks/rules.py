@@ -165,11 +165,13 @@ def main() -> None:
     arguments.add_argument("--show", action="store_true", help="print the table of finished runs")
     chosen = arguments.parse_args()
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
+    if chosen.show:
+        Console(width=110).print(table(record))
+        return
     text = Path("data/python_docs.txt").read_text(encoding="utf-8")
     if "before" not in record:
         record["before"] = measure(trainer_for("before", RULES["paper"][0], 1e-4), text)
-    todo = [] if chosen.show else (chosen.only or RULES)
-    for rule in todo:
+    for rule in chosen.only or RULES:
         options, rates = RULES[rule]
         for lr in rates:
             if any(r["rule"] == rule and r["lr"] == lr for r in record["runs"]):
@@ -178,8 +180,6 @@ def main() -> None:
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(record, indent=1))
             Console(width=110).print(table(record))
-    if chosen.show:
-        Console(width=110).print(table(record))
 
 
 if __name__ == "__main__":
