@@ -265,3 +265,13 @@ def test_reach_is_measured_anew_and_no_difference(tmp_path, token_rows):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     for (name, p), q in zip(straight.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_state_of_what_pion_was_before_names_what_it_is_now():
+    """`optim: pion` of an old run, resumed."""
+    state, optimizer = saved(pion(preset="ambient")), pion()
+    with pytest.raises(ValueError, match=r"that of optim='pion_ambient', as optim='pion' was called before 0\.13\."):
+        optimizer.load_state_dict(state)
+    with pytest.raises(ValueError, match="does not fit") as error:
+        pion(preset="ambient").load_state_dict(saved(optimizer))
+    assert "before 0.13" not in str(error.value)

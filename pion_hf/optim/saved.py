@@ -64,6 +64,11 @@ def _renewed(group: dict[str, Any]) -> dict[str, Any]:
     return {"state_dtype": "float32", **kept, "momentum_frame": group["momentum"], "retraction": retraction}
 
 
+def _is_ambient(group: dict[str, Any]) -> bool:
+    """Whether its rule is Pion's preset `ambient`, and was its default once."""
+    return (group.get("direction"), group.get("metric")) == ("natural", "ambient")
+
+
 def options_of_state(group: dict[str, Any]) -> dict[str, Any]:
     """Those that decide what the state of a group's parameters holds, and how it is used."""
     decide = (*RULES_IN_NUMBERS, "stacks")
@@ -103,9 +108,11 @@ def check_saved(
         else:
             found += _forms(saved, groups, after, elementwise)
     if found:
+        ambient = any(map(_is_ambient, saved["param_groups"])) and not any(map(_is_ambient, groups))
+        whose = "It is that of optim='pion_ambient', as optim='pion' was called before 0.13. " if ambient else ""
         raise ValueError(
-            f"the saved optimizer state does not fit: {listing(found)}. Continue with the model, the routing and the "
-            "options of the saved run, or load its weights only and start with fresh state."
+            f"the saved optimizer state does not fit: {listing(found)}. {whose}Continue with the model, the routing "
+            "and the options of the saved run, or load its weights only and start with fresh state."
         )
     bare = _without_state(saved, theirs)
     if bare:
