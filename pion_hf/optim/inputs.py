@@ -2,8 +2,11 @@
 
 Most of what a layer's inputs have in common, whatever the text, lies in a few directions: their mean, the outliers of a
 few channels, the first token. A step that changes what a layer makes of these changes everything the model does; with
-`keep` it leaves it as it is. (To project steps away from inputs is gradient projection memory, arXiv 2103.09762, which
-stores the inputs of earlier tasks; these are of the new one, and there is nothing to store.)
+`keep` it leaves it as it is.
+
+To project steps away from inputs is Adam-NSCL's idea (arXiv 2103.07113) and that of gradient projection memory (arXiv
+2103.09762), with inputs of earlier tasks; these are of the new one, and there is nothing to store. `keep_soft` is OWM's
+projector (arXiv 1810.01256), a ridge `gamma (K + gamma I)^-1` of the inputs' second moment `K`.
 """
 
 from __future__ import annotations

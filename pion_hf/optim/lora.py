@@ -51,7 +51,8 @@ class _Factors(MatrixOptimizer):
     """What optimizers of LoRA factors have in common: how adapters `keep`.
 
     `dW Q = s B A Q` stays zero if `A Q` is: of `A` all that answers to kept directions is taken away at first, which
-    changes nothing while `B` is zero, and steps are orthogonal to them.
+    changes nothing while `B` is zero, and steps are orthogonal to them. (`B A Q = 0` is LoRA-Null's construction, arXiv
+    2503.02659. KeepLoRA, arXiv 2601.19659, is another method.)
     """
 
     keeps_by_itself = True
@@ -111,7 +112,7 @@ class PionLora(_Factors):
         polar, polar_steps: how a step is orthogonalised; see `Teon`. `gram` has kernels for ranks of 256 and more only.
         batch_elements: the most elements of the factors that are updated at once; see `Pion`.
         keep: number of leading directions of every adapted layer's inputs whose outputs stay (of `A`: those of adapters
-            that begin at zero). inputs: `pion_hf.Inputs(model, keep)`; see `Pion`.
+            that begin at zero), as in LoRA-Null (arXiv 2503.02659). inputs: `pion_hf.Inputs(model, keep)`; see `Pion`.
         weight_decay: decoupled, of factors that grow (and AdamW's groups).
         share_work: under DDP, each process updates a share of the matrices and tells the others.
 

@@ -49,9 +49,11 @@ class Teon(MatrixOptimizer):
         compile: the elementwise parts through `torch.compile`.
         batch_elements: the most elements of the matrices that are updated at once; see `Pion`.
         keep: number of leading directions of every layer's inputs whose outputs stay as they are: changes of a matrix
-            are projected away from them. inputs: `pion_hf.Inputs(model, keep)`; see `Pion`.
+            are projected away from them, as Adam-NSCL's are (arXiv 2103.07113). inputs: `pion_hf.Inputs(model, keep)`;
+            see `Pion`.
         keep_soft: of `4 keep` directions, each by the share `s / (s + s_keep)` of its eigenvalue `s`, instead of `keep`
-            of them wholly and the others not at all; needs `pion_hf.Inputs(model, 4 * keep)`.
+            of them wholly and the others not at all: OWM's projector (arXiv 1810.01256); needs
+            `pion_hf.Inputs(model, 4 * keep)`.
         weight_decay: decoupled, of the matrices and of AdamW's groups.
         adamw_betas, adamw_eps: of AdamW's groups that bring none.
         share_work: under DDP, each process updates a share of the matrices and tells the others.
