@@ -1,15 +1,15 @@
 """Whether a learning rate that is right for AdamW is right for this package's names.
 
 SmolLM2-135M-Instruct learns `reasoning-gym` answers: all weights, and fresh LoRA adapters on all linear layers (alpha
-= 2 rank, no dropout) of rank 4, 16 and 64. Every run takes 24 steps of 4 examples, warmup 2, linear decay, one rate for
-everything that trains; its loss is of 48 held-out examples. AdamW's rate is doubled and halved until its best one has
+= 2 rank, no dropout) of rank 4, 16 and 64. Every run takes 16 steps of 4 examples, warmup 2, linear decay, one rate for
+everything that trains; its loss is of 32 held-out examples. AdamW's rate is doubled and halved until its best one has
 worse neighbours on both sides. Every other name runs at half, one and two times that rate, and then on until its own
 best one has worse neighbours too.
 
 Shown is, by name: its best rate over AdamW's, and how far behind its own best loss it is at AdamW's best rate.
 
 Needs examples/prepare_smollm2.py and examples/prepare_reasoning.py. Finished runs are kept in results/rates.json and
-not repeated; `--show` runs none. A run takes 15 to 90 seconds on 2 CPU cores.
+not repeated; `--show` runs none. A run takes 15 to 60 seconds on 2 CPU cores.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from pion_hf.routing import LORA_FORMS
 
 MODEL, DATA = "models/smollm2-135m-instruct", "data/reasoning"
 RESULTS = Path(__file__).parent / "results" / "rates.json"
-STEPS, BATCH, WARMUP, HELD_OUT, LENGTH = 24, 4, 2, 48, 192
+STEPS, BATCH, WARMUP, HELD_OUT, LENGTH = 16, 4, 2, 32, 160
 RANKS = (4, 16, 64)
 FULL, ADAPTERS = "full", tuple(f"LoRA {rank}" for rank in RANKS)
 NAMES = {FULL: ("pion_ambient",), **dict.fromkeys(ADAPTERS, ("pion_lora", "teon_lora", "muon"))}
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[FULL, *ADAPTERS], help="kinds: full, 'LoRA 16', ...")
     args = parser.parse_args()
     study = Study(None if args.show else Bench().run)
-    table = Table(title="Learning rates on AdamW's scale: held-out loss after 24 steps")
+    table = Table(title=f"Learning rates on AdamW's scale: held-out loss after {STEPS} steps")
     for column in ("", "name", "at half", "at AdamW's best", "at twice", "own best / AdamW's", "behind its own best"):
         table.add_column(column, justify="left" if column in ("", "name") else "right")
     for kind in args.only:
