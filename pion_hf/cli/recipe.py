@@ -345,8 +345,10 @@ def _check_optimizer(path: str, recipe: dict[str, Any], optim: str) -> None:
         option, value = option_name(field.name), recipe.get(field.name)
         if value is not None and option not in own:
             owners = ", ".join(name for name in OPTIMIZER_CLASSES if option in option_types(name))
+            renamed = ", or say optim_momentum_frame, its name since 0.13" if option == "momentum" else ""
             raise ValueError(
-                f"{path}: {field.name} is an option of optim: {owners}, not of optim: {optim}: leave out one of the two"
+                f"{path}: {field.name} is an option of optim: {owners}, not of optim: {optim}: leave out one of the "
+                f"two{renamed if 'momentum_frame' in own else ''}"
             )
         allowed = own[option].metadata["allowed"] if option in own else None
         numbers = [v for v in (value if isinstance(value, list) else [value]) if type(v) in (int, float)]
