@@ -42,16 +42,17 @@ def renewed(saved: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: it was saved with an option that is gone, or with learning rates of another scale.
     """
+    of_factors = next((group["rule"] for group in saved["param_groups"] if "reach" in group), None)
+    if of_factors:
+        raise ValueError(
+            f"the saved optimizer state of rule {of_factors!r} is of a version before 0.13, whose learning rates were "
+            "15 to 25 times as large: load the weights only and start with fresh state, at a rate that is right for "
+            "AdamW."
+        )
     return {**saved, "param_groups": [_renewed(group) for group in saved["param_groups"]]}
 
 
 def _renewed(group: dict[str, Any]) -> dict[str, Any]:
-    if "reach" in group:
-        raise ValueError(
-            f"the saved optimizer state of rule {group.get('rule')!r} is of a version before 0.13, whose learning "
-            "rates were 15 to 25 times as large: load the weights only and start with fresh state, at a rate that is "
-            "right for AdamW."
-        )
     if "rank_tolerance" not in group:
         return group
     if group["hold"]:
@@ -103,15 +104,22 @@ def check_saved(
         else:
             found += _forms(saved, groups, after, elementwise)
     if found:
+        hint = "What optim='pion' was until 0.12 is 'pion_ambient' now. " if _is_ambient(saved, groups) else ""
         raise ValueError(
-            f"the saved optimizer state does not fit: {listing(found)}. Continue with the model, the routing and the "
-            "options of the saved run, or load its weights only and start with fresh state."
+            f"the saved optimizer state does not fit: {listing(found)}. {hint}Continue with the model, the routing and "
+            "the options of the saved run, or load its weights only and start with fresh state."
         )
     bare = _without_state(saved, theirs)
     if bare:
         warnings.warn(f"The saved optimizer state has none of {listing(bare)}: it begins afresh there.", stacklevel=3)
     if replaced:
         warnings.warn(f"Numbers of the saved optimizer state replace those given: {listing(replaced)}.", stacklevel=3)
+
+
+def _is_ambient(saved: dict[str, Any], groups: list[dict[str, Any]]) -> bool:
+    """Whether the saved rule is the one that was Pion's default once, and the optimizer's is another."""
+    before, after = ({(g.get("direction"), g.get("metric")) for g in of} for of in (saved["param_groups"], groups))
+    return ("natural", "ambient") in before - after
 
 
 def plain_name(name: str) -> str:
