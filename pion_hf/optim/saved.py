@@ -42,16 +42,17 @@ def renewed(saved: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: it was saved with an option that is gone, or with learning rates of another scale.
     """
+    of_factors = next((group["rule"] for group in saved["param_groups"] if "reach" in group), None)
+    if of_factors:
+        raise ValueError(
+            f"the saved optimizer state of rule {of_factors!r} is of a version before 0.13, whose learning rates were "
+            "15 to 25 times as large: load the weights only and start with fresh state, at a rate that is right for "
+            "AdamW."
+        )
     return {**saved, "param_groups": [_renewed(group) for group in saved["param_groups"]]}
 
 
 def _renewed(group: dict[str, Any]) -> dict[str, Any]:
-    if "reach" in group:
-        raise ValueError(
-            f"the saved optimizer state of rule {group.get('rule')!r} is of a version before 0.13, whose learning "
-            "rates were 15 to 25 times as large: load the weights only and start with fresh state, at a rate that is "
-            "right for AdamW."
-        )
     if "rank_tolerance" not in group:
         return group
     if group["hold"]:
