@@ -144,7 +144,7 @@ def test_state_of_the_old_default_names_pion_ambient(version):
     for options in ({}, {"preset": "paper"}):
         said = refused(lambda options=options: pion(**options), VERSIONS[version](optimizer.state_dict()))
         assert "direction of a was 'natural' and is 'gradient', metric of a was 'ambient' and is 'lie'" in said
-        assert "What optim='pion' was until 0.12 is 'pion_ambient' now." in said
+        assert "It is that of optim='pion_ambient', as optim='pion' was called before 0.13." in said
     assert "pion_ambient" not in refused(lambda: pion(side="in"), pion().state_dict())
 
 
