@@ -1,4 +1,4 @@
-"""LoRA with rotating adapters: `optim="pion"` takes its LoRA form on a peft model, and says so.
+"""LoRA with rotating adapters: the factor A rotates, and B takes orthogonalised steps.
 
 python examples/lora.py --max_steps 10
 """
@@ -20,7 +20,7 @@ class Data:
 
 
 parser = HfArgumentParser((Data, PionSFTConfig))
-parser.set_defaults(learning_rate=3e-2)  # the angle of a rotation, in radians
+parser.set_defaults(optim="pion_lora", learning_rate=1.2e-3)
 data, args = parser.parse_args_into_dataclasses()
 trainer = PionSFTTrainer(
     data.model,

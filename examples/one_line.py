@@ -1,6 +1,6 @@
-"""Somebody else's Trainer script, with one line added: after `import pion_hf` it takes `--optim pion`.
+"""Somebody else's Trainer script, with one line added: after `import pion_hf` it takes `--optim pion_ambient`.
 
-    python examples/one_line.py --output_dir out --optim pion --learning_rate 1e-3 --max_steps 10
+    python examples/one_line.py --output_dir out --optim pion_ambient --learning_rate 2e-4 --max_steps 10
 
 Without the line, `pion-hf run script.py ...` does the same.
 """

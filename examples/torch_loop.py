@@ -26,7 +26,8 @@ rows = ids[: len(ids) // 64 * 64].view(-1, 64)
 
 print(routing_table(model))
 inputs = Inputs(model, chosen.keep) if chosen.keep else None
-optimizer = Pion(param_groups(model, lr=1e-3, adamw_lr=3e-5), keep=chosen.keep, inputs=inputs)
+groups = param_groups(model, "pion_ambient", lr=1e-4, adamw_lr=3e-5)
+optimizer = Pion(groups, preset="ambient", keep=chosen.keep, inputs=inputs)
 for step in range(chosen.steps):
     batch = rows[torch.arange(4 * step, 4 * step + 4) % len(rows)]
     loss = model(input_ids=batch, labels=batch).loss

@@ -23,7 +23,7 @@ SCRIPTS = {
     "lora.py": ([*CHAT, "--rank", "2"], "pion_lora"),
     "grpo.py": (["--chats", "{chats}", "--num_generations", "2", "--max_completion_length", "4", *SMALL], "reward"),
     "torch_loop.py": (["--text", "{text}", "--steps", "2", "--keep", "4"], "step 2: loss"),
-    "one_line.py": (["--optim", "pion", *SMALL], "pion"),
+    "one_line.py": (["--optim", "pion_ambient", *SMALL], "pion"),
 }
 
 

@@ -50,7 +50,7 @@ CONTENDERS = {
     "AdamW, two rates": ("adamw_routed", 4e-4),
     "AdamW, two rates, keep 16, soft": ("adamw_routed", 8e-4, *SOFT),
     "Muon, keep 16": ("muon", 2e-3, "--optim_keep", "16"),
-    "Pion, default": ("pion", 2e-3),
+    "Pion, ambient": ("pion_ambient", 2e-4),
 }
 MEASURES = ("task", "other_text")
 

@@ -88,6 +88,8 @@ def main() -> None:
     console.print(table(record, plain=True))
     for line in remarks(record):
         console.print(line, highlight=False)
+    if "version" in record:
+        console.print(f"Measured with {record['version']}: rates of 'Pion, ambient' were ten times as large.")
     console.print(every_run(record))
 
 

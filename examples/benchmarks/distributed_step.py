@@ -23,14 +23,15 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from pion_hf import Pion, Teon
+from pion_hf import Muon, Pion
 from pion_hf.optim import MatrixOptimizer
 from pion_hf.optim.sharding import is_sharded, local
 
 COUNT, SHAPE = 8, (576, 1536)
 RULES: dict[str, Callable[..., MatrixOptimizer]] = {
     "pion": Pion,
-    "muon": lambda params, **options: Teon(params, stack=1, **options),
+    "pion_ambient": lambda params, **options: Pion(params, preset="ambient", **options),
+    "muon": Muon,
 }
 WAYS = ("all on each", "shared", "sharded")
 

@@ -36,8 +36,8 @@ MODEL = "models/smollm2-135m-instruct"
 MATRICES = ("self_attn.k_proj", "self_attn.v_proj")
 STEPS, DOMINANT = 1000, 4
 
-DEFAULT, LIE = "default (natural, ambient)", "gradient, lie"
-RULES = {DEFAULT: {}, LIE: {"direction": "gradient", "metric": "lie"}}
+AMBIENT, LIE = "natural, ambient", "gradient, lie"
+RULES = {AMBIENT: {"direction": "natural", "metric": "ambient"}, LIE: {}}
 RATE = 1e-3
 AS_ON_A_GPU = {"generator_dtype": "bfloat16", "products": "as on a GPU"}
 TURN = 100
@@ -46,8 +46,8 @@ JUMPS = (1.0, 1e3, 1.0, 1e-3)
 COMBINATIONS = [
     (LIE, AS_ON_A_GPU, "float32", False, 1),
     (LIE, AS_ON_A_GPU, "float32", True, 100),
-    (DEFAULT, AS_ON_A_GPU, "bfloat16", True, 10),
-    (DEFAULT, AS_ON_A_GPU, "float32", True, 300),
+    (AMBIENT, AS_ON_A_GPU, "bfloat16", True, 10),
+    (AMBIENT, AS_ON_A_GPU, "float32", True, 300),
 ]
 
 

@@ -33,12 +33,12 @@ SIZES = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-LIE_POLAR = {"direction": "polar", "metric": "lie"}
+AMBIENT, LIE_POLAR = {"direction": "natural", "metric": "ambient"}, {"direction": "polar", "metric": "lie"}
 # name -> optimizer, its routing, constructor's options, learning rates
 OPTIMIZERS = {
     "adamw": ("adamw", {}, {}, (1e-3, 3e-3, 1e-2)),
     "teon": ("teon", {}, {}, (3e-3, 1e-2, 3e-2)),
-    "pion, default": ("pion", {}, {}, (3e-3, 1e-2, 3e-2)),
+    "pion, natural, ambient": ("pion", {}, AMBIENT, (3e-3, 1e-2, 3e-2)),
     "pion, polar, lie": ("pion", {}, LIE_POLAR, (3e-3, 1e-2, 3e-2)),
 }
 EXPERTS = {

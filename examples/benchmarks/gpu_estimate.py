@@ -37,12 +37,12 @@ CONTENDERS = (
     "AdamW, fused",
     "torch Muon",
     "teon, stack 1 (muon)",
-    "pion, gradient, lie",
-    "pion, gradient, lie, not transported",
+    "pion",
+    "pion, not transported",
     "pion, polar, lie",
     "pion, adam, ambient",
-    "pion, natural, ambient",
-    "pion, natural, ambient, not transported",
+    "pion_ambient",
+    "pion_ambient, not transported",
 )
 STEPS = 3
 

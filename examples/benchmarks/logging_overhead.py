@@ -24,7 +24,7 @@ RECIPE = "recipes/smollm2-135m/sft/full.yaml"
 RESULTS = Path(__file__).parent / "results" / "logging_overhead.json"
 # Keys of the recipe: options of one optimizer, and evaluations, which are no part of training.
 LEFT_OUT = ("optim_", "eval_", "exact_match", "other_text")
-OPTIMIZERS = ("pion", "muon", "adamw_torch")
+OPTIMIZERS = ("pion_ambient", "muon", "adamw_torch")
 
 
 def run(optim: str, steps: int) -> dict:

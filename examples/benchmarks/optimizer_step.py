@@ -47,6 +47,7 @@ from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 
 from pion_hf import param_groups
+from pion_hf._version import __version__
 from pion_hf.arguments import OPTIMIZER_CLASSES, resolve_options
 
 RESULTS = Path(__file__).parent / "results" / "optimizer_step.json"
@@ -83,25 +84,27 @@ def pion(direction: str, metric: str, **options: object) -> Build:
     return ours("pion", direction=direction, metric=metric, **size, **options)
 
 
+# Direction and metric of what has a name of its own.
+NAMES = {("gradient", "lie"): "pion", ("natural", "ambient"): "pion_ambient"}
 CONTENDERS: dict[str, Build] = {
     "AdamW, fused": lambda model: torch.optim.AdamW(factors(model), lr=STEP, weight_decay=0.0, fused=True),
     "torch Muon": lambda model: torch.optim.Muon(
         factors(model), lr=LR, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
     ),
-    "literal lie": lambda model: LiteralPion(factors(model), LR, momentum_frame="lie"),
-    "literal transported": lambda model: LiteralPion(factors(model), LR, momentum_frame="transported"),
+    "literal lie": lambda model: LiteralPion(factors(model), LR, momentum="lie"),
+    "literal transported": lambda model: LiteralPion(factors(model), LR, momentum="transported"),
     "pion, paper": ours("pion", preset="paper"),
     "pion, lie momentum": pion("gradient", "lie", momentum_frame="lie"),
     **{
-        f"pion, {direction}, {metric}": pion(direction, metric)
+        NAMES.get((direction, metric), f"pion, {direction}, {metric}"): pion(direction, metric)
         for direction in ("gradient", "natural", "adam", "polar", "msign")
         for metric in ("lie", "ambient")
         if (direction, metric) != ("msign", "ambient")
     },
-    "pion, gradient, lie, not transported": pion("gradient", "lie", momentum_frame="ambient"),
-    "pion, natural, ambient, not transported": pion("natural", "ambient", momentum_frame="ambient"),
+    "pion, not transported": pion("gradient", "lie", momentum_frame="ambient"),
+    "pion_ambient, not transported": pion("natural", "ambient", momentum_frame="ambient"),
     "pion, polar, lie, 3 polar steps": pion("polar", "lie", polar_steps=3),
-    "pion, natural, ambient, compiled": pion("natural", "ambient", compile=True),
+    "pion_ambient, compiled": pion("natural", "ambient", compile=True),
     "teon, stack 1 (muon)": ours("muon"),
     "teon, stack 1 (muon), compiled": ours("muon", compile=True),
     "teon, stack 2": ours("teon", stack=2),
@@ -236,6 +239,7 @@ def measure(name: str, contenders: dict[str, Build], layers: int, dtype: torch.d
         "parameters": sum(p.numel() for p in params),
         "rounds": rounds,
         "torch": torch.__version__,
+        "version": __version__,
         "rates": {d: max(map(statistics.median, seen)) for d, seen in rates.items()},
         "rows": rows,
     }

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pion_hf import param_groups
+from pion_hf._version import __version__
 from pion_hf.arguments import OPTIMIZER_CLASSES, resolve_options
 from pion_hf.cli.configs import local_config
 
@@ -34,8 +35,8 @@ CONTENDERS = {
     "AdamW, fused": ("adamw", {}),
     "Muon": ("muon", {}),
     "TEON": ("teon", {}),
-    "Pion gradient, lie": ("pion", {"direction": "gradient", "metric": "lie"}),
-    "Pion, default": ("pion", {}),
+    "Pion": ("pion", {}),
+    "Pion, ambient": ("pion_ambient", {}),
 }
 
 
@@ -69,7 +70,7 @@ def measure() -> dict:
         loss.backward()
 
     seconds(forward_and_backward)
-    found = {"pass": seconds(forward_and_backward), "torch": torch.__version__, "steps": {}}
+    found = {"pass": seconds(forward_and_backward), "torch": torch.__version__, "version": __version__, "steps": {}}
     for name, (optim, options) in tqdm(CONTENDERS.items(), desc="Optimizers", leave=False):
         optimizer = optimizer_of(model, optim, options)
         for _ in range(WARMUP):
