@@ -214,7 +214,7 @@ def test_what_schedulers_leave_in_groups_is_taken_and_goes_on(case, kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
-        type(straight)([dict(group) for group in straight.param_groups], **({"stack": 1} if case == "muon" else {}))
+        type(straight)([dict(group) for group in straight.param_groups])
         schedule.load_state_dict(scheduler.state_dict())
     step(copied, 3)
     for seed in range(3, 6):

@@ -29,14 +29,15 @@ def teon(p: nn.Parameter, lr: float) -> Teon:
     return Teon([("w", p)], lr=lr, stack=1)
 
 
-def lora(method: str):
+def lora(method: str, unit_step: float):
     def build(p: nn.Parameter, lr: float) -> PionLora:
-        return PionLora([{"params": [("w", p)], "rule": "pion_lora", "method": method, "unit_step": [0.2]}], lr=lr)
+        group = {"params": [("w", p)], "rule": "pion_lora", "method": method, "unit_step": [unit_step]}
+        return PionLora([group], lr=lr)
 
     return build
 
 
-RULES = {"pion": pion, "ambient": ambient, "teon": teon, "rotate": lora("rotate"), "grow": lora("orthogonal")}
+RULES = {"pion": pion, "ambient": ambient, "teon": teon, "rotate": lora("rotate", 1.0), "grow": lora("orthogonal", 0.2)}
 ISOSPECTRAL = ("pion", "ambient", "rotate")  # whose factors are the masters; the others keep what bfloat16 drops
 
 

@@ -396,7 +396,7 @@ def test_a_metric_that_comes_back_goes_on_with_its_factors():
     ("change", "message"),
     [
         ({"metric": "lei"}, "metric"),
-        ({"side": "both"}, "side='both' is not for"),
+        ({"side": "both", "metric": "ambient"}, "side='both' is not for"),
         ({"keep": 2}, "keep=2 needs the inputs"),
     ],
 )
