@@ -96,7 +96,8 @@ def test_module_trains_with_trls_own_script(tmp_path, checkpoint, chat_data):
 def test_sft_trains_and_reports(recipe, tmp_path, capsys):
     other = tmp_path / "other.txt"
     other.write_text("Sphinx of black quartz, judge my vow. " * 20, encoding="utf-8")
-    main(["sft", "--config", recipe(other_text_file=str(other), exact_match_samples=3), "--max_new_tokens", "4"])
+    path = recipe(learning_rate=1e-3, other_text_file=str(other), exact_match_samples=3)  # no step is clipped
+    main(["sft", "--config", path, "--max_new_tokens", "4"])
     folder = tmp_path / "run"
     report = json.loads((folder / "eval.json").read_text())
     before, after = report["before"], report["after"]

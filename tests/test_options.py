@@ -30,11 +30,11 @@ def test_constructors_have_the_options_with_their_types_and_defaults(cls):
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_options_are_what_groups_begin_with(cls):
-    matrix = {"params": [nn.Parameter(torch.eye(3))], "rule": cls.matrix_rules[0]}
-    factor = {"method": "orthogonal", "unit_step": [1.0]} if cls in (PionLora, TeonLora) else {}
-    factor |= {"stacks": []} if cls in (Teon, TeonLora) else {}
-    others = {"params": [nn.Parameter(torch.ones(3))], "rule": "adamw"}
-    for group in cls([{**matrix, **factor}, others]).param_groups:
+    matrices = {"params": [(name, nn.Parameter(torch.eye(3))) for name in "ab"], "rule": cls.matrix_rules[0]}
+    matrices |= {"method": "orthogonal", "unit_step": [1.0, 1.0]} if cls in (PionLora, TeonLora) else {}
+    matrices |= {"stacks": [["a", "b"]]} if cls in (Teon, TeonLora) else {}
+    others = {"params": [("bias", nn.Parameter(torch.ones(3)))], "rule": "adamw"}
+    for group in cls([matrices, others]).param_groups:
         fields = {field.name: field.default for field in dataclasses.fields(cls.options)}
         assert fields.keys() - group.keys() <= {"preset", "share_work", "adamw_betas", "adamw_eps"}
         own = {name: value for name, value in fields.items() if name in group and group["rule"] != "adamw"}

@@ -178,7 +178,7 @@ def test_target_modules_choose_the_matrices(arguments, model):
     [
         ({"optim_args": "beta=(0.9,0.95)"}, "Did you mean 'betas'"),
         ({"optim_args": "side=inn"}, "Did you mean 'in'"),
-        ({"optim_args": "side=both"}, "do not combine"),
+        ({"optim": "pion_ambient", "optim_args": "side=both"}, "do not combine"),
         ({"optim_args": "exclude=[q_prj]"}, "Did you mean 'q_proj'"),
         ({"optim_target_modules": ["q_prj"]}, "Did you mean 'q_proj'"),
     ],
