@@ -244,11 +244,23 @@ def resolve_options(
     for key, field in options_of(optim, by_trainer=by_trainer).items():
         if key in merged:
             check_value(key, merged[key], types[key], field.metadata["allowed"])
+    if optim in FIXED_OPTIONS:
+        _check_name(optim, merged)
     merged |= FIXED_OPTIONS.get(optim, {})
     if merged.get("preset") is not None:
         check_preset(merged["preset"], merged)
     groups = {key: merged.pop(key) for key in GROUP_OPTIONS if key in merged}
     return merged, groups
+
+
+def _check_name(optim: str, given: dict[str, Any]) -> None:
+    """Raise ValueError for an option that the optimizer's name has decided otherwise."""
+    for option, value in PRESETS[FIXED_OPTIONS[optim]["preset"]].items():
+        if given.get(option, value) != value:
+            raise ValueError(
+                f"optim={optim!r} means {option}={value!r}, but {option}={given[option]!r} was given: leave it out, or "
+                "use optim='pion', which has all choices."
+            )
 
 
 # Options of other optimizers that one might look for here, or of earlier versions, and what to do instead.

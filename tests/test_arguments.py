@@ -193,7 +193,7 @@ def test_pion_ambient_is_a_preset_of_pion():
     assert resolve_options("pion_ambient", {"side": "in"}) == ({"preset": "ambient", "side": "in"}, {})
     assert resolve_options("pion_ambient", {"rms": 2.0}) == ({"preset": "ambient", "rms": 2.0}, {})
     for clash in ({"rms": 0.2}, {"metric": "lie"}, {"direction": "adam"}, {"scale": "none"}):
-        with pytest.raises(ValueError, match=rf"preset='ambient' sets {next(iter(clash))}=.*leave out one of the two"):
+        with pytest.raises(ValueError, match=rf"pion_ambient' means {next(iter(clash))}=.*use optim='pion'"):
             resolve_options("pion_ambient", clash)
     for preset in ("ambient", "paper"):
         with pytest.raises(ValueError, match="'preset' is an option of optim='pion', not of optim='pion_ambient'"):

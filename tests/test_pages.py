@@ -18,7 +18,8 @@ from tests.conftest import toy_llama
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {name: DOCS / "optimizers" / f"{name}.md" for name in OPTIMIZER_CLASSES}
-WRITTEN = [*sorted((DOCS / "optimizers").glob("*.md")), *(DOCS / f"{name}.md" for name in ("keep", "choosing"))]
+OTHERS = ("choosing", "elsewhere", "keep", "migration")
+WRITTEN = [*sorted((DOCS / "optimizers").glob("*.md")), *(DOCS / f"{name}.md" for name in OTHERS)]
 MOST_LINES = 60
 
 
@@ -94,8 +95,9 @@ def test_links_lead_somewhere(page):
 def test_snippets_run(page, tmp_path, monkeypatch, token_rows):
     """In one interpreter, one after the other, on a toy model with and without adapters."""
     monkeypatch.chdir(tmp_path)
+    toy_llama().save_pretrained("out/checkpoint-1000")
     adapted = get_peft_model(toy_llama(), LoraConfig(r=4, target_modules="all-linear"))
-    names = {"model": toy_llama(), "peft_model": adapted, "train_dataset": token_rows}
+    names = {"model": toy_llama(num_key_value_heads=4), "peft_model": adapted, "train_dataset": token_rows}
     for snippet in fences(page, "python"):
         exec(compile(snippet, str(page), "exec"), names)
 

@@ -280,3 +280,25 @@ def test_a_deepspeed_config_is_refused(arguments):
 
 def test_one_process_is_not_refused(arguments):
     refuse_wrappers(arguments())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("", "is the published rule since 0.13"),
+        ("rms=0.1", "is the published rule since 0.13"),
+        ("direction=adam", "The metric of optim='pion' is 'lie' by default since 0.13"),
+        ("direction=adam, metric=ambient", ""),
+        ("direction=adam, metric=lie", ""),
+        ("direction=gradient", ""),
+        ("preset=paper", ""),
+        ("preset=ambient", ""),
+    ],
+)
+def test_what_an_old_recipe_would_mean_otherwise_is_said(options, said, arguments, model, monkeypatch):
+    """Both of its meanings are valid."""
+    lines = []
+    monkeypatch.setattr("pion_hf.integrations.handler.logger.warning_once", lines.append)
+    optimizer_of(arguments(optim_args=options, learning_rate=1e-3), model)
+    assert len(lines) == bool(said)
+    assert said in "".join(lines)

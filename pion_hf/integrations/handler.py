@@ -81,6 +81,11 @@ def say_what_it_is(args: Any, optim: str, options: dict[str, Any]) -> None:
             f"{usual_rates('pion')}). Until then it was what optim='pion_ambient' is now, at ten times the rate. "
             "optim_direction=gradient says that you know."
         )
+    elif optim == "pion" and options.get("direction") in ("adam", "natural", "polar") and "metric" not in options:
+        logger.warning_once(
+            "The metric of optim='pion' is 'lie' by default since 0.13, and was 'ambient' until then: optim_metric "
+            "says which."
+        )
     defaults = [f.default for f in dataclasses.fields(args) if f.name == "learning_rate"]
     if args.learning_rate in defaults and not getattr(args, "rate_is_open", False):
         logger.warning_once(

@@ -160,8 +160,8 @@ class PionOptions(Executed, Orthogonalised, Common):
     eps: float = option(1e-8, "Added to the root of the second moment.", NOT_NEGATIVE)
     rms: float = option(0.2, "RMS of a matrix's update at learning rate 1 (scale=rms).", POSITIVE)
     side: Literal["alternate", "in", "out", "both"] = option("alternate", "The side or sides rotated in a step.")
-    momentum_frame: Literal["transported", "lie", "ambient"] = option(
-        "transported", "Where the momentum lives: carried along by the rotations, in the generators, left where it is."
+    momentum_frame: Literal["ambient", "transported", "lie"] = option(
+        "ambient", "Where the momentum lives: left where it is, carried along by the rotations, in the generators."
     )
     second_moment: bool = option(False, "Divide the gradient by the root of a second moment, as the paper's variant.")
     direction: Direction = option("gradient", "The step without the constraint.")
