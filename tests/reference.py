@@ -11,7 +11,7 @@ def trajectory(
     lr: float,
     direction: str = "gradient",
     metric: str = "lie",
-    momentum_frame: str = "transported",
+    momentum_frame: str = "ambient",
     side: str = "alternate",
     scale: str = "rms",
     second_moment: bool = False,

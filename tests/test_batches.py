@@ -63,7 +63,7 @@ def pion_lora(params: list[nn.Parameter], *, method: str, **options: Any) -> Pio
 
 BUILDERS: dict[str, Callable[..., MatrixOptimizer]] = {
     "pion": pion,
-    "pion ambient": functools.partial(pion, direction="natural", metric="ambient"),
+    "pion ambient": functools.partial(pion, direction="natural", metric="ambient", momentum_frame="transported"),
     "pion both sides": functools.partial(pion, direction="natural", side="both"),
     "pion paper": functools.partial(pion, preset="paper"),
     "muon": muon,
@@ -76,7 +76,7 @@ BUILDERS: dict[str, Callable[..., MatrixOptimizer]] = {
 # Rules of rotations that the matrices of a batch could have in common more than they should.
 NEIGHBOURS = {
     "default": {},
-    "natural, ambient": {"direction": "natural", "metric": "ambient"},
+    "natural, ambient": {"direction": "natural", "metric": "ambient", "momentum_frame": "transported"},
     "gradient, ambient": {"metric": "ambient"},
     "adam, ambient": {"direction": "adam", "metric": "ambient"},
     "polar, ambient": {"direction": "polar", "polar": "svd", "metric": "ambient"},

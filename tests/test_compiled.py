@@ -10,7 +10,9 @@ from torch import nn
 from pion_hf.optim import Pion, Teon, compiled
 
 OPTIMIZERS = {
-    "natural": functools.partial(Pion, direction="natural", metric="ambient", generator_dtype="float32"),
+    "natural": functools.partial(
+        Pion, direction="natural", metric="ambient", momentum_frame="transported", generator_dtype="float32"
+    ),
     "adam": functools.partial(Pion, direction="adam", metric="ambient", scale="none", generator_dtype="float32"),
     "muon": functools.partial(Teon, stack=1, weight_decay=0.1),
     "muon, plain": functools.partial(Teon, stack=1, nesterov=False),

@@ -42,7 +42,7 @@ OPTIMIZERS = {
     "both sides": lambda params: Pion(params, side="both"),
     "lie momentum": lambda params: Pion(params, momentum_frame="lie", second_moment=True),
     "paper": lambda params: Pion(params, preset="paper"),
-    "without transport": lambda params: Pion(params, momentum_frame="ambient"),
+    "transported": lambda params: Pion(params, momentum_frame="transported"),
     "float32": lambda params: Pion(params, generator_dtype="float32"),
     "keep": lambda params: Pion(params, keep=4, inputs=Kept()),
     "muon": lambda params: Teon(params, stack=1),

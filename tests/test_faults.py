@@ -237,7 +237,7 @@ ALONE = {"rule": "teon_lora", "unit_step": [1.0], "stacks": [], "stack": 1, "met
 OPTIMIZERS = {
     "pion": (Pion, PION, PION, {}),
     "pion-paper": (Pion, PION, PION, {"preset": "paper"}),
-    "pion-ambient": (Pion, PION, PION, {"direction": "natural", "metric": "ambient"}),
+    "pion-ambient": (Pion, PION, PION, {"direction": "natural", "metric": "ambient", "momentum_frame": "transported"}),
     "pion-polar": (Pion, PION, PION, {"direction": "polar", "side": "both"}),
     "muon": (Teon, MUON, MUON, {}),
     "teon": (Teon, TEON, MUON, {}),

@@ -35,7 +35,7 @@ from tests.conftest import toy_llama
 from tests.distributed_worker import launch
 from tests.test_inputs import KEEP, Net, ids, inputs_of, leading, rows_of
 
-AMBIENT = {"direction": "natural", "metric": "ambient"}
+AMBIENT = {"direction": "natural", "metric": "ambient", "momentum_frame": "transported"}
 DRIFT = 1e-4  # of singular values, relative to the largest
 
 # -- what is kept -----------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ RULES = {
     "default": {},
     "ambient": {"metric": "ambient"},
     "gradient": {"direction": "gradient"},
-    "natural, ambient": {"direction": "natural", "metric": "ambient"},
+    "natural, ambient": {"direction": "natural", "metric": "ambient", "momentum_frame": "transported"},
     "adam": {"direction": "adam"},
     "momentum left where it is": {"momentum_frame": "ambient"},
 }

@@ -121,7 +121,7 @@ def test_without_a_change_of_fingerprints_they_go_on_to_the_bit(rule):
 
 def test_its_numbers_go_on_and_a_warning_says_so():
     """RMS and learning rate belong together: both are those of before."""
-    optimizer = pion(direction="natural", metric="ambient")
+    optimizer = pion(direction="natural", metric="ambient", momentum_frame="transported")
     step(optimizer, 0)
     with pytest.warns(UserWarning, match=r"replace those given: rms of a is 0\.2, not 2\.0"):
         loaded = resumed(lambda: pion(preset="ambient"), as_of_0_12(optimizer.state_dict()), weights(optimizer))
@@ -139,7 +139,7 @@ def refused(build: Callable[[], Optimizer], state: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_state_of_the_old_default_names_pion_ambient(version):
-    optimizer = pion(direction="natural", metric="ambient")
+    optimizer = pion(direction="natural", metric="ambient", momentum_frame="transported")
     step(optimizer, 0)
     for options in ({}, {"preset": "paper"}):
         said = refused(lambda options=options: pion(**options), VERSIONS[version](optimizer.state_dict()))

@@ -17,7 +17,7 @@ from tests.reference import trajectory
 
 DATA = Path(__file__).parent / "data"
 CASES = json.loads((DATA / "pion_teon_cases.json").read_text())
-AMBIENT = {"direction": "natural", "metric": "ambient"}
+AMBIENT = {"direction": "natural", "metric": "ambient", "momentum_frame": "transported"}
 
 # Every rule, at the learning rate 1e-2 of the spectrum test.
 RULES = {
@@ -26,7 +26,7 @@ RULES = {
     "lie momentum, second moment": {"momentum_frame": "lie", "second_moment": True},
     "both sides": {"side": "both"},
     "second moment": {"second_moment": True},
-    "ambient momentum": {"momentum_frame": "ambient"},
+    "transported momentum": {"momentum_frame": "transported"},
     "msign": {"direction": "msign"},
     "polar": {"direction": "polar"},
     "polar, ambient": {"direction": "polar", "metric": "ambient"},
@@ -75,7 +75,8 @@ LITERAL = [
     {},
     {"side": "both"},
     {"second_moment": True},
-    {"momentum_frame": "ambient"},
+    {"momentum_frame": "transported"},
+    {"momentum_frame": "transported", "side": "both"},
     {"momentum_frame": "lie"},
     {"momentum_frame": "lie", "second_moment": True, "side": "both"},
     {"momentum_frame": "lie", **FIXED, "lr": 1e-4},
@@ -367,13 +368,13 @@ def test_the_default_is_the_published_rule_with_an_exact_retraction_and_a_moment
         "momentum_frame",
         "retraction",
     }
-    assert (default["momentum_frame"], default["retraction"], default["rms"]) == ("transported", "polar", 0.2)
+    assert (default["momentum_frame"], default["retraction"], default["rms"]) == ("ambient", "polar", 0.2)
 
 
 def test_the_ambient_preset_is_our_own_rule():
     default, ambient = (Pion([nn.Parameter(torch.eye(3))], **o).param_groups[0] for o in ({}, {"preset": "ambient"}))
     differs = {key: value for key, value in ambient.items() if key != "params" and value != default[key]}
-    assert differs == {"direction": "natural", "metric": "ambient", "rms": 2.0}
+    assert differs == {**AMBIENT, "rms": 2.0}
 
 
 def test_options_that_say_what_a_preset_sets_are_no_clash():

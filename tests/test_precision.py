@@ -249,7 +249,11 @@ def test_rounding_is_each_matrixs_own():
     assert not torch.equal(rounded_on_average(x, (3, 3)), rounded_on_average(x, (4, 4)))
 
 
-@pytest.mark.parametrize("options", [{}, {"direction": "natural", "metric": "ambient"}, {"preset": "paper"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"direction": "natural", "metric": "ambient", "momentum_frame": "transported"}, {"preset": "paper"}],
+    ids=str,
+)
 def test_averages_in_bfloat16_follow_those_in_float32(options):
     """A second moment in bfloat16 that rounds to nearest stands still under beta2 = 0.999."""
     w, target = (torch.randn(24, 40, generator=torch.Generator().manual_seed(i)) for i in (0, 1))

@@ -53,7 +53,7 @@ def factors(cls: type, rule: str, method: str, **options: Any) -> Callable[[Pair
 
 RULES = {
     "pion": whole(Pion),
-    "pion, natural, ambient": whole(Pion, direction="natural", metric="ambient"),
+    "pion, natural, ambient": whole(Pion, direction="natural", metric="ambient", momentum_frame="transported"),
     "pion, adam, ambient, in": whole(Pion, direction="adam", metric="ambient", side="in", scale="none"),
     "pion, polar, ambient": whole(Pion, direction="polar", metric="ambient"),
     "pion, paper": whole(Pion, preset="paper"),
@@ -343,7 +343,7 @@ CHANGES = {
     "to adam": ({"direction": "natural"}, {"direction": "adam"}, 6),
     "to gradient": ({"direction": "natural"}, {"direction": "gradient"}, 6),
     "to natural": ({}, {"direction": "natural"}, 3),
-    "to our own rule": ({}, {"direction": "natural", "metric": "ambient"}, 3),
+    "to our own rule": ({}, {"direction": "natural", "metric": "ambient", "momentum_frame": "transported"}, 3),
     "to lie momentum": ({}, {"momentum_frame": "lie"}, 3),
     "to a second moment": ({}, {"second_moment": True}, 3),
     "to one side": ({}, {"side": "in"}, 6),

@@ -126,7 +126,7 @@ def with_tensors(groups: list[dict], model: nn.Module) -> list[dict]:
 
 BUILDERS: dict[str, Callable[..., MatrixOptimizer]] = {
     "pion": pion,
-    "pion ambient": lambda model, **options: pion(model, direction="natural", metric="ambient", **options),
+    "pion ambient": lambda model, **options: pion(model, preset="ambient", **options),
     "pion paper": lambda model, **options: pion(model, preset="paper", **options),
     "pion keep": lambda model, **options: pion(model, keep=1, inputs=watched(model), **options),
     "muon keep": lambda model, **options: muon(model, keep=2, inputs=watched(model), **options),

@@ -37,7 +37,7 @@ MATRICES = ("self_attn.k_proj", "self_attn.v_proj")
 STEPS, DOMINANT = 1000, 4
 
 AMBIENT, LIE = "natural, ambient", "gradient, lie"
-RULES = {AMBIENT: {"direction": "natural", "metric": "ambient"}, LIE: {}}
+RULES = {AMBIENT: {"direction": "natural", "metric": "ambient", "momentum_frame": "transported"}, LIE: {}}
 RATE = 1e-3
 AS_ON_A_GPU = {"generator_dtype": "bfloat16", "products": "as on a GPU"}
 TURN = 100

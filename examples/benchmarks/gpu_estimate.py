@@ -38,7 +38,7 @@ CONTENDERS = (
     "torch Muon",
     "teon, stack 1 (muon)",
     "pion",
-    "pion, not transported",
+    "pion, transported",
     "pion, polar, lie",
     "pion, adam, ambient",
     "pion_ambient",

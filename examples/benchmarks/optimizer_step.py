@@ -81,7 +81,8 @@ def ours(optim: str, lr: float = LR, **options: object) -> Build:
 
 def pion(direction: str, metric: str, **options: object) -> Build:
     size = {"lr": STEP, "scale": "none"} if direction == "adam" else {}
-    return ours("pion", direction=direction, metric=metric, **size, **options)
+    frame = {"momentum_frame": "transported"} if direction == "natural" else {}
+    return ours("pion", direction=direction, metric=metric, **{**size, **frame, **options})
 
 
 # Direction and metric of what has a name of its own.
@@ -101,7 +102,7 @@ CONTENDERS: dict[str, Build] = {
         for metric in ("lie", "ambient")
         if (direction, metric) != ("msign", "ambient")
     },
-    "pion, not transported": pion("gradient", "lie", momentum_frame="ambient"),
+    "pion, transported": pion("gradient", "lie", momentum_frame="transported"),
     "pion_ambient, not transported": pion("natural", "ambient", momentum_frame="ambient"),
     "pion, polar, lie, 3 polar steps": pion("polar", "lie", polar_steps=3),
     "pion_ambient, compiled": pion("natural", "ambient", compile=True),

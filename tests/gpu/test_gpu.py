@@ -27,9 +27,9 @@ CONTENDERS = {
     "torch Muon": lambda params: torch.optim.Muon(params, lr=1e-4, weight_decay=0.0),
     "Muon": lambda params: Teon(params, lr=1e-4, stack=1),
     "Pion": Pion,
-    "Pion, not transported": lambda params: Pion(params, momentum_frame="ambient"),
+    "Pion, transported": lambda params: Pion(params, momentum_frame="transported"),
     "natural, ambient": lambda params: Pion(params, **AMBIENT),
-    "natural, ambient, not transported": lambda params: Pion(params, momentum_frame="ambient", **AMBIENT),
+    "natural, ambient, not transported": lambda params: Pion(params, direction="natural", metric="ambient"),
     "polar, ambient": lambda params: Pion(params, direction="polar", metric="ambient"),
     "paper": lambda params: Pion(params, preset="paper"),
 }
