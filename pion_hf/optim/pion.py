@@ -104,8 +104,8 @@ class Pion(MatrixOptimizer):
             a step; a larger matrix is updated alone, experts of one parameter some at a time. None: what is fastest on
             the device.
         keep: number of leading directions of every layer's inputs (eigenvectors of their second moment `sum x x^T`)
-            whose outputs stay as they are: the rotations fix them. It lets a model learn more before it forgets. (Whose
-            idea that is: `optim.inputs`.)
+            whose outputs stay as they are: the rotations fix them. It lets a model learn more before it forgets. The
+            projection is Adam-NSCL's (arXiv 2103.07113).
         inputs: `pion_hf.Inputs(model, keep)`, made before the first forward pass, in which it sees them; a Trainer
             makes it.
         weight_decay: decoupled, of the AdamW groups.
