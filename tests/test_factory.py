@@ -130,7 +130,7 @@ def test_the_schedule_acts_on_the_factorys_rates(tmp_path, token_rows):
         ("pion", {"side": "inn"}, "Did you mean 'in'?"),
         ("pion", {"stack": 2}, "'stack' is an option of optim='teon' and 'teon_lora', not of optim='pion'."),
         ("pion", {"lora_a": "rotate"}, "'lora_a' is an option of optim='pion_lora', not of optim='pion'."),
-        ("pion_ambient", {"metric": "lie"}, "preset='ambient' sets metric='ambient', but metric='lie' was given"),
+        ("pion_ambient", {"metric": "lie"}, "optim='pion_ambient' means metric='ambient', but metric='lie' was given"),
         ("muon", {"keep": -1}, "keep must be a whole number of directions, 0 or more, got -1"),
         ("muon", {"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
         ("muon", {"lr": "fast"}, "lr must be of type float, got 'fast'"),
