@@ -505,7 +505,7 @@ def test_whole_matrix_names_become_their_lora_forms(optim, form, stack, optimize
 def test_the_forms_own_names_say_nothing(optim, form, optimizer_of, tmp_path):
     optimizer, logged = optimizer_of(adapted(), optim=optim)
     assert type(optimizer) is form
-    assert logged == []
+    assert not any("on LoRA adapters" in line for line in logged)
     record = json.loads((tmp_path / "routing.json").read_text())
     methods = {(p["role"], p["method"]) for p in record["parameters"]}
     first = "rotate" if form is PionLora else "orthogonal"

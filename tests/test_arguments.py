@@ -177,8 +177,8 @@ def test_momenta_are_numbers_of_teon_and_muon_and_frames_of_pion(arguments):
         resolved, _ = resolve_options(optim, arguments(optim="adamw_torch", optim_momentum="0.9").given_options())
         assert resolved == {"momentum": 0.9}
     for optim in ("pion", "pion_ambient", "pion_lora"):
-        given = arguments(optim="adamw_torch", optim_momentum_frame="ambient").given_options()
-        assert resolve_options(optim, given)[0]["momentum_frame"] == "ambient"
+        given = arguments(optim="adamw_torch", optim_momentum_frame="transported").given_options()
+        assert resolve_options(optim, given)[0]["momentum_frame"] == "transported"
         with pytest.raises(ValueError, match=rf"not of optim='{optim}'\. It is momentum_frame since 0\.13\.$"):
             resolve_options(optim, {"momentum": "lie"})
 

@@ -61,7 +61,7 @@ def assert_trained_by_rotations(folder: Path) -> None:
         assert not torch.equal(after, before), f"{name} was not trained"
         if before.ndim == 2 and "embed" not in name:
             old, new = torch.linalg.svdvals(before.double()), torch.linalg.svdvals(after.double())
-            torch.testing.assert_close(new, old, rtol=0, atol=1e-5 * old[0].item(), msg=f"spectrum of {name}")
+            torch.testing.assert_close(new, old, rtol=0, atol=2e-5 * old[0].item(), msg=f"spectrum of {name}")
 
 
 def run_process(argv: list[str]) -> subprocess.CompletedProcess:

@@ -164,7 +164,7 @@ def test_grpo_trains_and_reports(grpo_recipe, tmp_path, capsys, monkeypatch):
         assert all(math.isfinite(value) for values in record[moment].values() for value in values.values())
     assert record["learnt"] == record["after"]["task"]["reward"] - record["before"]["task"]["reward"]
     assert 0 < record["before"]["task"]["reward"] < 2
-    assert record["spectrum_drift"] < 1e-5
+    assert record["spectrum_drift"] < 2e-5  # two steps, clipped at this rate, of up to 5e-6 a factor
     assert_trained_by_rotations(folder)
     printed = capsys.readouterr().out
     assert "task: reward" in printed

@@ -54,10 +54,10 @@ def polar(x: torch.Tensor) -> torch.Tensor:
 # -- rotations: the literal formula -----------------------------------------------------------------------------------
 
 
-def literal_rotations(w, grads, *, direction, metric="lie", **options):
+def literal_rotations(w, grads, *, direction, metric="lie", momentum_frame="transported", **options):
     """Of `w`, seen from its layer: turns of the size of `w`."""
-    size = w.norm().item() / math.sqrt(w.numel())
-    return trajectory(w, grads, side="in", rms=size, direction=direction, metric=metric, **options)
+    options |= {"rms": w.norm().item() / math.sqrt(w.numel()), "momentum_frame": momentum_frame}
+    return trajectory(w, grads, side="in", direction=direction, metric=metric, **options)
 
 
 @pytest.mark.parametrize("shape", [(3, 10), (4, 40), (5, 5), (6, 4)])

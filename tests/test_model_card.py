@@ -101,7 +101,7 @@ def test_sft_writes_a_card_that_agrees_with_the_records(recipe, tmp_path):
     assert "None" not in card.text
     assert "2 steps of `pion` of pion_hf" in card.text
     assert "at a learning rate of 0.01 (schedule: `linear`)" in card.text
-    assert "`direction=natural`" in card.text
+    assert "`direction=gradient`" in card.text
     assert "`rms=0.1`" in card.text
     # Counts are those of the routing.
     summary = json.loads((folder / "routing.json").read_text())["summary"]

@@ -242,7 +242,8 @@ def test_every_other_layer_checkpointed_lies_between(tmp_path):
 @pytest.mark.parametrize("lora", [False, True])
 def test_weights_gradients_and_state_are_those_of_a_step(dtype, lora, checkpoint, tmp_path):
     flags = ["--use_peft", "--lora_target_modules", "all-linear"] if lora else []
-    args, model_args, *_ = parse(["--model_name_or_path", str(checkpoint), "--dtype", dtype, *flags])
+    base = ["--model_name_or_path", str(checkpoint), "--dtype", dtype, "--optim", "pion_ambient"]
+    args, model_args, *_ = parse([*base, *flags])
     plan = make_plan(args, model_args)
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     if lora:

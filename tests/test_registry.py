@@ -147,7 +147,7 @@ def test_pion_ambient_is_our_own_rule_at_its_own_scale(arguments, model):
 
 @pytest.mark.parametrize("word", ["rms=0.2", "metric=lie", "direction=adam"])
 def test_what_pion_ambient_sets_is_no_option_of_it(word, arguments, model):
-    with pytest.raises(ValueError, match=f"preset='ambient' sets {word.split('=')[0]}="):
+    with pytest.raises(ValueError, match=f"'pion_ambient' means {word.split('=')[0]}="):
         optimizer_of(arguments("pion_ambient", optim_args=word), model)
 
 

@@ -35,7 +35,7 @@ def assert_rotated_only(before: dict[str, torch.Tensor], model) -> None:
     for name, matrix in before.items():
         assert (after[name] - matrix).norm() > 1e-3 * matrix.norm(), f"{name} did not move"
         old, new = (torch.linalg.svdvals(m.double()) for m in (matrix, after[name]))
-        torch.testing.assert_close(new, old, rtol=0, atol=1e-5 * old[0].item(), msg=f"spectrum of {name}")
+        torch.testing.assert_close(new, old, rtol=0, atol=2e-5 * old[0].item(), msg=f"spectrum of {name}")
 
 
 def inner(trainer: Trainer) -> torch.optim.Optimizer:

@@ -108,7 +108,7 @@ def assert_rotated(before: dict[str, torch.Tensor], after: dict[str, torch.Tenso
         if name in kept:
             values = torch.linalg.svdvals(old.double())
             drift = (torch.linalg.svdvals(new.double()) - values).abs().max() / values[0]
-            assert drift < 1e-5, f"{name}: {drift:.1e}"
+            assert drift < 2e-5, f"{name}: {drift:.1e}"  # two steps, clipped at this rate, of up to 5e-6 a factor
 
 
 def hidden(model: torch.nn.Module) -> set[str]:
