@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from pion_hf.errors import listing
 from pion_hf.needs import require
 from pion_hf.optim.blocks import Layout
+from pion_hf.optim.lora import USUAL_RANK
 from pion_hf.optim.sharding import whole
-
-# The rank at which `optim.lora.RATES` were chosen; AdamW's best learning rate falls with the root of the rank.
-USUAL_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -24,8 +22,7 @@ class Factor:
     """One factor of `dW = scaling B A`, to be seen as `(rank, n)` through `layout`.
 
     grows: whether it is the one that starts at zero (`B`, but `A` of an embedding) by peft's default.
-    angle, growth: what a learning rate is multiplied with, besides a constant of the optimizer, for a rotation of the
-    factor (radians) or an orthogonalised step (each of its singular values); see `PionLora`.
+    growth: each singular value of an orthogonalised step, where a rotation turns by one radian; see `PionLora`.
     begun: whether its partner is not zero any more, so that the adapter has an effect.
     """
 
@@ -35,7 +32,7 @@ class Factor:
     layout: Layout
     matrices: int
     grows: bool
-    angle: float
+    rank: int
     growth: float
     begun: bool
 
@@ -99,14 +96,15 @@ def _factor(
     if experts > 1:  # rows of A expert by expert, columns of B rank by rank
         layout = Layout(rows=(rank,) * experts) if side == "A" else Layout(True, interleaved=(rank, experts))
     a, b = (own, partner) if side == "A" else (partner, own)
-    angle, growth, begun = math.sqrt(rank / USUAL_RANK), 1.0, False
+    growth, begun = 1.0, False
     if not own.is_meta and own.ndim == 2:
         size, other = _size(own, rank * experts), _size(partner, rank * experts)
         if not (size or other):
             raise ValueError(f"{name} and its partner are both zero: neither can move. Initialise one of them.")
         begun = other > 0
         scale = abs(float(layer.scaling[adapter]))
-        growth = math.sqrt(b.shape[0] / a.shape[1]) / (scale * other) if other and scale else angle * size
+        spread = math.sqrt(USUAL_RANK / rank * b.shape[0] / a.shape[1])  # over all directions of the product
+        growth = spread / (scale * other) if other and scale else size
     return Factor(
         name=name,
         parameter=own,
@@ -114,7 +112,7 @@ def _factor(
         layout=layout,
         matrices=experts,
         grows=(side == "A") == embedding,
-        angle=angle,
+        rank=rank,
         growth=growth,
         begun=begun,
     )

@@ -19,7 +19,7 @@ from pion_hf.adapters import Factor, has_adapters, lora_factors
 from pion_hf.errors import listing, unknown
 from pion_hf.files import write_text
 from pion_hf.optim.blocks import Layout, name_of, split
-from pion_hf.optim.lora import RATES
+from pion_hf.optim.lora import rate_at
 from pion_hf.optim.options import USUAL_RATES, FactorMethod
 from pion_hf.patterns import Patterns, spellings_of
 from pion_hf.stacking import ALL_FACTORS, DEFAULT_STACK, Stacks, find_stacks
@@ -356,7 +356,7 @@ def _factor_route(factor: Factor, optim: str, method: str) -> Route:
         return Route(factor.name, factor.parameter, factor.role, "adamw")
     layout = str(factor.layout)
     route = Route(factor.name, factor.parameter, factor.role, optim, layout, factor.matrices, method=method)
-    unit_step = RATES[optim] * (factor.angle if method == "rotate" else factor.growth)
+    unit_step = rate_at(optim, factor.rank) * (1.0 if method == "rotate" else factor.growth)
     return dataclasses.replace(route, unit_step=unit_step, begun=factor.begun)
 
 

@@ -57,14 +57,16 @@ def partner(model: nn.Module, name: str) -> torch.Tensor:
     return dict(model.named_parameters())[other].detach()
 
 
-RATES = {"pion_lora": 25, "teon_lora": 15}
+RATES = {"pion_lora": lambda rank: 25 * math.sqrt(rank / 16), "teon_lora": lambda rank: 15 * rank / 16}
 
 
 def growth(model: nn.Module, r, *, scaling: float) -> float:
-    """`c sqrt(out / in) / (s a)` with `a = ||A||_F / sqrt(r)`, of a factor `B` with its partner `A`."""
+    """`u sqrt(16 / r) sqrt(out / in) / (s a)` with `a = ||A||_F / sqrt(r)`, of a factor `B` with its partner `A`."""
     a = partner(model, r.name).double()
     size = a.norm().item() / math.sqrt(a.shape[0])
-    return RATES[r.rule] * math.sqrt(r.parameter.shape[0] / a.shape[1]) / (scaling * size)
+    return (
+        RATES[r.rule](len(a)) * 4 / math.sqrt(len(a)) * math.sqrt(r.parameter.shape[0] / a.shape[1]) / (scaling * size)
+    )
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2, vocabulary: int = 90) -> list[float]:
@@ -144,7 +146,7 @@ def test_a_factor_whose_partner_is_zero_steps_by_its_own_size(rank, optim):
     assert len(growing) == 4
     for r in growing:
         own = r.parameter.detach().double().norm().item() / math.sqrt(rank)
-        assert r.unit_step == pytest.approx(RATES[optim] * math.sqrt(rank / 16) * own, rel=1e-6)
+        assert r.unit_step == pytest.approx(RATES[optim](rank) * own, rel=1e-6)
 
 
 def test_several_adapters_at_once():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ from pion_hf.cli.memory import Memory, estimate, memory_table, quantized_bytes
 from pion_hf.cli.recipe import named_keys
 from pion_hf.cli.training import check_model, model_from_config
 from pion_hf.integrations.handler import choose_form, groups_from
-from pion_hf.optim.lora import RATES
+from pion_hf.optim.blocks import Layout, merge_rows, split
+from pion_hf.optim.lora import USUAL_RANK, rate_at
 from pion_hf.routing import Routing
 
 
@@ -184,11 +186,14 @@ def first_update(group: dict[str, Any]) -> str:
     lr, rule = group["lr"], group["rule"]
     if rule.startswith("adamw"):
         return f"RMS {lr:.1e}"
-    if group.get("method") == "rotate":
-        angles = sorted({f"{lr * unit:.1e}" for unit in group["unit_step"]}, key=float)
-        return f"{' to '.join(dict.fromkeys((angles[0], angles[-1])))} of a factor's norm"
-    if group.get("method") == "orthogonal":
-        return f"each singular value of the factors' product {RATES[rule] * lr:.1e} x sqrt(out / in)"
+    if "method" in group:
+        layout = Layout.parse(group["layout"])
+        ranks = {min(merge_rows(split(p, layout)[0]).shape[-2:]) for p in group["params"]}
+        turns = {rank: lr * rate_at(rule, rank) for rank in (min(ranks), max(ranks))}
+        if group["method"] == "rotate":
+            return f"{' to '.join(f'{turn:.1e}' for turn in turns.values())} of a factor's norm"
+        sizes = [f"{turn * math.sqrt(USUAL_RANK / rank):.1e}" for rank, turn in turns.items()]
+        return f"each singular value of the factors' product {' to '.join(sizes)} x sqrt(out / in)"
     sizes = {
         "rms": f"RMS {lr * group['rms']:.1e}",
         "none": "what the direction says, times the learning rate",

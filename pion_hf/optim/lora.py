@@ -38,9 +38,10 @@ from pion_hf.optim.options import FactorMethod, PionLoraOptions, TeonLoraOptions
 from pion_hf.optim.precision import HALF
 from pion_hf.optim.teon import Teon, evened
 
-# What multiplies the learning rate, so that those that are right for AdamW on adapters are right for these: chosen so
-# that at rank 16 their best ones in examples/benchmarks/lora.py, 5e-2 and 3e-2 as sizes of steps, are AdamW's 2e-3.
-RATES = {"pion_lora": 25.0, "teon_lora": 15.0}
+# What multiplies the learning rate, so that those that are right for AdamW on adapters are right for these: `c (r /
+# 16)^p`, with AdamW's best rates over theirs at rank 16 (examples/benchmarks/lora.py) and at others (rates.py).
+RATES = {"pion_lora": (25.0, 0.5), "teon_lora": (15.0, 1.0)}
+USUAL_RANK = 16
 # What a factor does; `adamw` is the rule of other groups.
 METHODS = get_args(FactorMethod)[:2]
 # What TEON of whole matrices can choose and that of factors cannot.
@@ -82,24 +83,30 @@ class _Factors(MatrixOptimizer):
             )
 
 
+def rate_at(rule: str, rank: int) -> float:
+    """What multiplies the learning rate of a rule at a rank."""
+    factor, power = RATES[rule]
+    return factor * (rank / USUAL_RANK) ** power
+
+
 class PionLora(_Factors):
     """Pion for adapters: one factor rotates and keeps its singular values, the other grows by orthogonalised steps.
 
     A fresh adapter has `B = 0`, which no rotation can move: by default `A` rotates and `B` grows. A group of rule
     `pion_lora` says by `method` what its factors do; `pion_hf.param_groups(model, "pion_lora")` makes the groups.
 
-    The scale. A step of either factor acts on the product, `s B A`. A factor that rotates turns by an angle:
-    `||dA||_F = c lr sqrt(r / 16) ||A||_F`, which moves `s B A` by at most as much of itself, whatever its size. A
+    The scale. A step of either factor acts on the product, `s B A`. With `u = 25 sqrt(r / 16) lr` a factor that rotates
+    turns by that angle: `||dA||_F = u ||A||_F`, which moves `s B A` by at most as much of itself, whatever its size. A
     factor that grows steps by
 
-        dB = -c lr sqrt(out / in) / (s a) * polar(U),    a = ||A||_F / sqrt(r)  (before training)
+        dB = -u sqrt(16 / r) sqrt(out / in) / (s a) * polar(U),    a = ||A||_F / sqrt(r)  (before training)
 
-    so that each of the `r` singular values of `s dB A` is `c lr sqrt(out / in)` where those of `A` are equal, as they
-    nearly are after every random init. `sqrt(out / in)` is the spectral condition of arXiv 2310.17813, under which
-    steps do not depend on width; neither `s = alpha / r` nor the size of `A` is left. `c = 25` (`RATES`) makes learning
-    rates that are right for AdamW on adapters right here, and `sqrt(r / 16)` follows AdamW's best one, which falls with
-    the root of the rank: at equal size of the step the best one does not (examples/benchmarks/lora.py). (If the partner
-    is zero, as `B` is when `A` grows too, a step is `c lr sqrt(r / 16)` of the factor itself.)
+    so that each of the `r` singular values of `s dB A` is `u sqrt(16 / r) sqrt(out / in)` where those of `A` are equal,
+    as they nearly are after every random init. `sqrt(out / in)` is the spectral condition of arXiv 2310.17813, under
+    which steps do not depend on width; neither `s = alpha / r` nor the size of `A` is left. 25 and the root (`RATES`)
+    make learning rates right that are right for AdamW on adapters, whose best one falls with the rank, where the best
+    `u` hardly does (examples/benchmarks/rates.py). (If the partner is zero, as `B` is when `A` grows too, a step is `u`
+    of the factor itself.)
 
     Args:
         params: groups from `pion_hf.param_groups(model, "pion_lora")`; its `lora_a` and `lora_b` choose the methods.
@@ -290,7 +297,7 @@ class TeonLora(_Factors, Teon):
     space of size `r` between their factors, where the first direction of one has nothing to do with the first of
     another. So factors are stacked along the rank: `[A_1; ...; A_K]`, `(K r, in)`, and `[B_1 | ... | B_K]`,
     `(out, K r)`, which for `B` is the unfolding of TEON and for `A` its transpose. The size of a step is that of a
-    factor that grows in `PionLora`. With `stack=1` it is Muon on both factors.
+    factor that grows in `PionLora`, with `u = 15 (r / 16) lr`. With `stack=1` it is Muon on both factors.
 
     Args:
         params: groups from `pion_hf.param_groups(model, "teon_lora")`, which finds the stacks.
