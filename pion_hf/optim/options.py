@@ -21,7 +21,7 @@ Polar = Literal["express", "quintic", "svd", "gram"]
 Precision = Literal["auto", "float32", "bfloat16"]
 # What a LoRA factor does.
 FactorMethod = Literal["rotate", "orthogonal", "adamw"]
-# Between which the best learning rates lay in our runs on SmolLM2-135M (examples/benchmarks/compare.py and lora.py).
+# Between which the best learning rates lay in our runs on SmolLM2-135M (examples/benchmarks/compare.py and rates.py).
 # Those of `pion_ambient` and of adapters (ranks 64 to 4) are AdamW's.
 USUAL_RATES = {
     "pion": (1e-4, 3e-4),
@@ -29,8 +29,8 @@ USUAL_RATES = {
     "teon": (1e-3, 2e-3),
     "muon": (1e-3, 2e-3),
     "adamw_routed": (2e-4, 4e-4),
-    "pion_lora": (1e-3, 5e-3),
-    "teon_lora": (1e-3, 5e-3),
+    "pion_lora": (1e-3, 8e-3),
+    "teon_lora": (1e-3, 8e-3),
 }
 
 
