@@ -18,7 +18,7 @@ from pion_hf.errors import unknown
 from pion_hf.linalg.precision import bfloat16_speedup
 from pion_hf.needs import needed
 from pion_hf.optim.checks import check_value
-from pion_hf.optim.options import USUAL_RATES, Factors, Routed, Stacked, types_of
+from pion_hf.optim.options import Factors, Routed, Stacked, types_of
 from pion_hf.optim.pion import PRESETS, check_preset
 from pion_hf.schedules import SCHEDULES, check_options
 from pion_hf.values import OPTION, check_ranges, fit_fields
@@ -60,11 +60,6 @@ def options_of(optim: str, *, by_trainer: bool = True) -> dict[str, Any]:
 def default_rate(optim: str) -> float:
     """The learning rate of an optimizer where nobody says one."""
     return OPTIMIZER_CLASSES[optim].options.lr
-
-
-def usual_rates(optim: str) -> str:
-    """Those of an optimizer, in words."""
-    return " to ".join(f"{rate:g}" for rate in USUAL_RATES[optim])
 
 
 def option_types(optim: str, *, by_trainer: bool = True) -> dict[str, Any]:

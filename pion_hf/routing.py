@@ -20,7 +20,7 @@ from pion_hf.errors import listing, unknown
 from pion_hf.files import write_text
 from pion_hf.optim.blocks import Layout, name_of, split
 from pion_hf.optim.lora import rate_at
-from pion_hf.optim.options import USUAL_RATES, FactorMethod
+from pion_hf.optim.options import FactorMethod, usual_rates
 from pion_hf.patterns import Patterns, spellings_of
 from pion_hf.stacking import ALL_FACTORS, DEFAULT_STACK, Stacks, find_stacks
 from pion_hf.structure import Structure, parameter_count
@@ -139,8 +139,7 @@ class Routing:
             table.add_row("(frozen)", "-", *("" for _ in counts[:-1]), f"{self.frozen:,}", "")
         said = []
         if learning_rates:
-            low, high = USUAL_RATES[self.optim]
-            said.append(f"Usual learning rates of {self.optim} in fine-tuning: {low:g} to {high:g}.")
+            said.append(f"Usual learning rates of {self.optim} in fine-tuning: {usual_rates(self.optim)}.")
         if stacked:
             said.append(f"Stacks of {self.stack} consecutive layers.")
         if self.stacks.alone:

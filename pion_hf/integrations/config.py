@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from pion_hf.arguments import OPTIMIZER_CLASSES, OptimizerFields, default_rate, usual_rates
+from pion_hf.arguments import OPTIMIZER_CLASSES, OptimizerFields, default_rate
 from pion_hf.optim.checks import check_range
-from pion_hf.optim.options import USUAL_RATES
+from pion_hf.optim.options import USUAL_RATES, usual_rates
 
 
 @dataclass

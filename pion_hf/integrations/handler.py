@@ -20,12 +20,12 @@ from pion_hf.arguments import (
     default_rate,
     parse_optim_args,
     resolve_options,
-    usual_rates,
     warn_of_slow_bfloat16,
 )
 from pion_hf.integrations.run_folder import recording
 from pion_hf.optim import Inputs
 from pion_hf.optim.groups import kept_columns
+from pion_hf.optim.options import usual_rates
 from pion_hf.optim.sharding import of_first
 from pion_hf.routing import LORA_FORMS, Routing, param_groups, routing_table
 from pion_hf.values import fit_fields

@@ -2,7 +2,7 @@
 
 What needs to know them reads them here: the constructors' defaults (a test holds their signatures, which are written
 out for editors, equal to these), the checks of param groups, the fields of `TrainingArguments`, `--help`, `optim_args`
-and the tables of docs/options.md.
+and the tables of docs/optimizers.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ USUAL_RATES = {
     "pion_lora": (1e-3, 8e-3),
     "teon_lora": (1e-3, 8e-3),
 }
+
+
+def usual_rates(optim: str) -> str:
+    """Those of an optimizer, in words."""
+    return " to ".join(f"{rate:g}" for rate in USUAL_RATES[optim])
 
 
 class Range(NamedTuple):
