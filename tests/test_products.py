@@ -14,10 +14,8 @@ from pion_hf.linalg.precision import bfloat16_speedup, product_dtype
 
 @pytest.mark.parametrize("speedup", [0.05, 0.9, 1.5, 3.0])
 def test_auto_is_bfloat16_where_the_processor_is_faster_in_it(speedup, monkeypatch):
-    precision._multiplies_bfloat16.cache_clear()
     monkeypatch.setattr(precision, "bfloat16_speedup", lambda: speedup)
     found = product_dtype(torch.ones(1), "auto")
-    precision._multiplies_bfloat16.cache_clear()
     assert found == (torch.bfloat16 if speedup > 1 else torch.float32)
 
 

@@ -116,9 +116,7 @@ def _at(x: Tensor, index: object) -> Tensor:
 @contextlib.contextmanager
 def fake_gpu(host: Callable[[Tensor], float | bool] = lambda x: True) -> Iterator[Counts]:
     """Tensors made under it with `device="cuda"` are fake; gives what ran. host: see `Counts`."""
-    caches = precision.splitting_pays, precision._multiplies_bfloat16
-    for cached in caches:
-        cached.cache_clear()
+    precision._sums_in_float32.cache_clear()
     try:
         with (
             mock.patch.object(torch.cuda, "get_device_capability", return_value=CAPABILITY),
@@ -129,8 +127,7 @@ def fake_gpu(host: Callable[[Tensor], float | bool] = lambda x: True) -> Iterato
         ):
             yield counts
     finally:
-        for cached in caches:
-            cached.cache_clear()
+        precision._sums_in_float32.cache_clear()
 
 
 @contextlib.contextmanager

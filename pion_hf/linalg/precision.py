@@ -54,10 +54,20 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     alone = a.dtype == torch.bfloat16 or min(*a.shape[-2:], b.shape[-1]) >= LARGE
     if not alone or a.device.type != "cpu" or a.ndim != 3:
         return a @ b
+    # To a compiler it is one operation, whatever the number of matrices.
+    return torch.ops.pion_hf.one_by_one(a, b) if torch.compiler.is_compiling() else _one_by_one(a, b)
+
+
+def _one_by_one(a: Tensor, b: Tensor) -> Tensor:
     out = a.new_empty(len(a), a.shape[-2], b.shape[-1])
     for x, y, to in zip(a, b, out, strict=True):
         torch.mm(x, y, out=to)
     return out
+
+
+torch.library.custom_op("pion_hf::one_by_one", _one_by_one, mutates_args=()).register_fake(
+    lambda a, b: a.new_empty(len(a), a.shape[-2], b.shape[-1])
+)
 
 
 class Halves(NamedTuple):
@@ -100,15 +110,15 @@ def gram_error(y: Tensor, halves: Halves | None) -> Tensor:
     return error
 
 
-@functools.cache
 def splitting_pays(device: torch.device) -> bool:
     """Whether products of halves are faster than a float32 product: by 3 or more where bfloat16 has units of its own.
 
     On a CPU with such units (AMX) the memory that cutting moves eats what is won.
     """
-    return device.type == "cuda" and _multiplies_bfloat16(device) and _sums_in_float32(device)
+    return device.type == "cuda" and multiplies_bfloat16(device) and _sums_in_float32(device)
 
 
+@functools.cache
 def _sums_in_float32(device: torch.device) -> bool:
     """Whether torch has products of bfloat16 with float32 results there: not of every vendor, nor in every version."""
     x = torch.ones(1, 16, 16, dtype=torch.bfloat16, device=device)
@@ -118,8 +128,7 @@ def _sums_in_float32(device: torch.device) -> bool:
         return False
 
 
-@functools.cache
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the device is faster in it than in float32: a CPU is timed, of NVIDIA's GPUs all are from Ampere on."""
     if device.type == "cpu":
         return bfloat16_speedup() > 1
@@ -157,4 +166,4 @@ def product_dtype(x: Tensor, choice: str) -> torch.dtype:
         return x.dtype
     if choice == "bfloat16":
         return torch.bfloat16
-    return torch.bfloat16 if _multiplies_bfloat16(x.device) else x.dtype
+    return torch.bfloat16 if multiplies_bfloat16(x.device) else x.dtype

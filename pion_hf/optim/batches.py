@@ -18,9 +18,9 @@ from pion_hf.optim import blocks, precision
 from pion_hf.optim.fingerprints import FINGERPRINT
 
 # Elements of the matrices updated together, where a group's `batch_elements` does not say: bounds the extra memory of a
-# step (a few times as many floats). A batch saves calls, and a CPU divides its products among cores, which it does not
-# with one small product; a large one leaves their caches.
-BATCH_ELEMENTS = {"cpu": 2**21}
+# step (a few times as many floats). A batch saves calls; on a CPU, where large products are made one by one, gathering
+# larger matrices costs more than that.
+BATCH_ELEMENTS = {"cpu": 2**19}
 BATCH_ELEMENTS_DEFAULT = 2**25
 
 # The state entry with what a half-precision parameter drops of its master (see `precision`).

@@ -1,4 +1,5 @@
-"""Elementwise parts of a step through `torch.compile`, for groups with `compile`; as they are where it fails."""
+"""Parts of a step through `torch.compile`, which fuses elementwise passes, for groups with `compile`; as they are
+where it fails."""
 
 from __future__ import annotations
 
@@ -10,31 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_failed: set[Callable] = set()
+from pion_hf.linalg import precision
+
+# Of shapes and sides: those of one matrix and of square ones are kinds of their own to a compiler.
+MOST_KINDS = 64
+_refused: list[str] = []
 
 
-def run(kernel: Callable[..., Tensor], *args: Any, compiled: bool) -> Tensor:
-    """`kernel(*args)`, a module's function of tensors and numbers, compiled for all shapes and numbers at once.
+def run(kernel: Callable, *args: Any, compiled: bool, **choices: Any) -> Any:
+    """`kernel(*args, **choices)`, a module's function of tensors and numbers, compiled for all of them at once.
 
-    A kernel that cannot be compiled (no C++ compiler, say) runs as it is from then on, with one warning. Compilation
+    Where one cannot be compiled (no C++ compiler, say) all run as they are from then on, with one warning. Compilation
     comes before anything is computed, so that what a kernel changes in place is changed once.
     """
-    if not compiled or kernel in _failed or any(isinstance(a, Tensor) and a.is_meta for a in args):
-        return kernel(*args)
+    if not compiled or _refused or any(isinstance(a, Tensor) and a.is_meta for a in args):
+        return kernel(*args, **choices)
     try:
-        return _compiled(kernel)(*args)
+        with torch._dynamo.config.patch(recompile_limit=MOST_KINDS):
+            return _compiled(kernel)(*args, **choices)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the compiler's many kinds
-        _failed.add(kernel)
+        _refused.append(kernel.__name__.strip("_"))
         reason = str(error).strip().splitlines() or [type(error).__name__]
         warnings.warn(
-            f"compile=True: {kernel.__name__.strip('_')} could not be compiled and runs as it is ({reason[0]}).",
+            f"compile=True: {_refused[0]} could not be compiled, and steps run as they are ({reason[0]}).",
             stacklevel=2,
         )
-        return kernel(*args)
+        return kernel(*args, **choices)
 
 
 @functools.cache
-def _compiled(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _compiled(kernel: Callable) -> Callable:
+    for answer in (precision.splitting_pays, precision.multiplies_bfloat16):  # they measure, and their answers stay
+        torch.compiler.assume_constant_result(answer)
     return torch.compile(kernel, fullgraph=True, dynamic=True)

@@ -176,7 +176,7 @@ class PionOptions(Executed, Orthogonalised, Common):
     degree: int = option(2, "Degree of retraction=taylor.", TERMS)
     generator_dtype: Precision = option("auto", "Precision of the products that form a generator.")
     state_dtype: Literal["float32", "bfloat16"] = option("float32", "Precision of the averages of gradients.")
-    compile: bool = option(False, "The elementwise part of adam and natural through torch.compile.")
+    compile: bool = option(False, "A step's elementwise passes fused by torch.compile.")
     preset: Literal["paper", "ambient"] | None = option(
         None, "'paper' sets the options of arXiv 2605.12492, 'ambient' our own rule."
     )
@@ -191,7 +191,7 @@ class MuonOptions(AdamWDefaults, Executed, Orthogonalised, Momentum, Common):
     scale: Literal["rms", "paper", "original"] = option("rms", "What the learning rate is: of a matrix's update.")
     rms: float = option(0.2, "RMS of a matrix's update at learning rate 1 (scale=rms).", POSITIVE)
     keep_soft: bool = option(False, "Keep more directions, each by the share that its inputs suggest.")
-    compile: bool = option(False, "The elementwise parts through torch.compile.")
+    compile: bool = option(False, "A step's elementwise passes fused by torch.compile.")
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from pion_hf.linalg.rotation import (
     tangent,
     taylor_change,
 )
+from pion_hf.optim import compiled
 from pion_hf.optim.base import MatrixOptimizer, average
 from pion_hf.optim.batches import KEPT, Step
 from pion_hf.optim.checks import check_rotatable
@@ -99,7 +101,7 @@ class Pion(MatrixOptimizer):
             notice. `auto` is bfloat16 where the hardware multiplies it faster.
         state_dtype: of the averages of gradients; `bfloat16` halves their memory, rounded so that nothing is lost on
             average.
-        compile: the elementwise part of `adam` and `natural` through `torch.compile`.
+        compile: a step's elementwise passes fused by `torch.compile`, which takes some seconds for every kind of shape.
         batch_elements: the most elements of equal matrices that are updated at once, which bounds the extra memory of
             a step; a larger matrix is updated alone, experts of one parameter some at a time. None: what is fastest on
             the device.
@@ -247,43 +249,33 @@ class Pion(MatrixOptimizer):
         return new
 
     def _rotated(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
-        sides = step.turn
         if step.first:
             state.update(self.described(weight, state.get(KEPT), group))
-        tall, dtype = _is_tall(grad), group["generator_dtype"]
-        factors, fixed = _factors(state), _fixed(state, tall)
-        long_side = "out" if tall else "in"
-        unit, size = factors.over_norm()
+        tall = _is_tall(grad)
         if _needs_generators(group):
-            generators = self._generators(weight, grad, state, sides=sides, group=group, step=step)
-            scale = torch.stack([largest_entry(a) for a in generators.values()]).amax(0)
-            low = product_dtype(factors.v, dtype)
-            tangents = {side: (factors.side(side == long_side) @ (a / scale)).to(low) for side, a in generators.items()}
+            source = self._generators(weight, grad, state, sides=step.turn, group=group, step=step)
         else:
-            direction = _direction(grad, state, group=group, step=step)
-            peak, ambient = largest_entry(direction), group["metric"] == "ambient"
-            # A generator grows with the direction, and in one metric with the weight, in the other with its inverse.
-            scale = peak / size if ambient else peak * size
-            options = {"ambient": ambient, "dtype": dtype, "fixed": fixed}
-            tangents = {
-                side: tangent(unit, direction.mT if tall else direction, peak, long=side == long_side, **options)
-                for side in sides
-            }
-        wanted, bound = _reach(unit, tangents, size, scale, long_side=long_side, group=group)
-        alpha, clipped = step_size(wanted, bound)
-        self.note_clipped(clipped)
-        new = factors
-        for side, x in tangents.items():
-            long = side == long_side
-            before = factors.side(long)
-            after = retracted(before, x, alpha)
-            new = new.turned(long, after if fixed is None else anchored(after, before, fixed, long=long))
-            if group["momentum_frame"] == "transported":
-                m = state["momentum"].mT if tall else state["momentum"]
-                m.add_(carried(m, before, x, alpha, long=long))
-            self.note_rotation(side, before, x, alpha)
-        state.update(new._asdict())
-        return torch.where(alpha > 0, product_of(new, fixed, transposed=tall), weight, out=weight)
+            source = _direction(grad, state, group=group, step=step)
+        turned = compiled.run(
+            _turned,
+            weight,
+            source,
+            _factors(state),
+            _fixed(state, tall),
+            state["momentum"] if group["momentum_frame"] == "transported" else None,
+            group["lr"],
+            compiled=group["compile"],
+            sides=step.turn,
+            ambient=group["metric"] == "ambient",
+            scale=group["scale"],
+            rms=group["rms"],
+            dtype=group["generator_dtype"],
+        )
+        self.note_clipped(turned.clipped)
+        for side, x in turned.tangents.items():
+            self.note_rotation(side, _factors(state).side(_is_long(side, tall)), x, turned.alpha)
+        state.update(turned.factors._asdict())
+        return weight
 
     def _generators(
         self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, sides: tuple[str, ...], group: dict, step: Step
@@ -304,11 +296,11 @@ class Pion(MatrixOptimizer):
         generators = self._generators(weight, grad, state, sides=step.turn, group=group, step=step)
         identity = {side: torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) for side, a in generators.items()}
         if group["scale"] == "spectral":
-            norm = torch.stack([spectral_norm(identity[side], a) for side, a in generators.items()]).amax(0)
-            alpha = torch.where(norm > 0, group["lr"] / norm, 0)
+            alpha = _angled([spectral_norm(identity[side], a) for side, a in generators.items()], group["lr"])
         else:
             moved = sum(seen_from(seen_from(weight, side) @ a, side) for side, a in generators.items())
-            alpha = _wanted(torch.linalg.matrix_norm(moved, keepdim=True), 1.0, moved[0].numel(), group)
+            norm, options = torch.linalg.matrix_norm(moved, keepdim=True), {key: group[key] for key in ("scale", "rms")}
+            alpha = _wanted(norm, 1.0, moved[0].numel(), group["lr"], **options)
         for side, a in generators.items():
             x, w = a * alpha, seen_from(weight, side)
             w.add_(taylor_change(w, x, group["degree"]))
@@ -369,6 +361,11 @@ def _is_tall(x: Tensor) -> bool:
     return x.shape[-2] > x.shape[-1]
 
 
+def _is_long(side: str, tall: bool) -> bool:
+    """Whether the rotation of a side acts on the longer dimension, the inputs' unless the matrix is tall."""
+    return side == ("out" if tall else "in")
+
+
 def _needs_generators(group: dict) -> bool:
     """Whether generators are formed in full, as `(n, n)` or `(m, m)`."""
     return group["momentum_frame"] == "lie" or group["direction"] == "msign"
@@ -401,36 +398,82 @@ def _lie_averages(
     return generators
 
 
-def _reach(
-    unit: Factors, tangents: dict[str, Tensor], size: Tensor, scale: Tensor, *, long_side: str, group: dict
-) -> tuple[Tensor, Tensor]:
-    """The step that is wanted, and what bounds the angle of a step of 1.
+class Turned(NamedTuple):
+    """What a step has made: the new factors, its size `alpha` and whether that was clipped, `(b, 1, 1)`, and the
+    tangent of every side."""
 
-    unit: of the weight over `size`; scale: what the generators are divided by.
+    factors: Factors
+    alpha: Tensor
+    clipped: Tensor
+    tangents: dict[str, Tensor]
+
+
+def _turned(
+    weight: Tensor,
+    source: Tensor | dict[str, Tensor],
+    factors: Factors,
+    fixed: Fixed | None,
+    momentum: Tensor | None,
+    lr: float,
+    *,
+    sides: tuple[str, ...],
+    ambient: bool,
+    scale: str,
+    rms: float,
+    dtype: str,
+) -> Turned:
+    """A step of `weight`, and of a `momentum` that is carried along, in place.
+
+    source: the direction, or of every side its generator in full.
     """
-    moved, bound = reach(unit, next(iter(tangents.values())))
-    if len(tangents) > 1:
-        *_, last = tangents.values()
-        bound = torch.maximum(bound, reach(unit, last).bound)
-        moved = _moved(unit, tangents, long_side)
-    if group["scale"] == "spectral":
-        norms = [spectral_norm(unit.side(side == long_side), x.to(unit.u.dtype)) for side, x in tangents.items()]
-        norm = torch.stack(norms).amax(0)
-        return torch.where(norm > 0, group["lr"] / norm, 0), bound
-    return _wanted(moved * size, scale, unit.u.shape[-1] * unit.v.shape[-1], group), bound
+    tall = _is_tall(weight)
+    unit, size = factors.over_norm()
+    if isinstance(source, dict):
+        peak = torch.stack([largest_entry(a) for a in source.values()]).amax(0)
+        low = product_dtype(weight, dtype)
+        tangents = {side: (factors.side(_is_long(side, tall)) @ (a / peak)).to(low) for side, a in source.items()}
+    else:
+        d, options = source.mT if tall else source, {"ambient": ambient, "dtype": dtype, "fixed": fixed}
+        peak = largest_entry(d)
+        tangents = {side: tangent(unit, d, peak, long=_is_long(side, tall), **options) for side in sides}
+        # A generator grows with the direction, and in one metric with the weight, in the other with its inverse.
+        peak = peak / size if ambient else peak * size
+    reaches = [reach(unit, x) for x in tangents.values()]
+    bound = functools.reduce(torch.maximum, [each.bound for each in reaches])
+    if scale == "spectral":
+        norms = [spectral_norm(unit.side(_is_long(side, tall)), x.to(unit.u.dtype)) for side, x in tangents.items()]
+        wanted = _angled(norms, lr)
+    else:
+        moved = reaches[0].moved if len(reaches) == 1 else _moved(unit, tangents, tall)
+        wanted = _wanted(moved * size, peak, weight[0].numel(), lr, scale=scale, rms=rms)
+    alpha, clipped = step_size(wanted, bound)
+    new = factors
+    for side, x in tangents.items():
+        long = _is_long(side, tall)
+        before = factors.side(long)
+        after = retracted(before, x, alpha)
+        new = new.turned(long, after if fixed is None else anchored(after, before, fixed, long=long))
+        if momentum is not None:
+            m = momentum.mT if tall else momentum
+            m.add_(carried(m, before, x, alpha, long=long))
+    torch.where(alpha > 0, product_of(new, fixed, transposed=tall), weight, out=weight)
+    return Turned(new, alpha, clipped, tangents)
 
 
-def _moved(unit: Factors, tangents: dict[str, Tensor], long_side: str) -> Tensor:
+def _moved(unit: Factors, tangents: dict[str, Tensor], tall: bool) -> Tensor:
     """`||dW||_F` of two sides together, as `U^T dW`."""
     s, tangents = unit.s.unsqueeze(-1), {side: x.to(unit.s.dtype) for side, x in tangents.items()}
-    both = sum(s * x if side == long_side else (s * (x @ unit.u.mT)).mT @ unit.v for side, x in tangents.items())
+    both = sum(s * x if _is_long(side, tall) else (s * (x @ unit.u.mT)).mT @ unit.v for side, x in tangents.items())
     return torch.linalg.matrix_norm(both, keepdim=True)
 
 
-def _wanted(moved: Tensor, scale: Tensor | float, numel: int, group: dict) -> Tensor:
-    """The step that is wanted of a generator that is `scale` times too small, and moves the weight by `moved`."""
-    if group["scale"] == "none":
-        want = group["lr"] * scale
-    else:
-        want = group["lr"] * group["rms"] * math.sqrt(numel) / (moved + 1e-12)
+def _angled(norms: list[Tensor], lr: float) -> Tensor:
+    """The step whose largest angle is `lr`, of generators of these spectral norms."""
+    norm = torch.stack(norms).amax(0)
+    return torch.where(norm > 0, lr / norm, 0)
+
+
+def _wanted(moved: Tensor, peak: Tensor | float, numel: int, lr: float, *, scale: str, rms: float) -> Tensor:
+    """The step that is wanted of a generator that is `peak` times too small, and moves the weight by `moved`."""
+    want = lr * peak if scale == "none" else lr * rms * math.sqrt(numel) / (moved + 1e-12)
     return torch.where(moved > 0, want, 0)
