@@ -105,6 +105,7 @@ CONTENDERS: dict[str, Build] = {
     "pion, transported": pion("gradient", "lie", momentum_frame="transported"),
     "pion_ambient, not transported": pion("natural", "ambient", momentum_frame="ambient"),
     "pion, polar, lie, 3 polar steps": pion("polar", "lie", polar_steps=3),
+    "pion, compiled": pion("gradient", "lie", compile=True),
     "pion_ambient, compiled": pion("natural", "ambient", compile=True),
     "teon, stack 1 (muon)": ours("muon"),
     "teon, stack 1 (muon), compiled": ours("muon", compile=True),

@@ -46,7 +46,7 @@ class Teon(MatrixOptimizer):
         scale: the factor `f`. `rms`: `rms / sqrt(min(m, nK) / (m n K))`, AdamW's learning rates carry over; `paper`:
             `sqrt(m / n)`; `original`: `sqrt(max(1, m / n))`, as in `torch.optim.Muon`; its `match_rms_adamw` is `rms`.
         rms: the update's RMS at `lr = 1` (`scale="rms"`); 0.2 is that of a typical AdamW update.
-        compile: the elementwise parts through `torch.compile`.
+        compile: a step's elementwise passes fused by `torch.compile`.
         batch_elements: the most elements of the matrices that are updated at once; see `Pion`.
         keep: number of leading directions of every layer's inputs whose outputs stay as they are: changes of a matrix
             are projected away from them, as Adam-NSCL's are (arXiv 2103.07113). inputs: `pion_hf.Inputs(model, keep)`;
