@@ -6,8 +6,6 @@ Names serve for overrides only (`targets`, `exclude`).
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 
 from pion_hf.adapters import Factor, has_adapters, lora_factors
 from pion_hf.errors import listing, unknown
-from pion_hf.files import write_text
 from pion_hf.optim.blocks import Layout, name_of, split
 from pion_hf.optim.lora import rate_at
 from pion_hf.optim.options import FactorMethod, usual_rates
@@ -147,9 +144,9 @@ class Routing:
         table.caption = " ".join(said)
         return table
 
-    def save(self, path: str | os.PathLike, learning_rates: dict[str, float]) -> None:
-        """Write `routing.json`: the summary rows and, for every parameter, its role, rule, layout and shape."""
-        record = {
+    def record(self, learning_rates: dict[str, float]) -> dict[str, Any]:
+        """What `routing.json` holds: the summary rows and, for every parameter, its role, rule, layout and shape."""
+        return {
             "summary": self.rows(learning_rates),
             "frozen_parameters": self.frozen,
             "stacks": [list(names) for names in self.stacks.stacks],
@@ -167,7 +164,6 @@ class Routing:
                 for r in self.routes
             ],
         }
-        write_text(path, json.dumps(record, indent=1))
 
 
 def routing_table(

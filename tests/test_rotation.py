@@ -8,9 +8,9 @@ from pion_hf.linalg.rotation import (
     Fixed,
     anchored,
     carried,
+    extent,
     factorized,
     product_of,
-    reach,
     retracted,
     skew,
     spectral_norm,
@@ -74,7 +74,7 @@ def test_the_reach_of_a_tangent(shape, long):
     w, d = draw(4, *shape), draw(4, *shape, seed=1)
     factors = factorized(w)
     x = tangent(factors, d, torch.ones(1, 1), long=long)
-    moved, bound = reach(factors, x)
+    moved, bound = extent(factors, x)
     after = factors.turned(long, factors.side(long) + x)
     torch.testing.assert_close(moved[..., 0, 0], (product_of(after) - w).flatten(1).norm(dim=1))
     largest = torch.linalg.matrix_norm(x, 2)

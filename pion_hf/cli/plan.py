@@ -27,6 +27,7 @@ from pion_hf.integrations.handler import choose_form, groups_from
 from pion_hf.optim.blocks import Layout, merge_rows, split
 from pion_hf.optim.lora import USUAL_RANK, rate_at
 from pion_hf.routing import Routing
+from pion_hf.runs import write_json
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> None:
         check_plot(args, plan_args.plot)
     plan = make_plan(args, model_args, on_cpu=on_cpu)
     if plan_args.routing_file:
-        plan.routing.save(plan_args.routing_file, plan.rates)
+        write_json(plan_args.routing_file, plan.routing.record(plan.rates))
     if plan_args.plot:
         save_plot(args, learning_rate_curves(args, plan.optimizer, plan.routing), plan_args.plot)
     console = Console()

@@ -28,6 +28,7 @@ from pion_hf.optim.groups import kept_columns
 from pion_hf.optim.options import usual_rates
 from pion_hf.optim.sharding import of_first
 from pion_hf.routing import LORA_FORMS, Routing, param_groups, routing_table
+from pion_hf.runs import write_json
 from pion_hf.values import fit_fields
 
 logger = logging.get_logger(__name__)
@@ -189,7 +190,7 @@ def announce(routing: Routing, groups: list[dict], args: Any) -> None:
     if args.output_dir:
         path = os.path.join(args.output_dir, "routing.json")
         with recording(repr(path)):
-            routing.save(path, rates)
+            write_json(path, routing.record(rates))
     if args.should_log:
         from rich.console import Console
 

@@ -173,7 +173,7 @@ def _ambient(b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 # -- steps: how far, and where it ends --------------------------------------------------------------------------------
 
 
-class Reach(NamedTuple):
+class Extent(NamedTuple):
     """Of a tangent `X`: how far a step goes. All `(..., 1, 1)`.
 
     moved: `||W A||_F`, what `W` moves at first order. bound: at least `||X||_2`, the largest angle, for a step of 1.
@@ -183,14 +183,14 @@ class Reach(NamedTuple):
     bound: Tensor
 
 
-def reach(factors: Factors, x: Tensor) -> Reach:
+def extent(factors: Factors, x: Tensor) -> Extent:
     """From `H = X X^T`: `||W A||_F^2 = sum_i s_i^2 H_ii`, and `||H^2||_F^(1/4) >= ||X||_2`."""
     h, dtype = product(x, x.mT), factors.s.dtype
     moved = (h.diagonal(dim1=-2, dim2=-1) * factors.s.square()).sum(-1).sqrt()[..., None, None]
     norm = torch.linalg.matrix_norm(h, keepdim=True, dtype=dtype)
     unit = h * norm.clamp_min(torch.finfo(dtype).tiny).reciprocal().to(h.dtype)
     square = torch.linalg.matrix_norm(product(unit, unit), keepdim=True, dtype=dtype)
-    return Reach(moved, SAFETY * (norm * square.sqrt()).sqrt())
+    return Extent(moved, SAFETY * (norm * square.sqrt()).sqrt())
 
 
 def retracted(q: Tensor, x: Tensor, alpha: Tensor) -> Tensor:

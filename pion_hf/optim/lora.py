@@ -18,10 +18,10 @@ from pion_hf.linalg.polar import ITERATIONS, is_skinny, polar_factor, polar_map
 from pion_hf.linalg.rotation import (
     Factors,
     carried,
+    extent,
     factorized,
     largest_entry,
     product_of,
-    reach,
     retracted,
     step_size,
     tangent,
@@ -218,7 +218,7 @@ class PionLora(_Factors):
         unit, _ = factors.over_norm()
         ambient = group["metric"] == "ambient"
         x = tangent(unit, _wide(direction), largest_entry(direction), long=long, ambient=ambient)
-        moved, bound = reach(unit, x)
+        moved, bound = extent(unit, x)
         # Without a gradient, as A's while B is zero, it stays as it is to the bit.
         length = torch.linalg.vector_norm(unit.s, dim=-1)[..., None, None]
         want = group["lr"] * state["unit_step"] * length / moved

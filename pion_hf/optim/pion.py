@@ -18,10 +18,10 @@ from pion_hf.linalg.rotation import (
     Fixed,
     anchored,
     carried,
+    extent,
     factorized,
     largest_entry,
     product_of,
-    reach,
     retracted,
     skew,
     spectral_norm,
@@ -438,13 +438,13 @@ def _turned(
         tangents = {side: tangent(unit, d, peak, long=_is_long(side, tall), **options) for side in sides}
         # A generator grows with the direction, and in one metric with the weight, in the other with its inverse.
         peak = peak / size if ambient else peak * size
-    reaches = [reach(unit, x) for x in tangents.values()]
-    bound = functools.reduce(torch.maximum, [each.bound for each in reaches])
+    extents = [extent(unit, x) for x in tangents.values()]
+    bound = functools.reduce(torch.maximum, [each.bound for each in extents])
     if scale == "spectral":
         norms = [spectral_norm(unit.side(_is_long(side, tall)), x.to(unit.u.dtype)) for side, x in tangents.items()]
         wanted = _angled(norms, lr)
     else:
-        moved = reaches[0].moved if len(reaches) == 1 else _moved(unit, tangents, tall)
+        moved = extents[0].moved if len(extents) == 1 else _moved(unit, tangents, tall)
         wanted = _wanted(moved * size, peak, weight[0].numel(), lr, scale=scale, rms=rms)
     alpha, clipped = step_size(wanted, bound)
     new = factors
