@@ -184,7 +184,7 @@ def test_what_a_run_writes_goes_through_no_link(tmp_path, planted, monkeypatch):
     folder.write_record()
     write_json(run / EVALUATION, evaluation(learnt=1.0, forgotten=0.1))
     write_json(run / BEFORE, {})
-    routing_table(toy_llama()).save(run / ROUTING, {"pion": 1e-3, "adamw": 1e-3})
+    write_json(run / ROUTING, routing_table(toy_llama()).record({"pion": 1e-3, "adamw": 1e-3}))
     monkeypatch.setattr(curves, "picture", lambda *_: page.Figure())
     curves.save_plot(None, [], str(run / "rates.png"))
     (run / "README.md").unlink()
@@ -197,10 +197,10 @@ def test_what_a_run_writes_goes_through_no_link(tmp_path, planted, monkeypatch):
         (run / name).unlink()
     write_run(run / "of-its-own")
     planted(run, ("report.html",))
-    planted(run / "report_files", ("losses.png",))
+    planted(run / "report_files", ("outcome.png",))
     write_report([run / "of-its-own"], run / "report.html")
     assert not any((run / name).is_symlink() for name in OF_A_RUN)
-    assert not (run / "report_files" / "losses.png").is_symlink()
+    assert not (run / "report_files" / "outcome.png").is_symlink()
 
 
 def test_a_folder_of_pictures_that_is_a_link_is_refused(tmp_path, monkeypatch):

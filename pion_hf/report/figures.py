@@ -6,11 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from pion_hf.evaluation import progress
@@ -30,13 +28,6 @@ from pion_hf.report.looks import (
 from pion_hf.runs import Run
 
 FEW = 15  # points or fewer are marked
-MANY = 60  # points or more of a training loss are drawn faintly, behind a mean of neighbours
-SMOOTHED = 20  # of a line's length, the neighbours that are averaged
-DIVERGING = 3.0  # times the highest loss of a first step: what is above is cut off
-# What the time went to, in the order of the bars; what is left of the total is the model's own.
-PARTS = ("optimizer", "logging", "snapshots", "evaluation")
-REST = "model and data"
-HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 
 
 class Picture(NamedTuple):
@@ -57,47 +48,13 @@ class Line(NamedTuple):
 
 
 @styled
-def losses(runs: Sequence[Run]) -> Picture | None:
-    """Training and evaluation loss against steps; also the reward, where there is one."""
-    kinds = {
-        "loss": {"loss": "training", "eval_loss": "evaluation"},
-        "reward": {"reward": "training", "eval_reward": "evaluation"},
-    }
-    if len(runs) > 1:  # a panel each, so that a colour is a run
-        kinds = {f"{kind}, {moment}": {key: moment} for kind, keys in kinds.items() for key, moment in keys.items()}
-    picture = _against_steps(runs, {kind: _lines(runs, keys) for kind, keys in kinds.items()})
-    if picture is None:
-        return None
-    said = [_fall(run, name) for run, name in zip(runs, numbered(runs), strict=True)]
-    alt = "Lines of the training and evaluation loss against the step. " + " ".join(filter(None, said))
-    return picture._replace(alt=alt.strip())
-
-
-@styled
-def learning_rates(runs: Sequence[Run]) -> Picture | None:
-    """The learning rate of every rule against steps."""
-    lines = _lines(runs, _keys(runs, "learning_rate/"))
-    others = [i for i in range(len(runs)) if i not in {line.run for line in lines}]
-    lines += [line for line in _lines(runs, {"learning_rate": "all groups"}) if line.run in others]
-    picture = _against_steps(runs, {"learning rate": lines})
-    return picture and picture._replace(alt=_alt("the learning rates", runs))
-
-
-@styled
-def updates(runs: Sequence[Run]) -> Picture | None:
-    """The root mean square of an update, by rule, against steps."""
-    picture = _against_steps(runs, {"update RMS": _lines(runs, _keys(runs, "update_rms/"))}, logarithmic=True)
-    return picture and picture._replace(alt=_alt("the root mean square of the updates", runs))
-
-
-@styled
 def angles(runs: Sequence[Run]) -> Picture | None:
     """Mean and largest rotation angle of the matrices, on the side of the inputs and of the outputs, against steps."""
     sides = {
         f"angle {side}, radians": {f"angle_{side}/mean": "mean", f"angle_{side}/max": "largest"}
         for side in ("in", "out")
     }
-    picture = _against_steps(runs, {side: _lines(runs, keys) for side, keys in sides.items()}, logarithmic=True)
+    picture = _against_steps(runs, {side: _lines(runs, keys) for side, keys in sides.items()})
     return picture and picture._replace(alt=_alt("the mean and the largest rotation angle of a step", runs))
 
 
@@ -108,7 +65,7 @@ def drift(runs: Sequence[Run]) -> Picture | None:
         "spectrum drift": {"spectrum_drift": "drift"},
         "orthogonality error": {"orthogonality_error": "error"},
     }
-    picture = _against_steps(runs, {kind: _lines(runs, keys) for kind, keys in kinds.items()}, logarithmic=True)
+    picture = _against_steps(runs, {kind: _lines(runs, keys) for kind, keys in kinds.items()})
     if picture is None:
         return None
     last = [(name, run.series("spectrum_drift")[1]) for name, run in zip(numbered(runs), runs, strict=True)]
@@ -157,49 +114,6 @@ def blends(runs: Sequence[Run]) -> Picture | None:
     return Picture(figure, f"Lines of what is learnt and forgotten by the share of the change: {said}.")
 
 
-@styled
-def times(runs: Sequence[Run]) -> Picture | None:
-    """Where the time went."""
-    names = numbered(runs)
-    found = {name: parts for name, run in zip(names, runs, strict=True) if (parts := time_parts(run))}
-    if not found:
-        return None
-    alone = len(runs) == 1
-    figure = new_figure(2.2 if alone else 1.1 + 0.4 * len(found))
-    axes = figure.add_subplot()
-    if alone:
-        parts = next(iter(found.values()))
-        total = sum(parts.values()) or math.nan
-        rows = {f"{part}: {s:,.1f} s, {s / total:.1%}": (s, COLOURS[i]) for i, (part, s) in enumerate(parts.items())}
-        _bars(axes, rows)
-    else:
-        for row, parts in enumerate(found.values()):
-            left = 0.0
-            for i, seconds in enumerate(parts.values()):
-                axes.barh(row, seconds, 0.45, left, color=COLOURS[i], hatch=HATCHES[i], edgecolor="white", linewidth=0)
-                left += seconds
-        _row_labels(axes, list(found))
-        handles = [
-            Patch(facecolor=COLOURS[i], hatch=HATCHES[i], edgecolor="white", label=part)
-            for i, part in enumerate((*PARTS, REST))
-        ]
-        figure.legend(handles=handles, loc="outside upper left", ncols=3)
-    axes.set_xlabel("seconds of training")
-    said = ("; ".join(f"{part} {s:,.1f} s" for part, s in parts.items() if s) for parts in found.values())
-    alt = "Bars of the seconds of training. " + " ".join(f"{n}: {s}." for n, s in zip(found, said, strict=True))
-    return Picture(figure, alt)
-
-
-def time_parts(run: Run) -> dict[str, float]:
-    """Seconds of `PARTS` and of the rest; empty where none were written."""
-    times = run.record.get("times") or {}
-    parts = {part: float(times.get(part) or 0.0) for part in PARTS}
-    total = times.get("total")
-    if total is None or not math.isfinite(total):
-        return {}
-    return {**parts, REST: max(0.0, total - sum(parts.values()))}
-
-
 def diverged(run: Run) -> int | None:
     """The first step whose training or evaluation loss is NaN."""
     steps = [
@@ -211,23 +125,15 @@ def diverged(run: Run) -> int | None:
     return min(steps, default=None)
 
 
-def _keys(runs: Sequence[Run], prefix: str) -> dict[str, str]:
-    """All keys of the logs that begin with `prefix`, and the rest of them, in order of appearance."""
-    return {
-        key: key.removeprefix(prefix) for run in runs for entry in run.logs for key in entry if key.startswith(prefix)
-    }
-
-
 def _lines(runs: Sequence[Run], keys: Mapping[str, str]) -> list[Line]:
     """What the runs logged under these keys, which have these names."""
     found = (Line(i, name, *run.series(key)) for key, name in keys.items() for i, run in enumerate(runs))
     return [line for line in found if line.steps]
 
 
-def _against_steps(
-    runs: Sequence[Run], series: Mapping[str, list[Line]], *, logarithmic: bool = False
-) -> Picture | None:
-    """A panel for every y label that has lines. Of one run the quantities have colours; of several the runs have.
+def _against_steps(runs: Sequence[Run], series: Mapping[str, list[Line]]) -> Picture | None:
+    """A panel, its scale logarithmic, for every y label that has lines. Of one run the quantities have colours; of
+    several the runs have.
 
     Then the quantities of a panel, if there are several, have line styles.
     """
@@ -248,16 +154,10 @@ def _against_steps(
                 look = look._replace(style=STYLES[k % len(STYLES)])
                 colour = look.colour if alone else "#666666"
                 name_handles[line.name] = Line2D([], [], color=colour, linestyle=look.style, label=plain(line.name))
-            noisy = kind.startswith(("loss", "reward")) and len(line.steps) >= MANY
-            if noisy:
-                notes.append(f"Bold lines are running means over a {SMOOTHED}th of the run.")
-            if _draw(axes, look, line, noisy=noisy):
+            if _draw(axes, look, line):
                 notes.append("A cross is the last number before NaN.")
         axes.set_ylabel(plain(kind))
-        if kind.startswith("loss"):
-            notes += _cut_off(axes, lines)
-        if logarithmic:
-            log_scale(axes)
+        log_scale(axes)
     last = max((entry["step"] for run in runs for entry in run.logs), default=0)
     grid[-1].set_xlim(-0.02 * last, max(1.02 * last, 1))  # the same for all that was logged, if at a few steps only
     grid[-1].set_xlabel("optimizer step")
@@ -270,46 +170,15 @@ def _against_steps(
     return Picture(figure, "", tuple(dict.fromkeys(notes)))
 
 
-def _draw(axes: Axes, look: Look, line: Line, *, noisy: bool) -> bool:
+def _draw(axes: Axes, look: Look, line: Line) -> bool:
     """Draw a line, and a cross where it ends because what follows is NaN; whether it does."""
-    values = line.values
-    if noisy:
-        axes.plot(line.steps, values, "-", color=look.colour, alpha=0.25, linewidth=0.7)
-        values = _smooth(values)
     marker = {"marker": look.marker} if len(line.steps) <= FEW else {}
-    axes.plot(line.steps, values, look.style, color=look.colour, **marker)
+    axes.plot(line.steps, line.values, look.style, color=look.colour, **marker)
     lost = next((i for i, value in enumerate(line.values) if not math.isfinite(value)), None)
     if lost:
         end = line.steps[lost - 1], line.values[lost - 1]
         axes.plot(*end, "x", color=look.colour, markersize=9, markeredgewidth=2)
     return lost is not None
-
-
-def _smooth(values: Sequence[float]) -> np.ndarray:
-    """The mean of every value's neighbours on both sides, at the ends of as many as there are."""
-    window = np.ones(max(1, len(values) // SMOOTHED))
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
-
-
-def _cut_off(axes: Axes, lines: Sequence[Line]) -> list[str]:
-    """Limit the axes to what a loss is in a run that learns; a note that says so, if there is more."""
-    finite = [values for line in lines if (values := [v for v in line.values if math.isfinite(v)])]
-    first = max((values[0] for values in finite), default=0.0)
-    if first <= 0 or max(map(max, finite)) <= DIVERGING * first:
-        return []
-    axes.set_ylim(min(map(min, finite)) - 0.1 * first, 1.2 * first)
-    return [f"Losses above {1.2 * first:.3g} are cut off; the highest is {max(map(max, finite)):.3g}."]
-
-
-def _fall(run: Run, name: str) -> str:
-    """What became of a run's loss, in words."""
-    said = []
-    for key, words in (("loss", "training loss"), ("eval_loss", "evaluation loss")):
-        _, values = run.series(key)
-        if values:
-            ends = [f"{v:.3g}" if math.isfinite(v) else "NaN" for v in (values[0], values[-1])]
-            said.append(f"{words} from {ends[0]} to {ends[1]}")
-    return f"{name}: {', '.join(said)}." if said else ""
 
 
 def _alt(what: str, runs: Sequence[Run]) -> str:

@@ -42,9 +42,8 @@ class Section(NamedTuple):
     needs: str
 
 
-LEARNING, STEPS, MATRICES, COST = "Learning", "Steps", "Matrices", "Cost"
+LEARNING, STEPS, MATRICES = "Learning", "Steps", "Matrices"
 SECTIONS = (
-    Section("losses", LEARNING, "Loss", "Of training and of evaluation, in nats.", figures.losses, "a logged loss"),
     Section(
         "outcome",
         LEARNING,
@@ -60,17 +59,6 @@ SECTIONS = (
         "With weights so far from the start of training to its end: how much of the task is left, how much forgotten.",
         figures.blends,
         "measured shares (blend_shares) of the task and of another domain",
-    ),
-    Section(
-        "learning_rates", LEARNING, "Learning rates", "Of every rule.", figures.learning_rates, "logged learning rates"
-    ),
-    Section(
-        "updates",
-        STEPS,
-        "Size of the updates",
-        "Root mean square of what a step adds to a weight, by rule.",
-        figures.updates,
-        "a logged update RMS",
     ),
     Section(
         "angles",
@@ -130,7 +118,6 @@ SECTIONS = (
         matrices.stable_ranks,
         "snapshots with stable ranks",
     ),
-    Section("times", COST, "Where the time went", "", figures.times, "written times"),
 )
 
 
@@ -262,7 +249,7 @@ def _render(
     if doubles:
         warnings.append(f"Given twice and shown once: {', '.join(doubles)}.")
     groups = []
-    for heading in (LEARNING, STEPS, MATRICES, COST):
+    for heading in (LEARNING, STEPS, MATRICES):
         shown = [drawn[section.key] for section in SECTIONS if section.group == heading and section.key in drawn]
         results = facts.results_table(runs) if heading == LEARNING else None
         if shown or results:
