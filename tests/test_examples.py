@@ -76,3 +76,47 @@ def test_the_demo_is_as_long_as_the_machine_affords(rate, speedup, steps):
 
 def test_the_demo_measures_a_rate():
     assert loaded(EXAMPLES / "demo.py").gflops(side=256) > 0.01
+
+
+def trials(matches: dict[tuple[float, str], float]) -> dict[tuple[float, str], dict[str, float]]:
+    """Measures by rate and share; KL is ten times the rate times the share."""
+    return {
+        (lr, share): {"exact_match": match, "own_kl": 10 * lr * float(share)} for (lr, share), match in matches.items()
+    }
+
+
+@pytest.fixture
+def evidence(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    return loaded(EXAMPLES / "benchmarks" / "evidence.py")
+
+
+def test_what_is_kept_is_read_at_the_wanted_exact_match(evidence):
+    known = trials(
+        {
+            **{(0.01, "0.8"): 0.2, (0.01, "1"): 0.4},  # KL 0.08 and 0.1
+            **{(0.02, "0.8"): 0.5, (0.02, "1"): 0.9},  # 0.16 and 0.2
+            **{(0.04, "0.8"): 0.9, (0.04, "1"): 1.0},  # 0.32 and 0.4
+        }
+    )
+    point = evidence.at(known, 0.8)
+    assert str(point) == "0.01 to 0.02"
+    assert point.measures(known) == pytest.approx({"exact_match": 0.8, "own_kl": 0.18})
+    assert str(evidence.at(known, 0.9)) == "0.02"
+    assert str(evidence.at(known, 0.95)) == "0.02 to 0.04"
+    assert str(evidence.at(known, 1.0)) == "0.04"
+    assert evidence.at(known, 1.01) is None
+
+
+@pytest.mark.parametrize(
+    ("matches", "rate"),
+    [
+        ({1e-4: 0.2, 2e-4: 0.8, 4e-4: 0.7}, None),  # the best is interior
+        ({1e-4: 0.2, 2e-4: 0.8, 4e-4: 0.9}, 8e-4),
+        ({1e-4: 0.2, 2e-4: 0.8, 4e-4: 0.99}, None),  # more than that cannot be seen
+        ({1e-4: 0.9, 2e-4: 0.91, 4e-4: 0.7}, 5e-5),  # a smaller one may answer as well
+        ({1.25e-5: 0.9, 1e-4: 0.9, 2e-4: 0.91, 4e-4: 0.7}, None),  # far enough
+    ],
+)
+def test_a_sweep_goes_on_until_its_best_rate_is_interior(matches, rate, evidence):
+    assert evidence.next_rate(trials({(lr, "1"): match for lr, match in matches.items()}), [1e-4, 2e-4, 4e-4]) == rate

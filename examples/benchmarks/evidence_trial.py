@@ -1,0 +1,245 @@
+"""One trial of examples/benchmarks/evidence.py: train SmolLM2-135M-Instruct on a task, measure what it learnt and kept.
+
+Everything is made here from seeds, but for the model and the file of unrelated text: the tasks' examples by
+examples/prepare_reasoning.py, and 200 general instructions, to which the base model's own sampled answers are kept in
+results/evidence_answers.jsonl. The first hundred are measured, the others are what a contender may replay.
+"""
+
+import itertools
+import json
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from datasets import Dataset, disable_progress_bars
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import SFTTrainer
+
+from pion_hf import Blend
+from pion_hf.evaluation import IGNORED, answer_tokens, exact_match, generate_answers, text_loss
+from pion_hf.integrations.trl_config import PionSFTConfig
+from pion_hf.linalg.precision import bfloat16_speedup
+
+sys.path.append(str(Path(__file__).parents[1]))
+from prepare_reasoning import SEED_DISTANCE, examples
+
+MODEL, OTHER_TEXT = "models/smollm2-135m-instruct", "data/python_docs.txt"
+ANSWERS = Path(__file__).parent / "results" / "evidence_answers.jsonl"
+BATCH, WARMUP, SHARES, LONGEST = 8, 0.1, (0.6, 0.8, 1.0), 256
+INSTRUCTIONS, SAMPLED_TOKENS = 100, 80
+REPLAY = 20  # one example of so many is replayed
+TASKS = {"riddles": "aiw", "kinship": "family_relationships"}  # of reasoning-gym
+NEW_TOKENS = 8
+ADAPTERS = {
+    "lora": lambda: peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "oft": lambda: peft.OFTConfig(oft_block_size=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "osf": lambda: peft.OSFConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+}
+FORMS = (
+    "Explain {} to a child.",
+    "Write a short poem about {}.",
+    "Give three tips about {}.",
+    "What are the advantages and disadvantages of {}?",
+    "Write the first paragraph of a story about {}.",
+    "Summarise the history of {} in two sentences.",
+    "What would you tell a friend who is afraid of {}?",
+    "List five words that have to do with {}, and say why.",
+    "Write a polite e-mail that asks a colleague about {}.",
+    "What do most people get wrong about {}?",
+)
+TOPICS = (
+    *("the sea", "trains", "bread", "sleep", "mathematics", "gardens", "money", "music", "winter", "the moon"),
+    *("computers", "tea", "friendship", "bridges", "birds", "exams", "cities", "medicine", "football", "libraries"),
+)
+CAPITALS = """
+Afghanistan Kabul, Albania Tirana, Algeria Algiers, Angola Luanda, Argentina Buenos Aires, Armenia Yerevan, Australia
+Canberra, Austria Vienna, Azerbaijan Baku, Bahrain Manama, Bangladesh Dhaka, Belarus Minsk, Belgium Brussels, Bolivia
+Sucre, Brazil Brasilia, Bulgaria Sofia, Cambodia Phnom Penh, Cameroon Yaounde, Canada Ottawa, Chad N'Djamena, Chile
+Santiago, China Beijing, Colombia Bogota, Croatia Zagreb, Cuba Havana, Cyprus Nicosia, Denmark Copenhagen, Ecuador
+Quito, Egypt Cairo, Eritrea Asmara, Estonia Tallinn, Ethiopia Addis Ababa, Finland Helsinki, France Paris, Georgia
+Tbilisi, Germany Berlin, Ghana Accra, Greece Athens, Haiti Port-au-Prince, Honduras Tegucigalpa, Hungary Budapest,
+Iceland Reykjavik, India New Delhi, Indonesia Jakarta, Iran Tehran, Iraq Baghdad, Ireland Dublin, Israel Jerusalem,
+Italy Rome, Jamaica Kingston, Japan Tokyo, Jordan Amman, Kazakhstan Astana, Kenya Nairobi, Laos Vientiane, Latvia
+Riga, Lebanon Beirut, Liberia Monrovia, Libya Tripoli, Lithuania Vilnius, Madagascar Antananarivo, Malaysia Kuala
+Lumpur, Mali Bamako, Malta Valletta, Mongolia Ulaanbaatar, Morocco Rabat, Mozambique Maputo, Namibia Windhoek, Nepal
+Kathmandu, Netherlands Amsterdam, Nicaragua Managua, Niger Niamey, Nigeria Abuja, Norway Oslo, Oman Muscat, Pakistan
+Islamabad, Paraguay Asuncion, Peru Lima, Philippines Manila, Poland Warsaw, Portugal Lisbon, Qatar Doha, Romania
+Bucharest, Russia Moscow, Rwanda Kigali, Senegal Dakar, Serbia Belgrade, Slovakia Bratislava, Somalia Mogadishu, Spain
+Madrid, Sudan Khartoum, Sweden Stockholm, Switzerland Bern, Syria Damascus, Thailand Bangkok, Tunisia Tunis, Turkey
+Ankara, Uganda Kampala, Ukraine Kyiv, Uruguay Montevideo, Venezuela Caracas, Vietnam Hanoi, Zambia Lusaka, Zimbabwe
+Harare
+"""  # another skill; no country here has a name of two words
+
+
+def chat(prompt: str, answer: str) -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "completion": [{"role": "assistant", "content": answer}],
+    }
+
+
+class Bench:
+    """The base model's measures, and what every trial needs."""
+
+    def __init__(self) -> None:
+        disable_progress_bars()
+        self.tokenizer = AutoTokenizer.from_pretrained(MODEL)
+        self.text = Path(OTHER_TEXT).read_text(encoding="utf-8")
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16_speedup() > 1)
+        base = self.base()
+        if not ANSWERS.is_file():
+            self.sample_answers(base)
+        answers = [json.loads(line) for line in ANSWERS.read_text(encoding="utf-8").splitlines()]
+        self.own, self.replayed = answers[:INSTRUCTIONS], answers[INSTRUCTIONS:]
+        self.own_tokens = answer_tokens(self.tokenizer, self.own)
+        # Of the base model the last hidden states: its logits, of all the vocabulary, are one product away.
+        self.head = base.lm_head.weight.detach().clone()
+        self.hidden = [self.states(base, *batch) for batch in self.own_batches()]
+
+    def base(self) -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def sample_answers(self, base: nn.Module) -> None:
+        """Of the base model, at temperature 1; those that do not end are cut behind their last full sentence."""
+        instructions = [form.format(topic) for form in FORMS for topic in TOPICS]
+        random.Random(0).shuffle(instructions)
+        set_seed(0)
+        self.tokenizer.padding_side = "left"
+        rows = []
+        for start in range(0, len(instructions), 50):
+            some = instructions[start : start + 50]
+            chats = [[{"role": "user", "content": text}] for text in some]
+            inputs = self.tokenizer.apply_chat_template(
+                chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
+            )
+            made = base.generate(**inputs, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=SAMPLED_TOKENS)
+            made = self.tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            ends = [max(map(text.rfind, ".!?\n")) for text in made]
+            answers = [text[: end + 1].strip() or text for text, end in zip(made, ends, strict=True)]
+            rows += map(chat, some, answers)
+        ANSWERS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def train(self, contender: dict, task: str, lr: float, seed: int, steps: int) -> Iterator[tuple[float, nn.Module]]:
+        """The model at every share of the way, the last 1, after training as `contender` says."""
+        options = dict(contender)
+        adapter, replay = options.pop("adapter", None), options.pop("replay", False)
+        rows = [
+            chat(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in self.rows(task, steps, seed)
+        ]
+        if replay:
+            rows[REPLAY - 1 :: REPLAY] = itertools.islice(itertools.cycle(self.replayed), len(rows) // REPLAY)
+        folder = Path("runs/evidence/trial")
+        args = PionSFTConfig(
+            output_dir=str(folder),
+            learning_rate=lr,
+            max_steps=steps,
+            warmup_steps=int(WARMUP * steps),
+            lr_scheduler_type="linear",
+            per_device_train_batch_size=BATCH,
+            max_length=LONGEST,
+            max_grad_norm=1.0,
+            bf16="auto",
+            use_cpu=True,
+            activation_checkpointing=False,
+            seed=seed,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=10,
+            **options,
+        )
+        set_seed(seed)
+        trainer = SFTTrainer(  # not PionSFTTrainer, which measures spectra meanwhile
+            self.base(),
+            args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=self.tokenizer,
+            peft_config=ADAPTERS[adapter]() if adapter else None,
+        )
+        blend = Blend(trainer.model)
+        trainer.train()
+        for share in SHARES:
+            blend.apply(share, trainer.optimizer)
+            yield share, trainer.model
+        shutil.rmtree(folder, ignore_errors=True)
+
+    @staticmethod
+    def rows(task: str, steps: int, seed: int) -> list[dict]:
+        """As many examples of the task as a training has, those of another seed from afar."""
+        return examples(BATCH * steps, 1 + (seed + 1) * SEED_DISTANCE, [TASKS[task]])
+
+    # -- measuring ----------------------------------------------------------------------------------------------------
+
+    def run(self, contender: dict, task: str, lr: float, seed: int, steps: int, questions: int) -> dict[str, Any]:
+        """Measures by share of the way, and seconds."""
+        start = time.perf_counter()
+        seen = {row["prompt"][0]["content"] for row in self.rows(task, steps, seed)}
+        held_out = [row for row in examples(2 * questions, 1, [TASKS[task]]) if row["prompt"][0]["content"] not in seen]
+        shares = {}
+        for share, model in self.train(contender, task, lr, seed, steps):
+            shares[f"{share:g}"] = self.measure(model, held_out[:questions])
+        return {"shares": shares, "seconds": time.perf_counter() - start}
+
+    def before(self, task: str) -> dict[str, float]:
+        """What the base model measures."""
+        return self.measure(self.base(), examples(100, 1, [TASKS[task]]))
+
+    def measure(self, model: nn.Module, questions: list[dict]) -> dict[str, float]:
+        """What it answers, and what of the base model is left."""
+        with self.autocast:
+            given = generate_answers(model, self.tokenizer, questions, batch_size=50, max_new_tokens=NEW_TOKENS)
+            other = text_loss(model, self.tokenizer, self.text)
+        kept = {"other_text": other, "capitals": self.capitals(model), **self.own_answers(model)}
+        return {"exact_match": exact_match(given, questions), **kept}
+
+    @torch.no_grad()
+    def capitals(self, model: nn.Module) -> float:
+        """The share of countries whose own capital is likelier to follow than any other's, by its first token."""
+        pairs = [pair.split(maxsplit=1) for pair in CAPITALS.replace("\n", " ").split(",")]
+        names = [self.tokenizer(f" {capital.strip()}").input_ids[0] for _, capital in pairs]
+        firsts = torch.tensor(names)
+        right = 0
+        for (country, _), name in zip(pairs, names, strict=True):
+            ids = self.tokenizer(f"The capital of {country} is", return_tensors="pt").input_ids
+            right += firsts[model(input_ids=ids).logits[0, -1, firsts].argmax()].item() == name
+        return right / len(pairs)
+
+    @torch.no_grad()
+    def own_answers(self, model: nn.Module) -> dict[str, float]:
+        """Of the base model's own answers, in float32: their loss, and the divergence of `model` from the base model,
+        `KL(base || model)`, over all the vocabulary, nats per token."""
+        was_training = model.training
+        model.eval()
+        loss = divergence = count = 0
+        for batch, before in zip(self.own_batches(), self.hidden, strict=True):
+            ids, mask, counts = batch
+            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1][counts].log_softmax(-1)
+            base = (before @ self.head.mT).log_softmax(-1)
+            divergence += (base.exp() * (base - logits)).sum().item()
+            loss -= logits.gather(-1, ids[:, 1:][counts].unsqueeze(-1)).sum().item()
+            count += len(before)
+        model.train(was_training)
+        return {"own_loss": loss / count, "own_kl": divergence / count}
+
+    @torch.no_grad()
+    def states(self, base: nn.Module, ids: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
+        return base.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1][counts]
+
+    def own_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Tokens, their mask, and whether the next one is of an answer."""
+        for start in range(0, len(self.own_tokens), BATCH):
+            ids, labels = zip(*self.own_tokens[start : start + BATCH], strict=True)
+            mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
+            wanted = pad_sequence(labels, batch_first=True, padding_value=IGNORED)[:, 1:] != IGNORED
+            yield pad_sequence(ids, batch_first=True), mask, wanted
