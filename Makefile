@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-lowest test-lowest-quick test-slow test-distributed test-gpu test-gallery test-field lint clean
+.PHONY: demo test test-lowest test-lowest-quick test-slow test-distributed test-gpu test-gallery test-field docs lint clean
 
 # torch first and alone: a pinned CPU build where one is at hand, before anything else asks for a looser version.
 $(VENV)/installed: setup.cfg $(CONSTRAINTS) pyproject.toml
@@ -53,9 +53,17 @@ test-gallery: $(VENV)/installed
 test-field: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.field $(if $(PAGE),--page $(PAGE))
 
+# The pages of docs/, as a site; whatever is wrong with them is an error.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
+	touch $@
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-lowest models data runs
+	rm -rf $(VENV) .venv-lowest models data runs site

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+import trl
 from peft import LoraConfig, get_peft_model
 
 from pion_hf.arguments import FIXED_OPTIONS, OPTIMIZER_CLASSES, option_types, options_of
-from pion_hf.cli import plan
+from pion_hf.cli import compare, flags, plan
+from pion_hf.integrations.trl_config import PionSFTConfig
 from pion_hf.optim.pion import PRESETS
+from pion_hf.schedules import OPTIONS
 from tests.conftest import toy_llama
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {name: DOCS / "optimizers" / f"{name}.md" for name in OPTIMIZER_CLASSES}
-OTHERS = ("choosing", "elsewhere", "keep", "migration")
-WRITTEN = [*sorted((DOCS / "optimizers").glob("*.md")), *(DOCS / f"{name}.md" for name in OTHERS)]
+WRITTEN = sorted(DOCS.rglob("*.md"))
+OUTSIDE = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("recipes/*/README.md"))]  # which mkdocs does not see
 MOST_LINES = 60
 
 
@@ -80,8 +84,30 @@ def test_a_page_says_what_the_optimizer_is_for_and_what_not(name):
     assert "**Not for**" in text or "must not be used" in text
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.stem)
+def test_the_table_of_flags_is_that_of_the_code():
+    said = {flag: default for flag, (default, *_) in table(DOCS / "recipes.md", "flag").items()}
+    own = (flags.ReportArguments, flags.ScratchArguments, flags.CorpusArguments, flags.PlanArguments)
+    added = set(fields_of(flags.ModelArguments)) - set(fields_of(trl.ModelConfig)) | {"max_skipped_steps"}
+    known = {**fields_of(flags.ModelArguments), **fields_of(PionSFTConfig)}
+    known = {name: known[name] for name in added} | {name: d for of in own for name, d in fields_of(of).items()}
+    assert said == {name: str(default) for name, default in known.items()}
+
+
+def fields_of(arguments: type) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(arguments)}
+
+
+def test_the_table_of_schedules_is_that_of_the_code():
+    said = {name: row[-1] for name, row in table(DOCS / "recipes.md", "name").items()}
+    assert said == {
+        name: ", ".join(f"`{option}={default}`" for option, default in options.items())
+        for name, options in OPTIONS.items()
+    }
+
+
+@pytest.mark.parametrize("page", OUTSIDE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
+    """Of pages in docs the build says it (`make docs`)."""
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         path, _, anchor = target.partition("#")
         if not path.startswith("http"):
@@ -91,23 +117,49 @@ def test_links_lead_somewhere(page):
             assert not anchor or anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*WRITTEN, *OUTSIDE], ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"(?<![\w/.-])(?:pion_hf|examples|recipes|tests)/[\w/.-]*\.(?:py|yaml|md|png)\b", text)
+    named += [f"examples/benchmarks/{script}" for script in re.findall(r"`(\w+\.py) --show", text)]
+    assert page.name == "CHANGELOG.md" or not [name for name in named if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("page", [page for page in WRITTEN if fences(page, "python")], ids=lambda page: page.stem)
 def test_snippets_run(page, tmp_path, monkeypatch, token_rows):
     """In one interpreter, one after the other, on a toy model with and without adapters."""
     monkeypatch.chdir(tmp_path)
     toy_llama().save_pretrained("out/checkpoint-1000")
     adapted = get_peft_model(toy_llama(), LoraConfig(r=4, target_modules="all-linear"))
-    names = {"model": toy_llama(num_key_value_heads=4), "peft_model": adapted, "train_dataset": token_rows}
+    names = {"model": toy_llama(num_key_value_heads=4), "peft_model": adapted, "train_dataset": token_rows[:8]}
     for snippet in fences(page, "python"):
         exec(compile(snippet, str(page), "exec"), names)
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.stem)
-def test_commands_can_be_planned(page, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def toy_folder(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("toy")
+    toy_llama(num_key_value_heads=4).save_pretrained(folder)
+    return str(folder)
+
+
+def commands() -> dict[str, list[str]]:
+    """Of all pages, by their words."""
+    lines = (line for page in WRITTEN for fence in fences(page, "bash") for line in fence.splitlines())
+    return {" ".join(words): words for words in (shlex.split(line, comments=True) for line in lines) if words}
+
+
+@pytest.mark.parametrize("words", commands().values(), ids=commands())
+def test_commands_can_be_planned(words, toy_folder, monkeypatch, capsys):
     """Each would train, as far as can be told without weights: recipes, options and the optimizer's groups."""
     monkeypatch.chdir(ROOT)
-    for line in "\n".join(fences(page, "bash")).splitlines():
-        words = shlex.split(line, comments=True)
-        if words[:2] in (["pion-hf", "sft"], ["pion-hf", "cpt"]):
-            plan.main(words[2:])
-            assert "Estimated peak memory" in capsys.readouterr().out, line
+    program, *rest = words
+    if program == "pion-hf" and rest[0] == "compare":
+        assert compare.parse(rest[1:]).recipe.is_file()
+    elif program == "pion-hf":
+        plan.main([*rest[1:], "--model_name_or_path", toy_folder])
+        assert "Estimated peak memory" in capsys.readouterr().out
+    elif program == "make":
+        assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    else:
+        assert program in ("python", "pip")
