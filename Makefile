@@ -53,9 +53,9 @@ test-gallery: $(VENV)/installed
 test-field: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.field $(if $(PAGE),--page $(PAGE))
 
-# The pages of docs/, as a site; whatever is wrong with them is an error.
+# The pages of docs/, as a site; whatever is wrong with them is an error (not with --quiet, which counts no warnings).
 docs: $(VENV)/installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 $(VENV)/installed-docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'

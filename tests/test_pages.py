@@ -16,6 +16,7 @@ from pion_hf.arguments import FIXED_OPTIONS, OPTIMIZER_CLASSES, option_types, op
 from pion_hf.cli import compare, flags, plan
 from pion_hf.integrations.trl_config import PionSFTConfig
 from pion_hf.optim.pion import PRESETS
+from pion_hf.report.page import SECTIONS
 from pion_hf.schedules import OPTIONS
 from tests.conftest import toy_llama
 
@@ -103,6 +104,11 @@ def test_the_table_of_schedules_is_that_of_the_code():
         name: ", ".join(f"`{option}={default}`" for option, default in options.items())
         for name, options in OPTIONS.items()
     }
+
+
+def test_the_table_of_pictures_is_that_of_the_report():
+    rows = (DOCS / "report.md").read_text(encoding="utf-8").partition("| picture |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| ([A-Z][^|]*) \|", rows, re.MULTILINE) == [section.heading for section in SECTIONS]
 
 
 @pytest.mark.parametrize("page", OUTSIDE, ids=lambda page: str(page.relative_to(ROOT)))
