@@ -7,16 +7,19 @@ these in compare_again.yaml.
 
 Needs examples/prepare_smollm2.py, examples/prepare_reasoning.py and data/python_docs.txt (`make demo` makes all three).
 Finished runs are kept in runs/compare-benchmark (runs/compare-longer) and not repeated; results/compare.json and .png
-(compare_longer, compare_again) are what is committed, and `--show` prints the table of it. A run takes two to five
-minutes on 2 CPU cores, a longer one eight to fifteen.
+(compare_longer, compare_again) are what is committed, and `--show` prints the table of it. `--again --picture` draws
+results/learnt_and_kept.png, the picture of the README. A run takes two to five minutes on 2 CPU cores, a longer one
+eight to fifteen.
 """
 
 import argparse
 import json
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +29,8 @@ from pion_hf.cli.comparison import PLAIN_WIDTH
 from pion_hf.cli.contest import remarks, table
 
 HERE = Path(__file__).parent
+PICTURE = HERE / "results" / "learnt_and_kept.png"
+COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#e69f00")  # Okabe and Ito's
 
 
 class Comparison(NamedTuple):
@@ -69,6 +74,28 @@ def every_run(record: dict) -> Table:
     return made
 
 
+def draw(record: dict) -> None:
+    """What each contender learnt against what it forgot: means over seeds, bars to the seeds farthest from them."""
+    found = defaultdict(list)
+    for run in record["runs"]:
+        found[run["contender"], run["learning_rate"]].append((run["learnt"], run["forgotten"]["other_text"]))
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    several = {name: runs for name, runs in found.items() if len(runs) > 1}
+    for ((contender, rate), runs), colour in zip(several.items(), COLOURS, strict=True):
+        places = list(zip(*runs, strict=True))
+        x, y = (sum(values) / len(values) for values in places)
+        bars = [[max(abs(value - mean) for value in values)] for values, mean in zip(places, (x, y), strict=True)]
+        if contender == "Pion, ambient":  # as it was called, at ten times today's rate
+            contender, rate = "pion_ambient", rate / 10
+        axes.errorbar(x, y, bars[1], bars[0], "o", color=colour, capsize=3, label=f"{contender}, {rate:g}")
+    axes.set_xlabel("learnt: fall of the task's loss (right is better)")
+    axes.set_ylabel("forgotten: rise of the loss\nof other text (down is better)")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    figure.savefig(PICTURE, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(comparison=USUAL)
@@ -79,8 +106,11 @@ def main() -> None:
     ):
         which.add_argument(flag, dest="comparison", action="store_const", const=comparison, help=text)
     parser.add_argument("--show", action="store_true", help="print the table of the committed runs")
+    parser.add_argument("--picture", action="store_true", help="with --again: draw its committed runs")
     parser.add_argument("--jobs", default="1", help="runs at once")
     chosen = parser.parse_args()
+    if chosen.picture:
+        return draw(json.loads(AGAIN.result(".json").read_text(encoding="utf-8")))
     if not chosen.show:
         chosen.comparison.run(chosen.jobs)
     record = json.loads(chosen.comparison.result(".json").read_text(encoding="utf-8"))
