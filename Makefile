@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-lowest test-lowest-quick test-slow test-distributed test-gpu test-gallery test-field docs lint clean
+.PHONY: demo test test-lowest test-lowest-quick test-slow test-distributed test-eval test-gpu test-gallery test-field docs lint clean
 
 # torch first and alone: a pinned CPU build where one is at hand, before anything else asks for a looser version.
 $(VENV)/installed: setup.cfg $(CONSTRAINTS) pyproject.toml
@@ -36,6 +36,11 @@ test-slow: $(VENV)/installed
 test-distributed: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/test_sharding.py tests/test_distributed.py \
 		tests/test_faults.py tests/test_fuzz.py tests/test_resume.py tests/test_masters.py
+
+# Benchmarks of lm-evaluation-harness (the extra eval, a third of a gigabyte); without it these tests are skipped.
+test-eval: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[eval]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_lm_eval.py
 
 # Every rule on a GPU, with a table of times, kernels and memory; skipped without one.
 test-gpu: $(VENV)/installed

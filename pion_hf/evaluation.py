@@ -6,10 +6,12 @@ import contextlib
 import itertools
 import json
 import math
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import evaluate
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -97,6 +99,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextlib.contextmanager
+def keeping_random_numbers() -> Iterator[None]:
+    """Afterwards Python, NumPy and torch draw what they would have drawn."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ OLDEST = {
     "transformers": "5.0",
     "trl": "1.9",
 }
+# Needed by some, as the extras of setup.cfg: as there.
+OPTIONAL = {"lm_eval": "0.4.12"}
 
 
 @contextmanager
@@ -35,14 +37,14 @@ def needed(*names: str) -> Iterator[None]:
 
 
 def require(*names: str) -> None:
-    """Raise ImportError, in one line that says what to install, for libraries of `OLDEST` that are missing or too old.
+    """Raise ImportError, in one line that says what to install, for libraries that are missing or too old.
 
     It imports none of them, and is called where one is first used: `import pion_hf` needs none.
     """
     from packaging.version import Version
 
     for name in names:
-        oldest, found = OLDEST[name], _release(name)
+        oldest, found = {**OLDEST, **OPTIONAL}[name], _release(name)
         if found is None and name not in sys.modules and find_spec(name) is None:
             said = "is not installed"
         # What comes before a release counts as the release: GPU vendors' images have such builds of torch.

@@ -263,6 +263,7 @@ def test_bad_input_is_one_line_that_names_the_right_one(command, changes, flags,
         ({"output_dir": ""}, "output_dir is empty: name a folder"),
         ({"exact_match_samples": -1}, "exact_match_samples must be at least 0, got -1"),
         ({"other_text_file": "nowhere.txt"}, "other_text_file: there is no file 'nowhere.txt'"),
+        ({"lm_eval_limit": 5}, "lm_eval_limit does nothing without lm_eval_tasks: set that too, or leave"),
     ],
 )
 def test_reports_that_cannot_be_made(changes, message, recipe):

@@ -324,6 +324,19 @@ def test_rows_of_the_table():
     ]
 
 
+def test_a_standard_error_stands_behind_its_figure():
+    before = {"lm_eval/arc_easy": {"acc_norm": 0.25, "acc_norm_stderr": 0.0125}}
+    after = {
+        "lm_eval/arc_easy": {"acc_norm": 0.5, "acc_norm_stderr": 0.025},
+        "lm_eval/gsm8k": {"exact_match,strict-match": 0.125, "exact_match_stderr,strict-match": 0.01, "f1,other": 0.5},
+    }
+    assert [tuple(row.values()) for row in table_rows(before, after)] == [
+        ("lm_eval/arc_easy", "acc norm", "0.2500 ± 0.0125", "0.5000 ± 0.0250"),
+        ("lm_eval/gsm8k", "exact match, strict-match", "", "12.5% ± 1.0%"),
+        ("lm_eval/gsm8k", "f1, other", "", "0.5000"),
+    ]
+
+
 # -- the report of a training -----------------------------------------------------------------------
 
 

@@ -115,13 +115,17 @@ def lowest_releases() -> dict[str, str]:
     """Of setup.cfg."""
     setup = configparser.ConfigParser()
     setup.read(Path(pion_hf.__file__).parents[1] / "setup.cfg", encoding="utf-8")
-    wanted = map(Requirement, setup["options"]["install_requires"].split())
+    lines = setup["options"]["install_requires"].split()
+    for extra in setup["options.extras_require"].values():
+        lines += extra.split()
+    wanted = map(Requirement, lines)
     return {r.name: next(s.version for s in r.specifier if s.operator == ">=") for r in wanted}
 
 
 def test_the_oldest_releases_are_those_of_the_metadata():
     lowest = lowest_releases()
-    assert {name: Version(lowest[name]) for name in needs.OLDEST} == {n: Version(v) for n, v in needs.OLDEST.items()}
+    said = {**needs.OLDEST, **needs.OPTIONAL}
+    assert {name: Version(lowest[name]) for name in said} == {name: Version(v) for name, v in said.items()}
 
 
 def pretend(monkeypatch, **releases: str | None) -> None:
@@ -170,6 +174,13 @@ def test_peft_is_looked_at_where_there_are_adapters(monkeypatch, model):
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ImportError, match=r"needs peft 0\.18\.1 or newer, which is 0\.17\.1 here"):
         lora_factors(adapted)
+
+
+def test_benchmarks_name_the_package_that_they_need(monkeypatch, recipe):
+    pretend(monkeypatch, lm_eval=None)
+    monkeypatch.setattr(needs, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match=r"^pion-hf sft: pion_hf needs lm_eval \S+ or newer, which is not installed"):
+        pion_hf.cli.main(["sft", "--config", recipe(lm_eval_tasks=["arc_easy"])])
 
 
 def test_builds_before_a_release_count_as_it_and_unknown_ones_as_any(monkeypatch):

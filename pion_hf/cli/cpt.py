@@ -35,7 +35,12 @@ def main(argv: list[str]) -> None:
     set_budget(training_args, corpus_args)
     _warn_of_cuts(training_args)
 
+    # TRL's script loads data by one of these, once.
+    loader = (trl, "get_dataset") if dataset_args.datasets else (datasets, "load_dataset")
+    original = getattr(*loader)
+
     def corpus(*_: Any, **__: Any) -> dict[str, Any]:
+        setattr(*loader, original)  # lm_eval loads its own
         return load_corpus(script_args, training_args, dataset_args, corpus_args)
 
     def make_trainer(*, model: str, args: PionSFTConfig, train_dataset: Any, **kwargs: Any) -> ReportingSFTTrainer:
@@ -47,8 +52,6 @@ def main(argv: list[str]) -> None:
             model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs
         )
 
-    # TRL's script loads data by one of these.
-    loader = (trl, "get_dataset") if dataset_args.datasets else (datasets, "load_dataset")
     with located(script_args, training_args), substituted(*loader, corpus):
         train(*common, make_trainer=make_trainer)
 

@@ -67,6 +67,26 @@ class ReportArguments:
     blend_shares: list[float] | None = field(
         default=None, metadata={"help": "Shares to measure too, in eval.json and a table: 0.4 0.6 0.8, say."}
     )
+    lm_eval_tasks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tasks of lm-evaluation-harness to measure too, before and after: names of its tasks or groups, or "
+            "patterns, as in ifeval,arc_easy,mmlu_*. Needs pip install 'pion_hf[eval]'."
+        },
+    )
+    lm_eval_limit: int | None = field(
+        default=None, metadata={"help": "Only the first so many questions of each of lm_eval_tasks."}
+    )
+    lm_eval_include_path: str | None = field(
+        default=None, metadata={"help": "A folder with task files of your own, whose names lm_eval_tasks then knows."}
+    )
+    lm_eval_num_fewshot: int | None = field(
+        default=None,
+        metadata={"help": "Worked examples before each question of lm_eval_tasks (default: as each task says)."},
+    )
+    lm_eval_apply_chat_template: bool = field(
+        default=False, metadata={"help": "Ask lm_eval_tasks in the model's chat template, not as plain text."}
+    )
 
 
 @dataclass

@@ -33,6 +33,7 @@ SHARED = (
     *("datasets", "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split"),
     *("validation_fraction", "sample_by", "completion_only_loss", "assistant_only_loss", "eval_packing"),
     *("other_text_file", "other_dataset", "other_dataset_split", "exact_match_samples", "max_new_tokens"),
+    *("lm_eval_tasks", "lm_eval_limit", "lm_eval_include_path", "lm_eval_num_fewshot", "lm_eval_apply_chat_template"),
 )
 # What a comparison sets itself, and what to use instead.
 OWN = {

@@ -19,6 +19,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import TrainerCallback
 
+from pion_hf.cli.benchmarks import Benchmarks, check_benchmarks
 from pion_hf.cli.faults import in_words
 from pion_hf.cli.flags import ReportArguments
 from pion_hf.cli.rows import check_chats
@@ -64,6 +65,7 @@ class ReportMixin:
         other_rows = _other_rows(report) if report.other_dataset else []
         self.other_questions = other_rows[: report.exact_match_samples]
         text = _other_text(report) if report.other_text_file else None
+        self.benchmarks = Benchmarks(report, kwargs["args"].seed) if report.lm_eval_tasks else None
         super().__init__(*args, **kwargs)
         # By domain, the tokens whose loss is measured.
         self.other: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -157,6 +159,11 @@ class ReportMixin:
             measures[domain] = {"loss": loss, "perplexity": perplexity(loss)}
         if self.other_questions:
             measures["other_dataset"].update(self.answers(self.other_questions)[1])
+        if self.benchmarks is not None:
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+            options = {"batch_size": self.args.per_device_eval_batch_size}
+            options["precision"] = self.accelerator.mixed_precision
+            measures.update(self.benchmarks.measure(self.model, tokenizer, **options))
         return {domain: values for domain, values in measures.items() if values}
 
     def measure_task(self) -> dict[str, float]:
@@ -205,9 +212,11 @@ class ReportMixin:
         before, after = self.measured["before"], self.measured["after"]
         gained = {domain: progress(before[domain], after[domain]) for domain in before}
         learnt = {"learnt": gained.pop("task")} if "task" in gained else {}
-        forgotten = {"forgotten": {domain: -gain for domain, gain in gained.items()}} if gained else {}
+        lost = {domain: -gain for domain, gain in gained.items() if gain is not None}  # of benchmarks there is none
+        forgotten = {"forgotten": lost} if lost else {}
         examples = {"examples": self.examples()} if self.questions else {}
-        return {**summary, **self.measured, **learnt, **forgotten, **examples}
+        benchmarks = {"lm_eval": self.benchmarks.about} if self.benchmarks else {}
+        return {**summary, **self.measured, **learnt, **forgotten, **examples, **benchmarks}
 
     def finish(self) -> None:
         """Print the table."""
@@ -317,6 +326,7 @@ def check_report(args: transformers.TrainingArguments, report: ReportArguments) 
         for share in shares:
             if not 0 < share <= 1:
                 raise ValueError(f"{name} is a share of what training changes, above 0 and up to 1, got {share}")
+    check_benchmarks(report)
     if not args.output_dir:
         raise ValueError("output_dir is empty: name a folder")
     folder = Path(args.output_dir).absolute()

@@ -85,7 +85,8 @@ METHODS = {
     ),
 }
 
-NUMBER_FORMATS = {"exact_match": "{:.1%}", "perplexity": "{:.2f}"}  # any other: four places
+STANDARD_ERROR = "_stderr"  # in the name of a metric, as lm_eval has it
+NUMBER_FORMATS = {"exact_match": "{:.1%}", "perplexity": "{:.2f}"}  # see `number_format`
 
 HEADING = "### Framework versions"  # of transformers' cards and TRL's: what is added stands before it
 # What TRL's template makes of a base model from a folder, and of a model that is not pushed.
@@ -257,6 +258,15 @@ def _measurements(summary: dict[str, Any], folder: Path) -> Iterator[str]:
     if summary.get("blend", 1) != 1:
         yield f"The weights are those before training and {summary['blend']:g} of what it changed."
     yield make_markdown_table(rows).rstrip()
+    if benchmarks := summary.get("lm_eval"):
+        limit, few = benchmarks["limit"], benchmarks["num_fewshot"]
+        said = [
+            "" if limit is None else f"the first {limit:,} questions of each task",
+            "" if few is None else f"{few} worked examples",
+            "in the chat template" if benchmarks["apply_chat_template"] else "",
+        ]
+        how = ", ".join(["± one standard error", *filter(None, said)])
+        yield f"`lm_eval/...` is what lm-evaluation-harness {benchmarks['version']} measured ({how})."
     if (folder / "eval.json").is_file():
         yield "All figures: [eval.json](eval.json)."
 
@@ -265,12 +275,33 @@ def table_rows(before: dict[str, dict[str, float]], after: dict[str, dict[str, f
     """Rows of `domain`, `measure`, `before` and `after`, in words and figures (see `evaluation.Measures`)."""
     rows = []
     for domain, values in after.items():
-        for metric, value in values.items():
-            number, earlier = NUMBER_FORMATS.get(metric, "{:.4f}"), before.get(domain, {}).get(metric)
-            words = {"domain": domain.replace("_", " "), "measure": metric.replace("_", " ")}
-            known = "" if earlier is None else number.format(earlier)
-            rows.append({**words, "before": known, "after": number.format(value)})
+        for metric in metrics(values):
+            words = {"domain": in_words(domain), "measure": in_words(metric)}
+            cells = {"before": figure(before.get(domain, {}), metric), "after": figure(values, metric)}
+            rows.append({**words, **cells})
     return rows
+
+
+def in_words(name: str) -> str:
+    """A domain or metric; a task of `lm_eval/` is called what it is called there."""
+    return name if "/" in name else name.replace("_", " ").replace(",", ", ")
+
+
+def metrics(values: dict[str, float]) -> list[str]:
+    """Without their standard errors, which `figure` says."""
+    return [metric for metric in values if STANDARD_ERROR not in metric]
+
+
+def figure(values: dict[str, float], metric: str) -> str:
+    """A number, and its standard error where there is one; nothing where it was not measured."""
+    name, comma, kind = metric.partition(",")
+    measured = (values.get(key) for key in (metric, f"{name}{STANDARD_ERROR}{comma}{kind}"))
+    return " ± ".join(number_format(metric).format(value) for value in measured if value is not None)
+
+
+def number_format(metric: str) -> str:
+    """Of its values; lm_eval names a filter of the answers behind a comma."""
+    return NUMBER_FORMATS.get(metric.partition(",")[0], "{:.4f}")
 
 
 def _results(summary: dict[str, Any], dataset_name: str) -> Iterator[EvalResult]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pion_hf.integrations.model_card import NUMBER_FORMATS
+from pion_hf.integrations.model_card import figure, in_words, metrics, number_format
 from pion_hf.linalg.spectrum import spectral_drift
 from pion_hf.redaction import without_secrets
 from pion_hf.report.figures import diverged
@@ -18,7 +18,8 @@ from pion_hf.runs import FAILED, RUNNING, Run
 PLACES = {"output_dir", "logging_dir", "run_name", "hub_model_id", "project", "trackio_space_id", "push_to_hub"}
 OPTIMIZER_ARGUMENTS = {"name": "optim", "learning_rate": "learning_rate", "schedule": "lr_scheduler_type"}
 NO_NUMBER = "NaN"
-LOWER_IS_BETTER = {"loss", "perplexity"}  # every reward has a name of its own
+# Every reward has a name of its own.
+LOWER_IS_BETTER = {"loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"}
 SAME = 1e-4  # relative: measurements before training that agree to this are of the same model and data
 
 
@@ -275,14 +276,14 @@ def _incomparable(runs: Sequence[Run]) -> Iterator[str]:
 
 def _result_of_one(evaluation: Mapping[str, Any]) -> Table:
     rows = []
-    for domain, metrics in evaluation["before"].items():
-        for metric, before in metrics.items():
-            after = (evaluation["after"].get(domain) or {}).get(metric)
-            both = _value(before) is not None and _value(after) is not None
-            change = _signed(metric, after - before) if both else ""
-            rows.append([_words(domain), _words(metric), _number(metric, before), _number(metric, after), change])
+    for domain, before in evaluation["before"].items():
+        after = evaluation["after"].get(domain) or {}
+        for metric in metrics(before):
+            both = _value(before[metric]) is not None and _value(after.get(metric)) is not None
+            change = _signed(metric, after[metric] - before[metric]) if both else ""
+            rows.append([in_words(domain), in_words(metric), _figure(before, metric), _figure(after, metric), change])
     gains = {"learnt: task": evaluation.get("learnt")} if "learnt" in evaluation else {}
-    gains |= {f"forgotten: {_words(domain)}": gain for domain, gain in (evaluation.get("forgotten") or {}).items()}
+    gains |= {f"forgotten: {in_words(domain)}": gain for domain, gain in (evaluation.get("forgotten") or {}).items()}
     for name, gain in gains.items():
         rows.append([name, "", "", "", NO_NUMBER if _value(gain) is None else f"{gain:+.4f}"])
     return Table(["domain", "measure", "before", "after", "change"], rows)
@@ -290,30 +291,28 @@ def _result_of_one(evaluation: Mapping[str, Any]) -> Table:
 
 def _results_of_several(measured: list[tuple[str, Mapping[str, Any]]]) -> Table:
     """A row for every run; a first one of what all of them began with, where that was the same."""
-    keys = list(dict.fromkeys((d, m) for _, e in measured for d, metrics in e["before"].items() for m in metrics))
+    keys = list(dict.fromkeys((d, m) for _, e in measured for d, of in e["before"].items() for m in metrics(of)))
     domains = list(dict.fromkeys(d for _, e in measured for d in e.get("forgotten") or {}))
 
     def at(evaluation: Mapping[str, Any], moment: str, domain: str, metric: str) -> Any:
         return (evaluation[moment].get(domain) or {}).get(metric)
 
+    def figures(evaluation: Mapping[str, Any], moment: str) -> list[str]:
+        return [_figure(evaluation[moment].get(domain) or {}, metric) for domain, metric in keys]
+
     starts = {key: [at(e, "before", *key) for _, e in measured] for key in keys}
     same = all(_agree(values) for values in starts.values())
-    columns = ["run", *(f"{_words(d)}: {_words(m)}" for d, m in keys), "learnt"]
-    columns += [f"forgotten: {_words(d)}" for d in domains]
+    columns = ["run", *(f"{in_words(d)}: {in_words(m)}" for d, m in keys), "learnt"]
+    columns += [f"forgotten: {in_words(d)}" for d in domains]
     rows, numbers = [], []
     if same:
-        first = measured[0][1]
-        rows.append(
-            ["before training", *(_number(m, at(first, "before", d, m)) for d, m in keys), "", *("" for _ in domains)]
-        )
+        rows.append(["before training", *figures(measured[0][1], "before"), "", *("" for _ in domains)])
     for name, evaluation in measured:
         after = [at(evaluation, "after", *key) for key in keys]
         gains = [evaluation.get("learnt"), *((evaluation.get("forgotten") or {}).get(d) for d in domains)]
-        cells = [_number(m, value) for (_, m), value in zip(keys, after, strict=True)]
+        cells = figures(evaluation, "after")
         if not same:
-            cells = [
-                f"{_number(m, at(evaluation, 'before', d, m))} → {c}" for (d, m), c in zip(keys, cells, strict=True)
-            ]
+            cells = [" → ".join(both) for both in zip(figures(evaluation, "before"), cells, strict=True)]
         rows.append([name, *cells, *("" if _value(gain) is None else f"{gain:+.4f}" for gain in gains)])
         numbers.append([*after, *gains])
     best = set()
@@ -330,15 +329,9 @@ def _agree(values: Sequence[Any]) -> bool:
     return len(known) == len(values) and max(known) - min(known) <= SAME * max(map(abs, known))
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _number(metric: str, value: Any) -> str:
-    if value is None or _value(value) is None:
-        return NO_NUMBER
-    return NUMBER_FORMATS.get(metric, "{:.4f}").format(value)
+def _figure(values: Mapping[str, Any], metric: str) -> str:
+    return NO_NUMBER if _value(values.get(metric)) is None else figure(values, metric)
 
 
 def _signed(metric: str, value: float) -> str:
-    return NUMBER_FORMATS.get(metric, "{:.4f}").replace("{:", "{:+").format(value)
+    return number_format(metric).replace("{:", "{:+").format(value)
