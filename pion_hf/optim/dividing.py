@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pion_hf.optim import blocks, groups, sharding
 from pion_hf.optim.batches import REST, Block, Plan, unshared
+from pion_hf.optim.exchange import in_rounds
 from pion_hf.optim.fingerprints import FINGERPRINT
-from pion_hf.optim.owners import ALONE, DividedPlan, Division, in_rounds, mesh_of, parcels_of, pays
+from pion_hf.optim.owners import ALONE, DividedPlan, Division, mesh_of, parcels_of, pays
 from pion_hf.optim.precision import REST_DTYPES
 
 

@@ -17,21 +17,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pion_hf.optim import blocks, sharding
+from pion_hf.optim import blocks, exchange, sharding
 from pion_hf.optim.batches import Batch, Block, Plan, Unit, batches_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-# Elements of the matrices that one process updates in a round, and so many rounds at least, where there are as many
-# matrices: two rounds of gradients and two of weights are in memory at once. A larger matrix is a round of its own.
-ROUND_ELEMENTS, ROUNDS = 2**24, 4
+# So many rounds at least, where there are as many matrices: what comes and goes hides behind what is computed. The
+# elements of the matrices that one process updates in a round are bounded too, as two rounds of gradients and two of
+# weights are in memory at once.
+ROUNDS = 4
 
 # Under DDP, products of a step per weight (the shorter side of a matrix, on average) from which the work is divided. A
 # step of Pion is some ten such products; at 100 TFLOP/s and 50 GB/s two bytes of a weight take as long as 200 of them.
-WORTHWHILE = 128
-
-ALIGNMENT = 16  # bytes, of every tensor in a buffer
+WORTHWHILE = 200
 
 
 # -- who owns what ----------------------------------------------------------------------------------------------------
@@ -68,12 +67,10 @@ def products_of(unit: Sequence[Block]) -> int:
     return count * m * wide * min(m, wide)
 
 
-def pays(parcels: Iterable[Parcel]) -> bool:
-    """Whether dividing the work on copies takes less time than sending the weights."""
-    parcels = list(parcels)
-    return sum(parcel.products for parcel in parcels) >= WORTHWHILE * sum(
-        p.numel() for parcel in parcels for p in parcel.params
-    )
+def pays(parcels: Sequence[Parcel]) -> bool:
+    """Whether sending the weights of copies takes less time than updating them everywhere."""
+    weights = sum(p.numel() for parcel in parcels for p in parcel.params)
+    return sum(parcel.products for parcel in parcels) >= WORTHWHILE * weights
 
 
 class Division:
@@ -99,6 +96,10 @@ class Division:
     def home(self, p: Tensor) -> Tensor:
         """Where the owner of `p` updates it: in a tensor of its own, if that is sharded."""
         return p if self.copies else self._homes[p]
+
+    def homes(self) -> list[Tensor]:
+        """The whole weights that this process keeps beside its shards."""
+        return list(self._homes.values())
 
     def assign(self, parcels: Iterable[Parcel]) -> None:
         """Give parcels that have no owner one, for good; every process finds the same.
@@ -138,7 +139,7 @@ class Division:
 
     def fetch(self, params: Iterable[Tensor]) -> None:
         """Bring the whole of these weights home, into the memory that they have there, if they were there before."""
-        for some in in_rounds([] if self.copies else [(p, p.detach()) for p in params]):
+        for some in exchange.in_rounds([] if self.copies else [(p, p.detach()) for p in params]):
             for (p, _), whole in zip(some, self.gather(some)(), strict=True):
                 if whole is not None:
                     known = self._homes.setdefault(p, whole)
@@ -158,7 +159,7 @@ class Division:
                 if target is not None:
                     incoming[source] += [piece.of(target) for piece in held[source]]
             found.append(target)
-        finish = self.exchange(outgoing, incoming)
+        finish = self._exchange(outgoing, incoming)
 
         def finished() -> list[Tensor | None]:
             finish()
@@ -175,7 +176,7 @@ class Division:
                 for rank in range(self.ranks):
                     outgoing[rank] += [piece.of(whole) for piece in held[rank]]
             incoming[owner] += [piece.of_held(x.to_local()) for piece in held[self.rank]]
-        return self.exchange(outgoing, incoming)
+        return self._exchange(outgoing, incoming)
 
     def reshard(self, held: list[tuple[Tensor, Tensor | None, Tensor]]) -> list[DTensor]:
         """Entries of state as checkpoints have them. held: a parameter, at its owner the entry, and what it is like."""
@@ -196,84 +197,19 @@ class Division:
             if self.rank in targets:
                 found.append(torch.empty_like(form, device=self.device))
                 incoming[self.owner[p]].append(found[-1])
-        self.exchange(outgoing, incoming)()
+        self._exchange(outgoing, incoming)()
         return [x.cpu() for x in found] if self.rank in targets else [None] * len(held)
-
-    def exchange(self, outgoing: list[list[Tensor]], incoming: list[list[Tensor]]) -> Callable[[], None]:
-        """Begin to send `outgoing`, by process; what is returned waits and writes what comes into `incoming`."""
-        copy(incoming[self.rank], outgoing[self.rank])
-        if self.ranks == 1:
-            return lambda: None
-        outgoing, incoming = ([*x[: self.rank], [], *x[self.rank + 1 :]] for x in (outgoing, incoming))
-        sent, received = ([sum(map(_bytes, tensors)) for tensors in x] for x in (outgoing, incoming))
-        out, into = (torch.empty(sum(x), dtype=torch.uint8, device=self.device) for x in (sent, received))
-        for tensors, part in zip(outgoing, out.split(sent), strict=True):
-            pack(tensors, part)
-        work = dist.all_to_all_single(into, out, received, sent, group=self.group, async_op=True)
-        return _arriving(work, list(zip(into.split(received), incoming, strict=True)), out)
 
     def spread(self, params: list[Tensor]) -> Callable[[], None]:
         """Begin to give everyone what the owners of parameters that all hold have made of them."""
         owned = [[p for p in params if self.owner[p] == rank] for rank in range(self.ranks)]
-        size = max(sum(map(_bytes, tensors)) for tensors in owned)
-        out = torch.empty(size, dtype=torch.uint8, device=self.device)
-        pack(owned[self.rank], out)
-        into = torch.empty(size * self.ranks, dtype=torch.uint8, device=self.device)
-        work = dist.all_gather_single(into, out, group=self.group, async_op=True)
-        others = [(part, owned[r]) for r, part in enumerate(into.split(size)) if r != self.rank]
-        return _arriving(work, others, out)
+        return exchange.spread(owned, device=self.device, group=self.group)
+
+    def _exchange(self, outgoing: list[list[Tensor]], incoming: list[list[Tensor]]) -> Callable[[], None]:
+        return exchange.exchange(outgoing, incoming, device=self.device, group=self.group)
 
 
 ALONE = Division()
-
-
-# -- how it moves -----------------------------------------------------------------------------------------------------
-
-
-def in_rounds(wanted: list[tuple]) -> Iterator[list[tuple]]:
-    """Tuples whose last is a tensor, as many at a time as a round may hold."""
-    some, size = [], 0
-    for entry in wanted:
-        if some and size + entry[-1].numel() > ROUND_ELEMENTS:
-            yield some
-            some, size = [], 0
-        some.append(entry)
-        size += entry[-1].numel()
-    if some:
-        yield some
-
-
-def _arriving(work: dist.Work, parts: list[tuple[Tensor, list[Tensor]]], out: Tensor) -> Callable[[], None]:
-    def finish(_: Tensor = out) -> None:  # which must live until it is sent
-        work.wait()
-        for buffer, targets in parts:
-            copy(targets, unpack(buffer, targets))
-
-    return finish
-
-
-def _bytes(x: Tensor) -> int:
-    return math.ceil(x.numel() * x.element_size() / ALIGNMENT) * ALIGNMENT
-
-
-def pack(tensors: Sequence[Tensor], buffer: Tensor) -> None:
-    """Write tensors into a buffer of bytes, one after the other."""
-    copy(unpack(buffer, tensors), tensors)
-
-
-def unpack(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of the tensors in a buffer, of the shapes and dtypes of others."""
-    found, start = [], 0
-    for x in like:
-        found.append(buffer[start : start + x.numel() * x.element_size()].view(x.dtype).view(x.shape))
-        start += _bytes(x)
-    return found
-
-
-def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """In one call, which on a GPU is one kernel for many small tensors."""
-    if targets:
-        torch._foreach_copy_(list(targets), list(sources))
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------
@@ -352,7 +288,7 @@ def rounds_of(parcels: list[list[Tensor]], params: list[Tensor], division: Divis
     wanted = {id(p) for p in params}
     due = [own for own in ([p for p in parcel if id(p) in wanted] for parcel in parcels) if own]
     sizes = [[sum(p.numel() for p in own) for own in due if division.owner[own[0]] == r] for r in range(division.ranks)]
-    most = min(ROUND_ELEMENTS, math.ceil(max(map(sum, sizes), default=0) / ROUNDS))
+    most = min(exchange.ROUND_ELEMENTS, math.ceil(max(map(sum, sizes), default=0) / ROUNDS))
     found: list[list[Tensor]] = []
     at, held = [0] * division.ranks, [0] * division.ranks
     for own in due:
