@@ -462,11 +462,12 @@ class MatrixOptimizer(DividedState, StateOfWeights, torch.optim.Optimizer):
         fresh = {position for found in division.together(without_state) for position in found}
         for position, name, p in due:
             if position in fresh:
-                self._begin_matrix(position, name, p, group, owned=division.owns(p))
+                self._begin_matrix(position, name, p, group, division.home(p) if division.owns(p) else None)
 
-    def _begin_matrix(self, position: int, name: str, p: Tensor, group: dict, *, owned: bool) -> None:
-        """The state of a group's parameter at `position` before its first step, of which others than its owner know."""
-        state, views = self.state[p], blocks.split(sharding.stand_in(p), blocks.Layout.parse(group["layout"]))
+    def _begin_matrix(self, position: int, name: str, p: Tensor, group: dict, home: Tensor | None) -> None:
+        """The state of a group's parameter at `position` before its first step, and what others than its owner know."""
+        state, owned = self.state[p], home is not None
+        views = blocks.split(home if owned else sharding.stand_in(p), blocks.Layout.parse(group["layout"]))
         state.clear()
         for i, view in enumerate(views):
             matrices = blocks.merge_rows(view)
@@ -475,7 +476,7 @@ class MatrixOptimizer(DividedState, StateOfWeights, torch.optim.Optimizer):
                 entries[KEPT] = self.kept_inputs(name, matrices, group).repeat(len(view), 1, 1)
             state.update({f"{key}.{i}": value for key, value in entries.items() if owned})
         if p.dtype in precision.HALF and not self.is_master(group) and owned:
-            state[REST] = no_rest(p)
+            state[REST] = no_rest(home)
         state["step"] = 0
         self._formed[p] = p.shape, p.dtype, p.device
 

@@ -158,7 +158,7 @@ class DividedState:
         params = [p for group in self.param_groups for p in group["params"] if p in self.state]
         found = defaultdict(dict, {p: self.state[p] for p in params} | self.state)  # in one order on all processes
         for division in self._divisions.values():
-            params = [p for p in division.owner if p in self.state]
+            params = [p for p in (*division.owner, *division.staying) if p in self.state]
             if division.copies and self._consolidated is None and params:
                 raise RuntimeError(
                     "each process has the optimizer state of its own matrices only: all processes must call "
@@ -181,7 +181,9 @@ class DividedState:
         What is whole comes to the memory of the CPU: a device may have none for all of it.
         """
         mine = [
-            {key: (value.shape, value.dtype) for key, value in _entries(self.state[p])} if division.owns(p) else {}
+            {key: (division.whole_shape(p, x), x.dtype) for key, x in _entries(self.state[p])}
+            if division.owns(p)
+            else {}
             for p in params
         ]
         known = zip(*division.together(lambda: mine), strict=True)

@@ -88,18 +88,20 @@ class Division:
         self.owner: dict[Tensor, int] = {}
         self.loads = [(0, 0)] * self.ranks
         """Of every process: products of a step, and bytes that it keeps."""
+        self.staying: dict[Tensor, None] = {}
+        """Experts of which every process holds whole ones, and owns these."""
         self._homes: dict[Tensor, Tensor] = {}
 
     def owns(self, p: Tensor) -> bool:
         return self.owner.get(p, self.rank) == self.rank
 
     def home(self, p: Tensor) -> Tensor:
-        """Where the owner of `p` updates it: in a tensor of its own, if that is sharded."""
+        """Where the owner of `p` updates it: in a tensor of its own, if that is sharded; experts where they are."""
         return p if self.copies else self._homes[p]
 
     def homes(self) -> list[Tensor]:
         """The whole weights that this process keeps beside its shards."""
-        return list(self._homes.values())
+        return [home for p, home in self._homes.items() if p not in self.staying]
 
     def assign(self, parcels: Iterable[Parcel]) -> None:
         """Give parcels that have no owner one, for good; every process finds the same.
@@ -107,6 +109,10 @@ class Division:
         The largest first, each to the process that has least with it, of all products or of all bytes.
         """
         new = [parcel for parcel in parcels if parcel.params[0] not in self.owner]
+        for parcel in new:
+            if all(map(sharding.is_whole_experts, parcel.params)):
+                self.staying.update(dict.fromkeys(parcel.params))
+        new = [parcel for parcel in new if parcel.params[0] not in self.staying]
         all_work, all_held = map(sum, zip((1, 1), *self.loads, *(parcel[1:] for parcel in new), strict=True))
 
         def share(work: int, held: int) -> float:
@@ -117,6 +123,10 @@ class Division:
             rank = min(range(self.ranks), key=lambda r: share(*after[r]))
             self.loads[rank] = after[rank]
             self.owner.update(dict.fromkeys(parcel.params, rank))
+
+    def whole_shape(self, p: Tensor, entry: Tensor) -> torch.Size:
+        """That of an entry of state that this process has, for all processes."""
+        return torch.Size((p.shape[0], *entry.shape[1:])) if p in self.staying else entry.shape
 
     def together(self, work: Callable[[], Any]) -> list[Any]:
         """What `work` returns, by process; what it raises on one, all raise. A collective, where there are several.
@@ -143,13 +153,19 @@ class Division:
             for (p, _), whole in zip(some, self.gather(some)(), strict=True):
                 if whole is not None:
                     known = self._homes.setdefault(p, whole)
-                    self._homes[p] = whole if known.dtype != whole.dtype else known.copy_(whole)
+                    if known.dtype != whole.dtype:
+                        self._homes[p] = whole
+                    elif known.data_ptr() != whole.data_ptr():
+                        known.copy_(whole)
 
     def gather(self, wanted: list[tuple[Tensor, DTensor]]) -> Callable[[], list[Tensor | None]]:
         """Begin to bring tensors to the owners of parameters; what is returned waits for those of this process."""
         outgoing, incoming = [[] for _ in range(self.ranks)], [[] for _ in range(self.ranks)]
         found = []
         for p, x in wanted:
+            if p in self.staying:
+                found.append(x.redistribute(placements=p.placements).to_local())
+                continue
             owner, held, target = self.owner[p], sharding.pieces(x), None
             if owner == self.rank:
                 target = torch.empty(x.shape, dtype=x.dtype, device=self.device)
@@ -171,6 +187,10 @@ class Division:
         """The inverse: from the owners of parameters, which have the whole, into what everyone holds."""
         outgoing, incoming = [[] for _ in range(self.ranks)], [[] for _ in range(self.ranks)]
         for p, whole, x in updated:
+            if p in self.staying:
+                if whole.data_ptr() != x.to_local().data_ptr():  # weights are updated where they are
+                    x.to_local().copy_(whole)
+                continue
             owner, held = self.owner[p], sharding.pieces(x)
             if whole is not None:
                 for rank in range(self.ranks):
@@ -287,6 +307,7 @@ def rounds_of(parcels: list[list[Tensor]], params: list[Tensor], division: Divis
     """Those of `params` that are updated one after the other, by round; of a parcel all in one."""
     wanted = {id(p) for p in params}
     due = [own for own in ([p for p in parcel if id(p) in wanted] for parcel in parcels) if own]
+    staying, due = [[own for own in due if (own[0] in division.staying) is stay] for stay in (True, False)]
     sizes = [[sum(p.numel() for p in own) for own in due if division.owner[own[0]] == r] for r in range(division.ranks)]
     most = min(exchange.ROUND_ELEMENTS, math.ceil(max(map(sum, sizes), default=0) / ROUNDS))
     found: list[list[Tensor]] = []
@@ -298,6 +319,9 @@ def rounds_of(parcels: list[list[Tensor]], params: list[Tensor], division: Divis
         held[rank] += size
         found += [[] for _ in range(at[rank] + 1 - len(found))]
         found[at[rank]] += own
+    found = found or [[] for _ in staying[:1]]
+    for i, own in enumerate(staying):
+        found[i % len(found)] += own
     return found
 
 

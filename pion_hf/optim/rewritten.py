@@ -95,7 +95,7 @@ class StateOfWeights:
             ValueError: the weight is not finite.
         """
         if REST in self.state[p] and p.dtype in precision.HALF:
-            self.state[p][REST] = no_rest(p)
+            self.state[p][REST] = no_rest(self._division_of(p).home(p))
         self._describe(name, group, p)
 
     def _describe(self, name: str, group: dict, p: Tensor) -> None:
@@ -118,7 +118,8 @@ class StateOfWeights:
             return False
         if self._formed.get(p) == form:
             return True
-        forms = self._forms_of(index, p)
+        home = self._division_of(p).home(p)
+        forms = self._forms_of(index, home)
         held = {key: value for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
         averages = {key: form for key, form in forms.items() if not self._describes([key])}
         if any(key not in held or held[key].shape != form.shape for key, form in averages.items()):
@@ -134,9 +135,9 @@ class StateOfWeights:
                 del state[key]
         if REST in forms:
             if REST not in state or state[REST].dtype != forms[REST].dtype:
-                state[REST] = no_rest(p)
+                state[REST] = no_rest(home)
             elif FINGERPRINT not in state:  # saved before there were any: it may be of another weight
-                precision.drop_impossible_(self._division_of(p).home(p), state[REST])
+                precision.drop_impossible_(home, state[REST])
         if any(key not in state or state[key].dtype != form.dtype for key, form in forms.items() if key != REST):
             self._describe(name, self.param_groups[index], p)
         self._formed[p] = form

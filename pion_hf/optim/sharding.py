@@ -52,6 +52,16 @@ def stand_in(p: Tensor) -> Tensor:
     return torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape) if is_sharded(p) else p
 
 
+def is_whole_experts(p: Tensor) -> bool:
+    """Whether every process holds some matrices of `p`, a stack of them, as many as any other and each alone."""
+    return (
+        is_sharded(p)
+        and p.ndim == 3
+        and p.shape[0] % p.device_mesh.size() == 0
+        and all(placement.is_shard(0) for placement in p.placements)
+    )
+
+
 def check(name: str, p: Tensor) -> None:
     """Raises ValueError for a DTensor whose values no process holds, or that is on another device than its mesh."""
     if not is_sharded(p):
@@ -180,14 +190,15 @@ def _block(x: Tensor, start: Sequence[int], shape: Sequence[int]) -> Tensor:
 def zeros(form: Tensor, p: Tensor) -> Tensor:
     """An entry of a parameter's state, of the shape and dtype of `form`.
 
-    Sharded as the parameter, or, if it has another shape, along its own longest dimension.
+    Sharded as the parameter, or, if it has another shape, along its own longest dimension; that of whole experts with
+    them.
     """
     if not is_sharded(p):
         return torch.zeros(form.shape, dtype=form.dtype, device=p.device)
     from torch.distributed.tensor import DTensor, Shard
 
     shape, placements = tuple(form.shape), tuple(p.placements)
-    if form.shape != p.shape:
+    if form.shape != p.shape and not is_whole_experts(p):
         longest = Shard(max(range(form.ndim), key=lambda d: form.shape[d]))
         placements = tuple(placement if placement.is_replicate() else longest for placement in placements)
     held = _held(shape, tuple(p.device_mesh.shape), placements)[dist.get_rank(group_of(p))]
