@@ -79,13 +79,15 @@ class DividedState:
 
     def _assign(self, mesh: Any, stacks: dict[int, list[list[Block]]]) -> None:
         """Give the matrices of these groups, all on one mesh, owners; what has one keeps it."""
+        if mesh is None and not self._is_divided():
+            return
         parcels = []
         for index, found in stacks.items():
             held = {p: self._bytes_of(index, p) for p in self.param_groups[index]["params"]}
             parcels += parcels_of(found, held.__getitem__)
         division = self._divisions.get(mesh)
         if division is None:
-            if mesh is None and not (self._is_divided() and pays(parcels)):
+            if mesh is None and not pays(parcels):
                 return
             division = self._divisions[mesh] = Division(parcels[0].params[0])
         # Stacks that were named anew may have several owners.

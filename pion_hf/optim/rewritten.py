@@ -51,16 +51,18 @@ class StateOfWeights:
 
     def _take_fingerprints(self) -> None:
         """Of all weights that state describes or an owner has a copy of, as the step has left them."""
-        params = [
-            p
-            for index, group in enumerate(self.param_groups)
-            if group["rule"] not in self.elementwise_rules
-            for p in group["params"]
-            if self.state.get(p, {}).get("step")
-            and (sharding.is_sharded(p) or self._describes(self._forms_of(index, p)))
-        ]
+        followed = self._is_followed
+        params = [p for i, group in enumerate(self.param_groups) for p in group["params"] if followed(i, p)]
         for p, value in zip(params, sharding.fingerprints_of(params) if params else (), strict=True):
             self.state[p][FINGERPRINT] = value.to(p.device)
+
+    def _is_followed(self, index: int, p: Tensor) -> bool:
+        """Whether it matters what others write into a parameter of a group: on all processes alike."""
+        state = self.state.get(p, {})
+        if self.param_groups[index]["rule"] in self.elementwise_rules or not state.get("step"):
+            return False
+        divided = p in self._division_of(p).owner
+        return sharding.is_sharded(p) or self._describes(self._forms_of(index, p) if divided else state)
 
     def _with_fingerprints(self) -> tuple[list[Tensor], Tensor]:
         """The parameters whose fingerprint is known, and whether each still has it."""
