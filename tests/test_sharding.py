@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from pion_hf import Inputs, Pion, PionLora, RoutedAdamW, Teon, TeonLora
+from pion_hf import Inputs, Muon, Pion, PionLora, RoutedAdamW, Teon, TeonLora
 from pion_hf.linalg.sketch import sketch_of
 from pion_hf.linalg.sketch import test_matrix as random_test_matrix
 from pion_hf.optim import MatrixOptimizer, exchange, owners, sharding
@@ -364,6 +365,59 @@ def in_replicas(cases: list[str]) -> dict[str, Any]:
 def test_hybrid_sharding_equals_one_process(subtests, tried):
     check_sharded(CASES, launch(in_replicas, 4, CASES), subtests)
     tried("sharded over 2, twice (HSDP): weights of one process", len(CASES), "rules")
+
+
+RULES = {"pion": Pion, "pion ambient": functools.partial(Pion, preset="ambient"), "muon": Muon}
+RULES["pion paper"] = functools.partial(Pion, preset="paper")
+
+
+def counted() -> dict[str, tuple[float, list[int]]]:
+    """In a process: by rule, bytes sent for a parameter and step, and exchanges under way while a round is computed."""
+    world, found = dist.get_world_size(), {}
+    under_way, sent = [0], [0.0]
+
+    def begin(into: Tensor, out: Tensor, *splits: Any, **options: Any) -> Any:
+        sent[0] += out.nbytes
+        under_way[0] += 1
+        return all_to_all(into, out, *splits, **options)
+
+    def end(self: Any) -> None:
+        under_way[0] -= 1
+        finish(self)
+
+    all_to_all, finish = dist.all_to_all_single, exchange._Underway.__call__
+    for rule, build in RULES.items():
+        model = nn.ParameterDict({f"w{i}": torch.randn(64, 48).bfloat16() for i in range(8 * world)})
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+        optimizer, seen = build(list(model.items()), lr=1e-2), []
+        update = optimizer._update_batch
+
+        def updated(*args: Any, update: Callable = update, seen: list = seen) -> None:
+            seen.append(under_way[0])
+            update(*args)
+
+        optimizer._update_batch = updated
+        for number in range(4):
+            if number == 2:
+                sent[0], seen[:] = 0.0, []
+            with (
+                mock.patch.object(dist, "all_to_all_single", begin),
+                mock.patch.object(exchange._Underway, "__call__", end),
+            ):
+                step(model, optimizer, number)
+        found[rule] = sent[0] / 2 / sum(p.numel() for p in model.values()), seen
+    return found
+
+
+def test_gradients_come_and_weights_go_and_nothing_else(tried):
+    """Of bfloat16 (4 - 1) / 4 of two bytes each, while the round before or after is computed."""
+    results = launch(counted, 4)
+    for rule in RULES:
+        assert sum(result[rule][0] for result in results) == pytest.approx(3.0), rule
+        for _, seen in (result[rule] for result in results):
+            assert len(seen) == 2 * owners.ROUNDS
+            assert seen == [1, 2, 2, 1] * 2
+    tried("bytes sent for a step by 4 processes: 3.0 a parameter, two rounds under way", len(RULES), "rules")
 
 
 # -- sharded otherwise (tensor parallelism) ---------------------------------------------------------------------------
