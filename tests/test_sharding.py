@@ -420,6 +420,25 @@ def test_gradients_come_and_weights_go_and_nothing_else(tried):
     tried("bytes sent for a step by 4 processes: 3.0 a parameter, two rounds under way", len(RULES), "rules")
 
 
+def restacked(copies: bool) -> dict[str, Tensor]:
+    """Stacks that are named anew half way, of matrices that may have several owners by then."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if dist.is_initialized() and not copies else None
+    model, optimizer = start("teon", mesh=mesh, copies=copies)
+    for number in range(STEPS):
+        if number == HALF_WAY:
+            optimizer.param_groups[0]["stacks"] = [["stack_0", "stack_1"]]
+            optimizer.param_groups[1]["stacks"] = [["fused_0[0]", "fused_1[0]"]]
+        step(model, optimizer, number)
+    return masters(model, optimizer)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_owners_follow_stacks(copies):
+    expected = restacked(False)
+    for found in launch(restacked, 2, copies):
+        assert_equal(found, expected)
+
+
 # -- sharded otherwise (tensor parallelism) ---------------------------------------------------------------------------
 
 # Of meshes of 2 and 2 x 2: columns, both axes, rows twice, in either order, chunks of groups, copies.
@@ -633,7 +652,7 @@ def go_on(folder: str, cases: list[str], full: bool) -> dict[str, dict[str, Tens
 def test_four_processes_save_and_any_number_goes_on(full, tmp_path, subtests, tried):
     """On four again to the bit."""
     straight = launch(save_half_way, 4, str(tmp_path), CASES, full)
-    for processes in (1, 2, 3, 4, 8):
+    for processes in (1, 4) if full else (1, 2, 3, 4, 8):
         results = launch(go_on, processes, str(tmp_path), CASES, full)
         for case in CASES:
             with subtests.test(f"{case}, {processes}"):
@@ -741,7 +760,7 @@ def test_processes_that_divide_copies_equal_one(subtests):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("processes", [2, 4, 8])
+@pytest.mark.parametrize("processes", [2, 8])
 def test_more_processes_that_divide_copies_equal_one(processes, subtests, tried):
     check_copies(DIVIDED, launch(train_copies, processes, DIVIDED), subtests)
     tried(f"copies divided by {processes} (DDP), 20 steps: weights of one process", len(DIVIDED), "rules")

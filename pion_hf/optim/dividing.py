@@ -94,7 +94,7 @@ class DividedState:
         apart = [p for own in parcels if len({division.owner.get(p) for p in own.params}) > 1 for p in own.params]
         known = [p for p in apart if p in division.owner]
         for p, entries in self._for_all(division, known).items() if known else ():
-            self.state[p].update(entries)
+            self.state[p].update({key: entry.to(p.device) for key, entry in entries.items()})
             del division.owner[p]
         division.assign(parcels)
 
