@@ -263,6 +263,7 @@ ELSEWHERE = {
     "learning_rate": "it is called 'lr' here",
     "hold": "it is gone since 0.13, as no benchmark spoke for it: leave it out",
     "rank_tolerance": "it is gone since 0.13, and always 0.02: leave it out",
+    "share_work": "it is gone since 0.14, as Trainers divide the work of DDP's processes themselves: leave it out",
     "fused": "AdamW's groups are updated by torch's fused AdamW as it is, and matrices in batches: leave it out",
     "foreach": "AdamW's groups are updated by torch's fused AdamW as it is, and matrices in batches: leave it out",
     **dict.fromkeys(

@@ -215,6 +215,7 @@ def test_choices_of_lora_factors_are_the_routings():
         ("teon", {"degree": 2}, "'degree' is an option of optim='pion' and 'pion_ambient', not of optim='teon'"),
         ("pion", {"hold": 0.1}, "optim='pion' has no option 'hold': it is gone since 0.13"),
         ("pion", {"rank_tolerance": 0.1}, "optim='pion' has no option 'rank_tolerance': it is gone since 0.13"),
+        ("muon", {"share_work": True}, "optim='muon' has no option 'share_work': it is gone since 0.14, as Trainers"),
         ("muon", {"stack": 2}, "'stack' is an option of optim='teon' and 'teon_lora', not of optim='muon'"),
         ("pion", {"nesterov": True}, "'nesterov' is an option of optim='teon' and 'muon' and 'teon_lora', not of"),
         ("pion", {"lora_a": "rotate"}, "'lora_a' is an option of optim='pion_lora', not of optim='pion'"),

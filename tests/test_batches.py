@@ -308,7 +308,7 @@ def test_it_bounds_the_extra_memory_of_a_step(case, shape, tried):
 
 def one_by_one(cases: list[str]) -> dict[tuple[str, str], tuple[dict[str, Tensor], int]]:
     """In a process: by case and way of dividing the work, the weights in the end, and the most units of a batch."""
-    ways = {"sharded": {"mesh": init_device_mesh("cpu", (dist.get_world_size(),))}, "shared": {"share_work": True}}
+    ways = {"sharded": {"mesh": init_device_mesh("cpu", (dist.get_world_size(),))}, "copies": {"copies": True}}
     found = {}
     for case, (way, options) in itertools.product(cases, ways.items()):
         model, optimizer = test_sharding.start(case, batch_elements=1, **options)

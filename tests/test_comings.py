@@ -218,7 +218,7 @@ def trained(case: str, **options: Any) -> tuple[dict[str, Tensor], int]:
 
 
 def in_processes() -> dict[str, Any]:
-    ways = {"sharded": {"mesh": init_device_mesh("cpu", (dist.get_world_size(),))}, "shared": {"share_work": True}}
+    ways = {"sharded": {"mesh": init_device_mesh("cpu", (dist.get_world_size(),))}, "copies": {"copies": True}}
     return {(case, way): trained(case, **options) for case in CASES for way, options in ways.items()}
 
 

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pion_hf import PionTrainer, PionTrainingArguments, cli
 from pion_hf.integrations.callbacks import unwrap
+from pion_hf.optim import owners
 from pion_hf.optim.sharding import whole
 from tests.conftest import toy_llama
 from tests.distributed_worker import launch
@@ -103,7 +104,9 @@ def train(
     trainer = PionTrainer(model=build(optim) if model is None else model, args=args, train_dataset=data)
     trainer.train(resume_from_checkpoint=resume)
     optimizer = unwrap(trainer.optimizer)
-    entries = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor) and v.ndim]
+    optimizer.consolidate_state_dict(to=None)
+    saved = optimizer.state_dict()["state"]
+    entries = [v for s in saved.values() for v in s.values() if isinstance(v, Tensor) and v.ndim]
     names = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
     return {
         "weights": {n.removeprefix("module."): whole(p.detach()).clone() for n, p in names.items()},
@@ -113,9 +116,11 @@ def train(
     }
 
 
-def train_all(optims: list[str], folder: str, options: dict[str, Any]) -> dict[str, Any]:
-    """In a process: every optimizer to its end. `{optim}` in an option is its name."""
-    with fsdp_on_cpu():
+def train_all(
+    optims: list[str], folder: str, options: dict[str, Any], worthwhile: int = owners.WORTHWHILE
+) -> dict[str, Any]:
+    """In a process: every optimizer to its end. `{optim}` in an option is its name. worthwhile: what divides copies."""
+    with fsdp_on_cpu(), mock.patch.object(owners, "WORTHWHILE", worthwhile):
         return {
             optim: train(optim, str(Path(folder, optim)), **{k: _named(v, optim) for k, v in options.items()})
             for optim in optims
@@ -164,12 +169,18 @@ def test_ddp_ends_as_one_process(alone, tmp_path, subtests):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("share", [False, True], ids=["", "shared work"])
-def test_ddp_of_every_optimizer(share, alone, tmp_path, subtests, tried):
-    optims = [optim for optim in OPTIMIZERS if not (share and optim == "adamw_routed")]
-    results = launch(train_all, 2, optims, str(tmp_path), {"optim_share_work": share or None})
-    check(results, alone, optims, subtests)
-    tried(f"DDP, 2 processes{', shared work' if share else ''}: end as one process", len(optims), "optimizers")
+@pytest.mark.parametrize("divided", [False, True], ids=["", "divided"])
+def test_ddp_of_every_optimizer(divided, alone, tmp_path, subtests, tried):
+    """What two processes have saved goes on on one, two and four."""
+    optims = [optim for optim in OPTIMIZERS if not (divided and optim == "adamw_routed")]
+    worthwhile = 0 if divided else owners.WORTHWHILE
+    check(launch(train_all, 2, optims, str(tmp_path / "2"), {}, worthwhile), alone, optims, subtests)
+    tried(f"DDP, 2 processes{', divided' if divided else ''}: end as one process", len(optims), "optimizers")
+    for processes in (1, 2, 4) if divided else ():
+        options = {"resume": str(tmp_path / "2" / "{optim}" / f"checkpoint-{STEPS // 2}")}
+        folder = str(tmp_path / f"from-2-to-{processes}")
+        check(launch(train_all, processes, optims, folder, options, 0), alone, optims, subtests)
+        tried(f"DDP, saved by 2, divided, resumed by {processes}: end as one process", len(optims), "optimizers")
 
 
 def start_apart(folder: str) -> dict[str, Any]:

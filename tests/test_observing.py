@@ -144,12 +144,13 @@ def test_experts_are_counted_one_by_one(said):
 
 
 def test_a_copy_takes_no_observers_along():
-    optimizer = Pion(matrices(), lr=1e-2, share_work=True)
+    optimizer = Pion(matrices(), lr=1e-2)
+    optimizer.divides_work = True
     optimizer.observers = [Recorder()]
     optimizer.skipped_steps = 2
     copied = copy.deepcopy(optimizer)
     assert copied.observers == []
-    assert copied.share_work
+    assert copied.divides_work
     assert copied.skipped_steps == 2
     optimizer.load_state_dict(optimizer.state_dict())
     assert len(optimizer.observers) == 1

@@ -36,7 +36,7 @@ def test_options_are_what_groups_begin_with(cls):
     others = {"params": [("bias", nn.Parameter(torch.ones(3)))], "rule": "adamw"}
     for group in cls([matrices, others]).param_groups:
         fields = {field.name: field.default for field in dataclasses.fields(cls.options)}
-        assert fields.keys() - group.keys() <= {"preset", "share_work", "adamw_betas", "adamw_eps"}
+        assert fields.keys() - group.keys() <= {"preset", "adamw_betas", "adamw_eps"}
         own = {name: value for name, value in fields.items() if name in group and group["rule"] != "adamw"}
         assert {name: group[name] for name in own} == own
 

@@ -520,7 +520,7 @@ def test_a_group_that_is_refused_in_part_is_refused():
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("options", [{"compile": "no"}, {"share_work": "no"}, {"second_moment": 0.5}])
+@pytest.mark.parametrize("options", [{"compile": "no"}, {"second_moment": 0.5}])
 def test_flags_are_true_or_false(options):
     with pytest.raises(ValueError, match=rf"{next(iter(options))} must be True or False, got"):
         Pion([nn.Parameter(torch.eye(4))], **options)

@@ -213,6 +213,10 @@ def test_hub_data_that_has_changed_is_named(hub_data, tmp_path):
             "optim_degree is an option of optim: pion",
         ),
         ({"optim_hold": 0.1}, "'optim_hold' is outdated: leave it out, no benchmark spoke for it"),
+        (
+            {"optim_share_work": True},
+            "'optim_share_work' is outdated: leave it out, under DDP the work is divided where",
+        ),
         ({"optim_momentum": 0.9}, "optim_momentum is an option of optim: teon, muon, teon_lora, not of optim: pion"),
         ({"optim": "adamw_torch"}, "optim_adamw_lr is an option of optim: pion, pion_ambient, teon, muon"),
         ({"optim": "teon", "optim_args": "stack=2, degree=3"}, "optim_args: 'degree' is an option of optim='pion'"),

@@ -450,15 +450,17 @@ def test_fingerprints_of_parts_add_up(dtype):
         for dim, size in enumerate(shape):
             for cut in {0, 1, size // 2, size - 1, size}:
                 first, second = x.split([cut, size - cut], dim)
-                parts = [Part(first, shape, dim, 0), Part(second, shape, dim, cut)]
-                assert fingerprints(parts).sum() == fingerprint(x), (shape, dim, cut)
+                start = [(0,) * dim + (begin,) + (0,) * (len(shape) - dim - 1) for begin in (0, cut)]
+                parts = [Part(first, shape, start[0]), Part(second, shape, start[1])]
+                assert fingerprints([[part] for part in parts]).sum() == fingerprint(x), (shape, dim, cut)
+                assert fingerprints([parts]) == fingerprint(x), (shape, dim, cut)
 
 
 def test_fingerprints_do_not_depend_on_memory_or_company():
     draw = torch.Generator().manual_seed(0)
     xs = [torch.randn(shape, generator=draw) for shape in ((4, 6), (6, 4), (4, 6), (3, 4, 6), (700, 900), (4, 6))]
     xs[2] = xs[2].bfloat16()
-    together = fingerprints([Part(x, tuple(x.shape)) for x in xs])
+    together = fingerprints([[Part(x, tuple(x.shape))] for x in xs])
     assert together.tolist() == [fingerprint(x).item() for x in xs]
     assert fingerprint(xs[1].T.contiguous().T) == fingerprint(xs[1])
     shifted = torch.cat((torch.zeros(1), xs[0].flatten()))[1:].view(4, 6)  # begins in the middle of 64 bits

@@ -77,6 +77,7 @@ GONE = {
     "logging_dir": "trackers take their folder from the environment (TENSORBOARD_LOGGING_DIR)",
     "optim_hold": "no benchmark spoke for it",
     "optim_rank_tolerance": "it is always 0.02",
+    "optim_share_work": "under DDP the work is divided where that pays",
     "overwrite_output_dir": "a run always writes into output_dir; resume_from_checkpoint continues one",
     "save_safetensors": "nothing else is saved",
     "tokenizer_name": "the tokenizer is the model's",

@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
@@ -123,7 +124,12 @@ class CheckpointMixin:
         return output
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        """As the Trainer's; none where all steps are taken, of which the Trainer thinks only after one more."""
+        """As the Trainer's; none where all steps are taken, of which the Trainer thinks only after one more.
+
+        Before the first step the optimizer hears that processes have equal gradients, as under DDP.
+        """
+        if ours := unwrap(self.optimizer):
+            ours.divides_work = isinstance(self.model_wrapped, DistributedDataParallel)
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
@@ -174,6 +180,12 @@ class CheckpointMixin:
             with recording(f"{MANIFEST} of {folder.name}"):
                 skipped = getattr(unwrap(self.optimizer), "skipped_steps", 0)
                 write_manifest(folder, schedule=self._schedule(), skipped_steps=skipped)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer's, and what each process has of the optimizer's state where they divide the work."""
+        if ours := unwrap(self.optimizer):
+            ours.consolidate_state_dict(to=None if self.args.save_on_each_node else 0)
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As the Trainer's, under the names that weights have where nothing is compiled."""

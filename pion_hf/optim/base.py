@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
@@ -16,15 +15,15 @@ from pion_hf.errors import listing, unknown
 from pion_hf.linalg.precision import full_float32
 from pion_hf.linalg.rotation import angles
 from pion_hf.optim import blocks, elementwise, gradients, groups, precision, sharding
-from pion_hf.optim.batches import KEPT, REST, Batch, Block, Plan, Step, is_apart, unshared
+from pion_hf.optim.batches import KEPT, REST, Batch, Plan, Step, is_apart
 from pion_hf.optim.checks import (
     check_finite,
-    check_flag,
     check_parameter,
     check_size,
     check_switches,
     check_values,
 )
+from pion_hf.optim.dividing import DividedState
 from pion_hf.optim.fingerprints import FINGERPRINT, FINGERPRINT_BYTES
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Observer, SelfCheck, Update
@@ -35,7 +34,7 @@ from pion_hf.optim.saved import ADAMW_OPTIONS, CALLED, OWN, check_saved, options
 PATIENCE = 5.0  # seconds of a step, after which it shows how far it is
 
 
-class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
+class MatrixOptimizer(DividedState, StateOfWeights, torch.optim.Optimizer):
     """Updates matrices by a rule of its own and everything else by torch's AdamW.
 
     A subclass names its `options` and `matrix_rules`, refuses options that do not combine in `check_options`, and
@@ -45,7 +44,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
     pairs and bare tensors are divided: 2-D tensors are matrices, the rest goes to AdamW, without weight decay where it
     is 1-D (biases, norms) unless the group has one of its own.
     Every hyperparameter lives in the groups; state is created at a parameter's first step, so that a wrapper
-    may replace parameters between construction and training. Parameters may be sharded by FSDP2 (see `sharding`).
+    may replace parameters between construction and training. Parameters may be sharded (see `DividedState`).
 
     A step whose gradients are not all finite is skipped before any state is touched; `skipped_steps` counts.
     After its first step it checks that every matrix was moved; `observers` see what a step does (see `observing`).
@@ -62,23 +61,16 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
     keeps_by_itself = False
     """Whether `update` does what `keep` asks for; else its change is projected afterwards."""
 
-    def __init__(
-        self, params: Iterable, defaults: dict[str, Any], *, share_work: bool = False, inputs: Inputs | None = None
-    ) -> None:
-        """share_work: processes with equal gradients (DDP) each update a share of the matrices and tell the others.
-
-        inputs: of the model's layers, for groups that `keep` some of their directions.
-        """
+    def __init__(self, params: Iterable, defaults: dict[str, Any], *, inputs: Inputs | None = None) -> None:
+        """inputs: of the model's layers, for groups that `keep` some of their directions."""
         if not (inputs is None or isinstance(inputs, Inputs)):
             raise ValueError(f"inputs must be a pion_hf.Inputs of the model, got {inputs!r}")
-        check_flag("share_work", share_work)
         self.skipped_steps = self.skipped_in_a_row = 0
         self.inputs = inputs
-        self.share_work = share_work
         self.observers: list[Observer] = [SelfCheck()]
         self._rotations: dict[str, tuple[Tensor, Tensor]] | None = None  # of the observed batch
         self._clipped: dict[torch.device, Tensor] = {}  # how many so far
-        self._plans: dict[int, Plan] = {}  # by the group's index
+        self._plans, self._divisions, self._consolidated = {}, {}, None  # see `dividing`
         self._forms: dict[tuple[int, torch.Size, torch.dtype], dict[str, Tensor]] = {}
         self._options: dict[int, dict[str, Any]] = {}  # by the group's index, those that its state is of
         self._rewritten, self._formed = Counter(), {}  # see `rewritten`
@@ -182,8 +174,10 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
                     stacklevel=2,
                 )
             return loss
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row, self._consolidated = 0, None
         with full_float32():
+            self._check_changes()
+            self._make_plans()
             self._follow(rewritten)
             for index in range(len(self.param_groups)):  # what is wrong with one is said before any has moved
                 self._prepare(index)
@@ -274,7 +268,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         check_finite(name, matrix)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, and `skipped_steps` and `clipped_steps`."""
+        """As `DividedState`'s, and `skipped_steps` and `clipped_steps`."""
         return {**super().state_dict(), **{name: getattr(self, name) for name in ("skipped_steps", "clipped_steps")}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -306,19 +300,18 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
                 "`inputs`, a pion_hf.Inputs of its model, or copy the optimizer after its first step.",
                 stacklevel=4,
             )
-        own = ("share_work", "skipped_steps", "skipped_in_a_row", "_clipped")
+        own = ("divides_work", "skipped_steps", "skipped_in_a_row", "_clipped")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of loading, copying and unpickling: what is not state starts anew."""
         super().__setstate__(state)
-        self._plans, self._forms = {}, {}
+        self._plans, self._divisions, self._consolidated, self._forms = {}, {}, None, {}
         self._options, self._rewritten, self._formed = {}, Counter(), {}
         self.__dict__.setdefault("skipped_steps", 0)
         self.__dict__.setdefault("skipped_in_a_row", 0)
         self.__dict__.setdefault("_clipped", {})
         self.__dict__.setdefault("inputs", None)
-        self.__dict__.setdefault("share_work", False)
         self.__dict__.setdefault("observers", [])
         self._rotations = None
 
@@ -331,7 +324,7 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
             return False
         params = [p for group in self.param_groups for p in group["params"]]
         still = not any(sharding.local(p.grad).any() for p in params if p.grad is not None)
-        (agreed,) = sharding.agree(torch.tensor([still], device=params[0].device), params, shared=self.share_work)
+        (agreed,) = sharding.agree(torch.tensor([still], device=params[0].device), params, shared=self._is_divided())
         return agreed
 
     def _lay_out_state(self) -> None:
@@ -368,33 +361,34 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         params = [p for _, p in named]
         usual, (known, same) = gradients.are_usual(params), self._with_fingerprints()
         answers = torch.cat((usual[None], same.to(usual.device)))
-        usual, *same = sharding.agree(answers, params, shared=self.share_work)
-        finite = usual or gradients.bring_down(named, shared=self.share_work)
+        usual, *same = sharding.agree(answers, params, shared=self._is_divided())
+        finite = usual or gradients.bring_down(named, shared=self._is_divided())
         if not finite:
-            gradients.refuse_weights(named, shared=self.share_work)
+            gradients.refuse_weights(named, shared=self._is_divided())
         return finite, [p for p, is_same in zip(known, same, strict=True) if not is_same]
+
+    def _check_changes(self) -> None:
+        """Of options between steps: what is wrong is an error, and plans and state go by what is right."""
+        for index, group in enumerate(self.param_groups):
+            options = options_of_state(group)
+            if self._options.get(index, options) != options:
+                self._check_group(group)
+                self._plans.pop(index, None)
+                self._formed = {}
+                self._forms = {kind: forms for kind, forms in self._forms.items() if kind[0] != index}
+            self._options[index] = options
 
     def _prepare(self, index: int) -> None:
         """All that can go wrong with a group's step, before it."""
         group = self.param_groups[index]
-        options = options_of_state(group)
-        if self._options.get(index, options) != options:
-            self._check_group(group)
-            self._plans.pop(index, None)
-            self._formed = {}
-            self._forms = {kind: forms for kind, forms in self._forms.items() if kind[0] != index}
-        if group["rule"] not in self.elementwise_rules:
-            plan = self._plans.get(index)
-            if plan is None or not plan.fits(group["params"]):
-                plan = self._plans[index] = self._make_plan(index)
-            fresh = self._begin(index, plan)
-            steps = {p: self.state[p]["step"] + 1 for p in group["params"] if p.grad is not None}
-            kinds = {number: (number == 1, self.turn_of(group, number)) for number in set(steps.values())}
-            plan.arrange({p: kinds[number] for p, number in steps.items()}, self.state)
-            if fresh:
-                plan.inspect(lambda name, matrices: self.check_matrix(name, matrices, group), fresh)
-            plan.begun.update(plan.params)
-        self._options[index] = options
+        if group["rule"] in self.elementwise_rules:
+            return
+        plan = self._plans[index]
+        self._begin(index, plan)
+        steps = {p: self.state[p]["step"] + 1 for p in group["params"] if p.grad is not None}
+        kinds = {number: (number == 1, self.turn_of(group, number)) for number in set(steps.values())}
+        plan.arrange({p: kinds[number] for p, number in steps.items()}, self.state)
+        plan.begun.update(plan.params)
 
     def _matrix_step(self, index: int) -> None:
         group, plan = self.param_groups[index], self._plans[index]
@@ -447,48 +441,42 @@ class MatrixOptimizer(StateOfWeights, torch.optim.Optimizer):
         """
         return sum(int(count) for count in self._clipped.values())
 
-    def _make_plan(self, index: int) -> Plan:
-        """Which matrices are updated together: stacks, then all others alone."""
+    def _begin(self, index: int, plan: Plan) -> None:
+        """State for the parameters with a gradient that have none, or none that fits them; their owners see to that."""
         group = self.param_groups[index]
-        layout = blocks.Layout.parse(group["layout"])
-        stacked = {name: i for i, names in enumerate(self.stacks_of(group)) for name in names}
-        stacks: dict[int | str, list[Block]] = defaultdict(list)
-        for name, p in groups.named_parameters(group):
-            views = blocks.split(sharding.stand_in(p).detach(), layout)
-            for i, view in enumerate(views):
-                own = blocks.name_of(name, i, len(views))
-                stacks[stacked.get(own, own)].append(Block(p, name, i, view))
-            if p.grad is None and p in self.state:  # it may be in the memory of an older plan
-                self.state[p] = unshared(self.state[p])
-        plan_class = sharding.plan_class(group["params"], share_work=self.share_work)
-        of_several = () if plan_class is Plan else (functools.partial(self._forms_of, index),)
-        return plan_class(stacks.values(), layout, group["params"], group.get("batch_elements"), *of_several)
+        named = [(i, name, p) for i, (name, p) in enumerate(groups.named_parameters(group)) if p.grad is not None]
+        due = [(i, name, p) for i, name, p in named if not (p in plan.begun and p in self.state)]
+        if not due:
+            return
+        layout, division = blocks.Layout.parse(group["layout"]), self._division_of(group["params"][0])
 
-    def _begin(self, index: int, plan: Plan) -> set[Tensor]:
-        """The parameters with a gradient that have no state, or none that fits them, and its beginning."""
-        group, fresh = self.param_groups[index], set()
-        for position, (name, p) in enumerate(groups.named_parameters(group)):
-            known = p in plan.begun and p in self.state
-            if p.grad is not None and not known and not self._fits(index, name, p):
-                fresh.add(p)
-                views = blocks.split(sharding.stand_in(p), blocks.Layout.parse(group["layout"]))
-                self._begin_matrix(position, name, p, views, group)
-        return fresh
+        def without_state() -> list[int]:
+            found = []
+            for position, name, p in due:
+                if division.owns(p) and not self._fits(index, name, p):
+                    found.append(position)
+                    for view in blocks.split(division.home(p).detach(), layout):
+                        self.check_matrix(name, blocks.merge_rows(view), group)
+            return found
 
-    def _begin_matrix(self, position: int, name: str, p: Tensor, views: list[Tensor], group: dict) -> None:
-        """The state of a group's parameter at `position` before its first step; views: of its matrices."""
-        state = self.state[p]
+        fresh = {position for found in division.together(without_state) for position in found}
+        for position, name, p in due:
+            if position in fresh:
+                self._begin_matrix(position, name, p, group, division.home(p) if division.owns(p) else None)
+
+    def _begin_matrix(self, position: int, name: str, p: Tensor, group: dict, home: Tensor | None) -> None:
+        """The state of a group's parameter at `position` before its first step, and what others than its owner know."""
+        state, owned = self.state[p], home is not None
+        views = blocks.split(home if owned else sharding.stand_in(p), blocks.Layout.parse(group["layout"]))
         state.clear()
         for i, view in enumerate(views):
             matrices = blocks.merge_rows(view)
-            if not sharding.is_sharded(p):  # those are checked where they are whole
-                self.check_matrix(name, matrices, group)
             entries = self.initial_state(position, matrices, group)
             if self.keep_of(group):
                 entries[KEPT] = self.kept_inputs(name, matrices, group).repeat(len(view), 1, 1)
-            state.update({f"{key}.{i}": sharding.placed(value, p, key) for key, value in entries.items()})
-        if p.dtype in precision.HALF and not self.is_master(group):
-            state[REST] = no_rest(p)
+            state.update({f"{key}.{i}": value for key, value in entries.items() if owned})
+        if p.dtype in precision.HALF and not self.is_master(group) and owned:
+            state[REST] = no_rest(home)
         state["step"] = 0
         self._formed[p] = p.shape, p.dtype, p.device
 

@@ -30,12 +30,16 @@ KEPT = "kept"
 
 
 class Block(NamedTuple):
-    """The `index`-th matrix of `param` (see `blocks.split`) as a view `(E, h, d, n)`, of `experts` only."""
+    """The `index`-th matrix of `param` (see `blocks.split`) as a view `(E, h, d, n)`, of `experts` only.
+
+    home: what the view is of and the gradient is beside: `param`, or the whole of one that is sharded.
+    """
 
     param: Tensor
     name: str
     index: int
     view: Tensor
+    home: Tensor
     experts: slice = slice(None)
 
     def of(self, tensor: Tensor, layout: blocks.Layout) -> Tensor:
@@ -119,9 +123,6 @@ class Plan:
                     units[i, label].append(block)
         self._arrange([(tuple(unit), label) for (_, label), unit in units.items()], state)
         self._arranged = arranged
-
-    def inspect(self, check: Callable[[str, Tensor], None], fresh: set[Tensor]) -> None:
-        """For plans of matrices that no process sees as a whole before."""
 
     def rounds(self, state: dict) -> Iterator[tuple[list[Batch], dict]]:
         """What is updated one after the other: batches, and the state of their parameters."""
@@ -233,9 +234,9 @@ class Batch:
     def weights(self, state: dict) -> Tensor:
         """In full precision where they are stored in half; a lone matrix is its parameter's own memory."""
         if REST in state[self.first.param]:
-            low, rest = self._gather(_param), self._gather(lambda b: state[b.param][REST])
+            low, rest = self._gather(_weight), self._gather(lambda b: state[b.param][REST])
             return precision.join(low, rest)
-        return self._gather(_param).to(self.dtype)
+        return self._gather(_weight).to(self.dtype)
 
     def gradients(self) -> Tensor:
         return self._gather(_gradient).to(self.dtype)
@@ -245,7 +246,7 @@ class Batch:
         if REST in state[self.first.param]:
             new, rest = precision.part(new, self.first.view.dtype)
             self._scatter(rest, lambda b: state[b.param][REST])
-        self._scatter(new, _param)
+        self._scatter(new, _weight)
 
     def load(self, state: dict) -> dict[str, Tensor]:
         """The state of the batch. Buffers of the weight's shape are kept whole (`momentum`), others by block."""
@@ -283,7 +284,7 @@ class Batch:
                 continue
             for block in self.blocks:
                 if name not in state[block.param]:
-                    state[block.param][name] = torch.zeros_like(block.param, dtype=tensor.dtype)
+                    state[block.param][name] = torch.zeros_like(block.home, dtype=tensor.dtype)
             self._scatter(tensor, lambda b, of=name: state[b.param][of])
 
     def _stored(self, block: Block, state: dict, name: str) -> Tensor:
@@ -357,9 +358,9 @@ def _unshared(x: Tensor) -> Tensor:
     return x.clone()
 
 
-def _param(block: Block) -> Tensor:
-    return block.param
+def _weight(block: Block) -> Tensor:
+    return block.home
 
 
 def _gradient(block: Block) -> Tensor:
-    return block.param.grad
+    return block.home.grad

@@ -22,12 +22,11 @@ FINGERPRINT, FINGERPRINT_BYTES = "fingerprint", 8
 
 
 class Part(NamedTuple):
-    """What a process holds of a tensor of `shape`: all of it, or what begins at `start` along `dim`."""
+    """A block of a tensor of `shape`: all of it, or what begins at `start`; nothing, where `held` is empty."""
 
     held: Tensor
     shape: tuple[int, ...]
-    dim: int = 0
-    start: int = 0
+    start: tuple[int, ...] = ()
 
 
 def fingerprint(x: Tensor) -> Tensor:
@@ -37,25 +36,27 @@ def fingerprint(x: Tensor) -> Tensor:
     (a_i + b_j)` modulo 2^64: swapped or transposed entries show as well as scaled or negated ones, and 0 differs from
     -0. `h`, the upper half of `w`, is there for signs, which `w` has at the end of what the sum can hold.
     """
-    return fingerprints([Part(x, tuple(x.shape))])[0]
+    return fingerprints([[Part(x, tuple(x.shape))]])[0]
 
 
-def fingerprints(parts: Sequence[Part]) -> Tensor:
-    """`fingerprint` of every tensor, `(len(parts),)`; of parts of one, they add up to that of the whole."""
+def fingerprints(tensors: Sequence[list[Part]]) -> Tensor:
+    """`fingerprint` of every tensor, `(len(tensors),)`; of some of its parts, what they add to that of the whole."""
+    parts = [part for own in tensors for part in own]
     device = parts[0].held.device
     numbers = {d: _numbers(parts, d) for d in dict.fromkeys(part.held.device for part in parts)}
-    return torch.stack([_of(part, numbers[part.held.device]).to(device) for part in parts])
+    found = [[_of(part, numbers[part.held.device]).to(device) for part in own] for own in tensors]
+    return torch.stack([own[0] if len(own) == 1 else torch.stack(own).sum() for own in found])
 
 
 def _of(part: Part, numbers: Tensor) -> Tensor:
     """`numbers` are those of rows and columns alike."""
-    held, shape, dim, start = part
+    held, shape, start = part
     if not held.numel():
         return numbers.new_zeros(())
-    across = dim == len(shape) - 1
-    words, first = _words(held, start if across else 0)
+    words, first = _words(held, start[-1] if start else 0)
     rows = numbers[: torch.Size(shape[:-1]).numel()].view(shape[:-1])
-    rows = rows if across else rows.narrow(dim, start, held.shape[dim])
+    for dim, begin in enumerate(start[:-1]):
+        rows = rows.narrow(dim, begin, held.shape[dim])
     places = torch.cat((rows.flatten(), numbers.narrow(0, first, words.shape[1]) * MIXER))
     # A CPU sums numbers of 64 bits at once, others without a copy.
     upper = words >> 32 if words.device.type == "cpu" else words.view(torch.int32)[:, 1::2]

@@ -121,7 +121,6 @@ class PionLora(_Factors):
         keep: number of leading directions of every adapted layer's inputs whose outputs stay (of `A`: those of adapters
             that begin at zero), as in LoRA-Null (arXiv 2503.02659). inputs: `pion_hf.Inputs(model, keep)`; see `Pion`.
         weight_decay: decoupled, of factors that grow (and AdamW's groups).
-        share_work: under DDP, each process updates a share of the matrices and tells the others.
 
     Raises:
         ValueError: an unknown option or value; a factor asked to rotate that is zero or rank-deficient.
@@ -148,10 +147,9 @@ class PionLora(_Factors):
         keep: int = 0,
         inputs: Inputs | None = None,
         weight_decay: float = 0.0,
-        share_work: bool = False,
     ) -> None:
-        defaults = given(PionLoraOptions, locals(), without=("share_work",))
-        super().__init__(params, defaults, share_work=share_work, inputs=inputs)
+        defaults = given(PionLoraOptions, locals())
+        super().__init__(params, defaults, inputs=inputs)
         self._check_kept(keep)
 
     def check_options(self, group: dict) -> None:
@@ -304,7 +302,6 @@ class TeonLora(_Factors, Teon):
         lr: size of a step; see `PionLora`. momentum, nesterov, stack, polar, polar_steps, batch_elements: see
             `Teon`. keep, inputs: see `PionLora`.
         weight_decay: decoupled, of the factors and AdamW's groups. adamw_betas, adamw_eps: of AdamW's groups.
-        share_work: under DDP, each process updates a share of the matrices and tells the others.
 
     Raises:
         ValueError: an unknown option or value.
@@ -331,7 +328,6 @@ class TeonLora(_Factors, Teon):
         weight_decay: float = 0.0,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
-        share_work: bool = False,
     ) -> None:
         options = given(TeonLoraOptions, locals())
         super().__init__(params, polar_dtype="float32", inputs=inputs, **options)

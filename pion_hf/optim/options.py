@@ -141,9 +141,6 @@ class Executed:
         "fastest on the device.",
         COUNT,
     )
-    share_work: bool = option(
-        False, "DDP: each process updates a share of the matrices and tells the others, instead of all."
-    )
 
 
 @dataclass(frozen=True)

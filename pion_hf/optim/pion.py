@@ -115,7 +115,6 @@ class Pion(MatrixOptimizer):
             paper; `ambient` is our own rule, registered as `pion_ambient`: direction `natural`, metric `ambient`, a
             momentum that is transported, and an `rms` of 2, under which learning rates that are right for AdamW are
             right for it.
-        share_work: under DDP, each process updates a share of the matrices and tells the others.
 
     Raises:
         ValueError: an unknown option or value, options that do not combine, a zero or non-finite matrix.
@@ -153,12 +152,11 @@ class Pion(MatrixOptimizer):
         inputs: Inputs | None = None,
         weight_decay: float = 0.0,
         preset: Literal["paper", "ambient"] | None = None,
-        share_work: bool = False,
     ) -> None:
-        defaults = given(PionOptions, locals(), without=("preset", "share_work"))
+        defaults = given(PionOptions, locals(), without=("preset",))
         if preset is not None:
             defaults.update(_preset_options(preset, defaults))
-        super().__init__(params, defaults, share_work=share_work, inputs=inputs)
+        super().__init__(params, defaults, inputs=inputs)
 
     def check_options(self, group: dict) -> None:
         lie, ambient = group["momentum_frame"] == "lie", group["metric"] == "ambient"

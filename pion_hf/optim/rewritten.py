@@ -27,7 +27,7 @@ OFTEN = 3
 class StateOfWeights:
     """Mixed into `MatrixOptimizer`: a matrix that others have written gets its state made anew from what it is now.
 
-    Averages of gradients stay.
+    Averages of gradients stay. Of a matrix that is divided (see `DividedState`) it is its owner's.
     """
 
     of_weights: frozenset[str] = frozenset()
@@ -50,10 +50,19 @@ class StateOfWeights:
         return any(key == REST or key.partition(".")[0] in self.of_weights for key in entries)
 
     def _take_fingerprints(self) -> None:
-        """Of all weights that state describes, as the step has left them."""
-        params = [p for group in self.param_groups for p in group["params"] if self._describes(self.state.get(p, ()))]
+        """Of all weights that state describes or an owner has a copy of, as the step has left them."""
+        followed = self._is_followed
+        params = [p for i, group in enumerate(self.param_groups) for p in group["params"] if followed(i, p)]
         for p, value in zip(params, sharding.fingerprints_of(params) if params else (), strict=True):
             self.state[p][FINGERPRINT] = value.to(p.device)
+
+    def _is_followed(self, index: int, p: Tensor) -> bool:
+        """Whether it matters what others write into a parameter of a group: on all processes alike."""
+        state = self.state.get(p, {})
+        if self.param_groups[index]["rule"] in self.elementwise_rules or not state.get("step"):
+            return False
+        divided = p in self._division_of(p).owner
+        return sharding.is_sharded(p) or self._describes(self._forms_of(index, p) if divided else state)
 
     def _with_fingerprints(self) -> tuple[list[Tensor], Tensor]:
         """The parameters whose fingerprint is known, and whether each still has it."""
@@ -66,8 +75,11 @@ class StateOfWeights:
     def _follow(self, rewritten: list[Tensor]) -> None:
         """After others have written these parameters."""
         places = {p: (name, group) for group in self.param_groups for name, p in groups.named_parameters(group)}
-        for p in rewritten:
-            self._rebuild(*places[p], p)
+        for division in dict.fromkeys(map(self._division_of, rewritten)):
+            written = [p for p in rewritten if self._division_of(p) is division]
+            division.fetch(written)
+            own = [p for p in written if division.owns(p)]
+            division.together(lambda own=own: [self._rebuild(*places[p], p) for p in own])
         self._rewritten.update(rewritten)
         often = [places[p][0] for p in rewritten if self._rewritten[p] == OFTEN]
         if often:
@@ -85,18 +97,18 @@ class StateOfWeights:
             ValueError: the weight is not finite.
         """
         if REST in self.state[p] and p.dtype in precision.HALF:
-            self.state[p][REST] = no_rest(p)
+            self.state[p][REST] = no_rest(self._division_of(p).home(p))
         self._describe(name, group, p)
 
     def _describe(self, name: str, group: dict, p: Tensor) -> None:
         """The entries that `described` gives, of all matrices of a parameter."""
         state = self.state[p]
-        for i, view in enumerate(blocks.split(sharding.whole(p.detach()), blocks.Layout.parse(group["layout"]))):
+        home = self._division_of(p).home(p).detach()
+        for i, view in enumerate(blocks.split(home, blocks.Layout.parse(group["layout"]))):
             matrices = blocks.merge_rows(view).to(working_dtype(p.dtype))
             check_finite(name, matrices)
-            kept = state.get(f"{KEPT}.{i}")
-            found = self.described(matrices, None if kept is None else sharding.whole(kept), group)
-            state.update({f"{key}.{i}": sharding.placed(value, p, key) for key, value in found.items()})
+            found = self.described(matrices, state.get(f"{KEPT}.{i}"), group)
+            state.update({f"{key}.{i}": value for key, value in found.items()})
 
     def _fits(self, index: int, name: str, p: Tensor) -> bool:
         """Whether the state of a parameter has begun and is of the form and the options that it has now.
@@ -108,7 +120,8 @@ class StateOfWeights:
             return False
         if self._formed.get(p) == form:
             return True
-        forms = self._forms_of(index, p)
+        home = self._division_of(p).home(p)
+        forms = self._forms_of(index, home)
         held = {key: value for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
         averages = {key: form for key, form in forms.items() if not self._describes([key])}
         if any(key not in held or held[key].shape != form.shape for key, form in averages.items()):
@@ -120,14 +133,13 @@ class StateOfWeights:
         for key, value in held.items():
             if key in averages:
                 state[key] = value.to(p.device, averages[key].dtype)
-            elif key not in forms and not (key == FINGERPRINT and self._describes(forms)):
+            elif key not in forms and not (key == FINGERPRINT and (sharding.is_sharded(p) or self._describes(forms))):
                 del state[key]
         if REST in forms:
-            kinds = forms[REST].dtype, sharding.CARRIED.get(forms[REST].dtype)
-            if REST not in state or state[REST].dtype not in kinds:
-                state[REST] = no_rest(p)
+            if REST not in state or state[REST].dtype != forms[REST].dtype:
+                state[REST] = no_rest(home)
             elif FINGERPRINT not in state:  # saved before there were any: it may be of another weight
-                precision.drop_impossible_(sharding.local(p), sharding.local(state[REST]))
+                precision.drop_impossible_(home, state[REST])
         if any(key not in state or state[key].dtype != form.dtype for key, form in forms.items() if key != REST):
             self._describe(name, self.param_groups[index], p)
         self._formed[p] = form
@@ -136,7 +148,7 @@ class StateOfWeights:
 
 def no_rest(p: Tensor) -> Tensor:
     """What a half-precision weight drops that is its own master: nothing."""
-    return sharding.zeros(torch.empty(p.shape, dtype=precision.REST_DTYPES[p.dtype], device="meta"), p)
+    return torch.zeros(p.shape, dtype=precision.REST_DTYPES[p.dtype], device=p.device)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

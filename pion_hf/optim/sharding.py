@@ -1,47 +1,35 @@
-"""Matrices of several processes: the only room that knows DTensors and process groups.
+"""What a process holds of a parameter, and what processes tell each other of it: the room that knows DTensors.
 
-Under FSDP2 every process holds some rows of each parameter, of its gradient and of its state, but the update of a
-matrix needs the whole of it. The matrices are divided among the processes by the work they are. In rounds of bounded
-size, each process gathers those it owns, updates them as a single process would, and gives every other its rows back:
-two collectives a round, and no process ever holds more than a round's matrices.
-
-Under DDP every process holds everything. There the processes can share the work instead of each doing all of it, and
-spread what they have updated: one collective a round.
+A DTensor may be cut along any of its dimensions, by the dimensions of its mesh one after the other: FSDP2's rows, the
+columns of tensor parallelism, both, and copies of all that (HSDP). What a process holds of it is a few blocks of the
+whole, one as a rule.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import operator
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pion_hf.optim import blocks
-from pion_hf.optim.batches import REST, Batch, Block, Plan, Unit, batches_of
-from pion_hf.optim.fingerprints import FINGERPRINT, Part, fingerprints
+from pion_hf.optim.batches import REST
+from pion_hf.optim.fingerprints import Part, fingerprints
 from pion_hf.optim.precision import REST_DTYPES
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor, Shard
-
-# Elements of the matrices that one process updates in a round: bounds the memory of a step, which is about three times
-# as many weights, gradients and entries of state. A larger matrix is a round of its own.
-ROUND_ELEMENTS = 2**24
+    from torch.distributed.tensor import DTensor
 
 # Collectives carry no 16-bit integers (neither gloo nor NCCL), and checkpoints gather state by collectives: what a
-# bfloat16 weight drops of its master is kept as the bfloat16 number of the same bits.
+# bfloat16 weight drops of its master is saved as the bfloat16 number of the same bits.
 CARRIED = {torch.int16: torch.bfloat16}
-
-ALIGNMENT = 16  # bytes, of every tensor in a buffer
-
-
-# -- what a process holds ---------------------------------------------------------------------------------------------
 
 
 def is_sharded(p: Tensor) -> bool:
@@ -64,21 +52,27 @@ def stand_in(p: Tensor) -> Tensor:
     return torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape) if is_sharded(p) else p
 
 
+def is_whole_experts(p: Tensor) -> bool:
+    """Whether every process holds some matrices of `p`, a stack of them, as many as any other and each alone."""
+    return (
+        is_sharded(p)
+        and p.ndim == 3
+        and p.shape[0] % p.device_mesh.size() == 0
+        and all(placement.is_shard(0) for placement in p.placements)
+    )
+
+
 def check(name: str, p: Tensor) -> None:
-    """Raises ValueError for a DTensor that is not of FSDP2: cut into chunks along one dimension of the mesh."""
+    """Raises ValueError for a DTensor whose values no process holds, or that is on another device than its mesh."""
     if not is_sharded(p):
         return
-    from torch.distributed.tensor import Shard
-
-    mesh, cut = p.device_mesh, [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]
-    names = [str((mesh.mesh_dim_names or {}) and mesh.mesh_dim_names[i]) for i in cut]
-    way_out = "use FSDP2 (fully_shard) on a mesh of one dimension, or of two (HSDP), or DDP."
-    if len(cut) != 1 or type(p.placements[cut[0]]) is not Shard or "tp" in names:
+    if any(placement.is_partial() for placement in p.placements):
         placements = ", ".join(map(str, p.placements))
         raise ValueError(
-            f"{name} is a DTensor with the placements ({placements}), as tensor parallelism makes them, which is not "
-            f"supported: {way_out}"
+            f"{name} is a DTensor with the placements ({placements}), of which every process holds an addend: no "
+            "weight can be gathered from that. Shard or replicate it."
         )
+    mesh = p.device_mesh
     if p.device.type not in ("meta", mesh.device_type):
         raise ValueError(
             f"{name} is offloaded to the {p.device.type.upper()} by FSDP2, where updating whole matrices would stop "
@@ -87,58 +81,179 @@ def check(name: str, p: Tensor) -> None:
         )
 
 
+# -- where what lies --------------------------------------------------------------------------------------------------
+
+Spans = tuple[tuple[int, int], ...]
+"""Of one dimension, in order: where each begins, and how long it is."""
+
+
+class Piece(NamedTuple):
+    """A block of a tensor that a process holds: where it begins in the whole and in what is held, and its shape."""
+
+    start: tuple[int, ...]
+    at: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def of(self, whole: Tensor) -> Tensor:
+        return _block(whole, self.start, self.shape)
+
+    def of_held(self, held: Tensor) -> Tensor:
+        return _block(held, self.at, self.shape)
+
+
+def pieces(x: DTensor) -> list[tuple[Piece, ...]]:
+    """What each process of a DTensor's mesh holds of it, in the order of `group_of`."""
+    return _pieces_of(*_kind(x))
+
+
+def nearest(x: DTensor, rank: int) -> list[int]:
+    """The processes from which `rank` takes `x`: of those that hold the same, the one nearest to it in the mesh."""
+    return _nearest(*_kind(x), rank)
+
+
+def group_of(x: DTensor) -> dist.ProcessGroup | None:
+    """The processes of a DTensor's mesh; None for all."""
+    mesh = x.device_mesh
+    if mesh.size() == dist.get_world_size():
+        return None
+    return (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
+
+
+def _kind(x: DTensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple]:
+    return tuple(x.shape), tuple(x.device_mesh.shape), tuple(x.placements)
+
+
+@functools.lru_cache(4096)
+def _held(shape: tuple[int, ...], mesh: tuple[int, ...], placements: tuple) -> list[tuple[Spans, ...]]:
+    """By process, the spans of every dimension."""
+    found = []
+    for place in _places(mesh):
+        spans: list[Spans] = [((0, size),) for size in shape]
+        for index, size, placement in zip(place, mesh, placements, strict=True):
+            if not placement.is_replicate():
+                parts = _cut(spans[placement.dim], getattr(placement, "split_factor", 1))
+                spans[placement.dim] = tuple(span for part in parts for span in _cut(part, size)[index])
+        found.append(tuple(spans))
+    return found
+
+
+@functools.lru_cache(4096)
+def _pieces_of(shape: tuple[int, ...], mesh: tuple[int, ...], placements: tuple) -> list[tuple[Piece, ...]]:
+    return [_pieces(spans) for spans in _held(shape, mesh, placements)]
+
+
+@functools.lru_cache(4096)
+def _nearest(shape: tuple[int, ...], mesh: tuple[int, ...], placements: tuple, rank: int) -> list[int]:
+    places, held, found = _places(mesh), _held(shape, mesh, placements), {}
+    for other in sorted(range(len(places)), key=lambda r: sum(map(operator.ne, places[r], places[rank]))):
+        found.setdefault(held[other], other)
+    return sorted(found.values())
+
+
+@functools.cache
+def _places(mesh: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The coordinates of every process of a mesh."""
+    return list(itertools.product(*map(range, mesh)))
+
+
+def _cut(spans: Spans, parts: int) -> list[Spans]:
+    """So many parts as `torch.chunk` and FSDP2 make: equal ones, then what is left, then nothing."""
+    each = math.ceil(sum(size for _, size in spans) / parts)
+    found: list[list[tuple[int, int]]] = [[] for _ in range(parts)]
+    done = 0
+    for start, size in spans:
+        while size:
+            taken = min(size, each - done % each)
+            found[done // each].append((start, taken))
+            start, size, done = start + taken, size - taken, done + taken
+    return [tuple(part) for part in found]
+
+
+def _pieces(spans: tuple[Spans, ...]) -> tuple[Piece, ...]:
+    """Those that are cut out by the spans of all dimensions."""
+    placed = []
+    for of_dim in spans:
+        ends = list(itertools.accumulate(size for _, size in of_dim))
+        placed.append([(start, end - size, size) for (start, size), end in zip(of_dim, ends, strict=True)])
+    return tuple(Piece(*zip(*block, strict=True)) for block in itertools.product(*placed))
+
+
+def _block(x: Tensor, start: Sequence[int], shape: Sequence[int]) -> Tensor:
+    for dim, (begin, size) in enumerate(zip(start, shape, strict=True)):
+        x = x if size == x.shape[dim] else x.narrow(dim, begin, size)
+    return x
+
+
+# -- entries of state, as checkpoints have them -----------------------------------------------------------------------
+
+
 def zeros(form: Tensor, p: Tensor) -> Tensor:
     """An entry of a parameter's state, of the shape and dtype of `form`.
 
-    Sharded as the parameter, or, if it has another shape, along its own longest dimension.
+    Sharded as the parameter, or, if it has another shape, along its own longest dimension; that of whole experts with
+    them.
     """
     if not is_sharded(p):
         return torch.zeros(form.shape, dtype=form.dtype, device=p.device)
-    from torch.distributed.tensor import Shard
-    from torch.distributed.tensor import zeros as sharded_zeros
+    from torch.distributed.tensor import DTensor, Shard
 
-    dim = _cut(p).dim if form.shape == p.shape else max(range(form.ndim), key=lambda d: form.shape[d])
-    placements = [Shard(dim) if placement.is_shard() else placement for placement in p.placements]
-    dtype = CARRIED.get(form.dtype, form.dtype)
-    return sharded_zeros(form.shape, dtype=dtype, device_mesh=p.device_mesh, placements=placements)
+    shape, placements = tuple(form.shape), tuple(p.placements)
+    if form.shape != p.shape and not is_whole_experts(p):
+        longest = Shard(max(range(form.ndim), key=lambda d: form.shape[d]))
+        placements = tuple(placement if placement.is_replicate() else longest for placement in placements)
+    held = _held(shape, tuple(p.device_mesh.shape), placements)[dist.get_rank(group_of(p))]
+    sizes = [sum(size for _, size in spans) for spans in held]
+    value = torch.zeros(sizes, dtype=CARRIED.get(form.dtype, form.dtype), device=p.device)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(value, p.device_mesh, placements, run_check=False, shape=form.shape, stride=stride)
 
 
 def placed(value: Tensor, p: Tensor, key: str) -> Tensor:
-    """`value`, the entry `key` of a parameter's state as every process holds it, as the parameter's own are held."""
+    """`value`, the entry `key` of a parameter's state as every process holds it, as checkpoints of the parameter do."""
     if is_sharded(p) and not is_sharded(value) and value.ndim:
         entry = zeros(value, p)
-        rank, ranks = dist.get_rank(_group(p)), dist.get_world_size(_group(p))
-        entry.to_local().copy_(_pieces(value.view(entry.dtype), entry, ranks)[rank])
+        for piece in pieces(entry)[dist.get_rank(group_of(p))]:
+            piece.of_held(entry.to_local()).copy_(piece.of(value.view(entry.dtype)))
         return entry
     if key == REST and not is_sharded(p):  # it may come from where the parameter was sharded
         return value.view(REST_DTYPES[p.dtype])
     return value
 
 
+# -- what processes tell each other -----------------------------------------------------------------------------------
+
+
+def several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def of_first(value: list) -> list:
     """What the first of all processes has in the place of `value`: a collective, where there are several."""
-    if value and _several():
+    if value and several():
         dist.broadcast_object_list(value := list(value), src=0)
     return value
 
 
 def summed(x: Tensor) -> Tensor:
     """The sum of what all processes have in the place of `x`: a collective, where there are several."""
-    if _several():
+    if several():
         dist.all_reduce(x := x.clone())
     return x
 
 
 def fingerprints_of(params: list[Tensor]) -> Tensor:
     """The fingerprints of all of each parameter, `(len(params),)`: a collective, where some are sharded."""
-    return _over_shards(fingerprints([_part(p) for p in params]), params, "SUM")
+    return _over_shards(fingerprints([_parts(p) for p in params]), params, "SUM")
 
 
-def _part(p: Tensor) -> Part:
+def _parts(p: Tensor) -> list[Part]:
+    """What this process holds, if no process before it holds the same."""
     if not is_sharded(p):
-        return Part(p, tuple(p.shape))
-    dim, rank, ranks = _cut(p).dim, dist.get_rank(_group(p)), dist.get_world_size(_group(p))
-    return Part(p.to_local(), tuple(p.shape), dim, sum(chunks(p.shape[dim], ranks)[:rank]))
+        return [Part(p, tuple(p.shape))]
+    held, rank, mine = pieces(p), dist.get_rank(group_of(p)), p.to_local()
+    if held.index(held[rank]) < rank or not mine.numel():
+        return [Part(mine.new_empty(0), tuple(p.shape))]
+    return [Part(piece.of_held(mine), tuple(p.shape), piece.start) for piece in held[rank]]
 
 
 def largest(values: Tensor, params: list[Tensor]) -> Tensor:
@@ -148,27 +263,30 @@ def largest(values: Tensor, params: list[Tensor]) -> Tensor:
 
 def _over_shards(values: Tensor, params: list[Tensor], op: str) -> Tensor:
     """`values` of what processes hold of these parameters, reduced to those of the whole."""
-    for group in dict.fromkeys(_group(p) for p in params if is_sharded(p)):
-        own = [i for i, p in enumerate(params) if is_sharded(p) and _group(p) == group]
-        dist.all_reduce(of_group := values[own], getattr(dist.ReduceOp, op), group=group)
-        values[own] = of_group
+    meshes: dict[Any, list[int]] = {}
+    for i, p in enumerate(params):
+        if is_sharded(p):
+            meshes.setdefault(p.device_mesh, []).append(i)
+    for own in meshes.values():
+        dist.all_reduce(of_mesh := values[own], getattr(dist.ReduceOp, op), group=group_of(params[own[0]]))
+        values[own] = of_mesh
     return values
 
 
 def agree(yes: Tensor, params: list[Tensor], *, shared: bool) -> list[bool]:
     """To which questions all processes that update these parameters together say yes; alone, the answers `yes`, `(k,)`.
 
-    It waits for the device once. shared: they share the work without sharding.
+    It waits for the device once. shared: they divide the work without sharding.
 
     Raises:
         ValueError: a parameter has a gradient on some of them only.
     """
-    sharded = next((p for p in params if is_sharded(p)), None)
-    if sharded is None and not (shared and _several()):
+    sharded = max((p for p in params if is_sharded(p)), key=lambda p: p.device_mesh.size(), default=None)
+    if sharded is None and not shared:
         return [True] * len(yes) if yes.all().item() else yes.tolist()
     pattern = zlib.crc32(bytes(p.grad is not None for p in params))
     answers = torch.cat((yes.long(), torch.tensor([pattern, -pattern], device=yes.device)))
-    dist.all_reduce(answers, dist.ReduceOp.MIN, group=None if sharded is None else _group(sharded))
+    dist.all_reduce(answers, dist.ReduceOp.MIN, group=None if sharded is None else group_of(sharded))
     *everyone, least, most = answers.tolist()
     if least != -most:
         raise ValueError(
@@ -176,336 +294,3 @@ def agree(yes: Tensor, params: list[Tensor], *, shared: bool) -> list[bool]:
             "branch that depends on the data) cannot be updated by all. Use it on every process, or freeze it."
         )
     return [bool(answer) for answer in everyone]
-
-
-def _cut(p: DTensor) -> Shard:
-    return next(placement for placement in p.placements if placement.is_shard())
-
-
-def _group(p: DTensor) -> dist.ProcessGroup:
-    """The processes among which `p` is cut."""
-    return p.device_mesh.get_group(next(i for i, placement in enumerate(p.placements) if placement.is_shard()))
-
-
-def _forms(x: DTensor, ranks: int) -> list[Form]:
-    """What each of so many processes holds of `x`."""
-    dim = _cut(x).dim
-    return [Form((*x.shape[:dim], n, *x.shape[dim + 1 :]), x.dtype) for n in chunks(x.shape[dim], ranks)]
-
-
-def _pieces(whole: Tensor, x: DTensor, ranks: int) -> tuple[Tensor, ...]:
-    """Views of what each of so many processes holds, in the whole of `x`."""
-    dim = _cut(x).dim
-    return whole.split(chunks(x.shape[dim], ranks), dim)
-
-
-@functools.cache
-def chunks(size: int, parts: int) -> tuple[int, ...]:
-    """Lengths as `torch.chunk` and FSDP2 cut: equal ones, then what is left, then nothing."""
-    each = math.ceil(size / parts)
-    return tuple(max(0, min(each, size - i * each)) for i in range(parts))
-
-
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-# -- who updates what -------------------------------------------------------------------------------------------------
-
-
-class Parcel(NamedTuple):
-    """Parameters that one process updates: a single one, or those that share a stack. Their matrices as units, each
-    with a number (see `batches_of`)."""
-
-    params: list[Tensor]
-    units: list[tuple[Unit, int]]
-
-
-def parcels_of(units: Iterable[tuple[Unit, int]]) -> list[Parcel]:
-    """The smallest parcels that cut no unit and no parameter apart."""
-    of_param: dict[Tensor, Parcel] = {}
-    for unit, label in units:
-        params = list(dict.fromkeys(block.param for block in unit))
-        met = list({id(of_param[p]): of_param[p] for p in params if p in of_param}.values())
-        merged = Parcel([p for m in met for p in m.params], [u for m in met for u in m.units])
-        merged.params.extend(p for p in params if p not in of_param)
-        merged.units.append((unit, label))
-        of_param.update(dict.fromkeys(merged.params, merged))
-    return list({id(parcel): parcel for parcel in of_param.values()}.values())
-
-
-def rounds_of(parcels: list[Parcel], processes: int) -> list[list[list[Parcel]]]:
-    """By round and process, what it updates. Every process finds the same.
-
-    The costliest parcel goes first, each to the process with the least work so far, so that all have about the same
-    and those of one round are of similar size. In a round, a process has at most `ROUND_ELEMENTS`, but one parcel.
-    """
-    work, queues = [0] * processes, [[[]] for _ in range(processes)]
-    sizes = [[0] for _ in range(processes)]
-    for parcel in sorted(parcels, key=_cost, reverse=True):
-        rank = work.index(min(work))
-        work[rank] += _cost(parcel)
-        size = sum(p.numel() for p in parcel.params)
-        if queues[rank][-1] and sizes[rank][-1] + size > ROUND_ELEMENTS:
-            queues[rank].append([])
-            sizes[rank].append(0)
-        queues[rank][-1].append(parcel)
-        sizes[rank][-1] += size
-    count = max(map(len, queues)) if parcels else 0
-    return [[queue[i] if i < len(queue) else [] for queue in queues] for i in range(count)]
-
-
-def _cost(parcel: Parcel) -> int:
-    """Of products of a matrix with its own Gram matrix, which every rule consists of."""
-    total = 0
-    for unit, _ in parcel.units:
-        count, heads, rows, n = unit[0].view.shape
-        m, wide = heads * rows, n * len(unit)
-        total += count * m * wide * min(m, wide)
-    return total
-
-
-# -- how it is moved --------------------------------------------------------------------------------------------------
-
-
-class Form(NamedTuple):
-    """A tensor to come."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        return math.ceil(math.prod(self.shape) * self.dtype.itemsize / ALIGNMENT) * ALIGNMENT
-
-
-def pack(tensors: Sequence[Tensor], buffer: Tensor) -> None:
-    """Write tensors into a buffer of bytes, one after the other."""
-    # Not `reshape(-1)`: a single number, of any stride, would keep that.
-    raw = [x.contiguous().as_strided((x.numel(),), (1,)).view(torch.uint8) for x in tensors]
-    copy(unpack(buffer, [Form(x.shape, x.dtype) for x in raw]), raw)
-
-
-def unpack(buffer: Tensor, forms: Sequence[Form]) -> list[Tensor]:
-    """Views of the tensors in a buffer."""
-    found, start = [], 0
-    for form in forms:
-        size = math.prod(form.shape) * form.dtype.itemsize
-        found.append(buffer[start : start + size].view(form.dtype).view(form.shape))
-        start += form.bytes
-    return found
-
-
-def copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """In one call, which on a GPU is one kernel for many small tensors."""
-    if targets:
-        torch._foreach_copy_(targets, sources)
-
-
-def exchange(
-    outgoing: list[Sequence[Tensor]], incoming: list[Sequence[Form]], *, device: torch.device, group: dist.ProcessGroup
-) -> list[list[Tensor]]:
-    """By process, what it sends to this one (`incoming` says what) while this one sends it `outgoing`: a collective."""
-    sent = [sum(Form(x.shape, x.dtype).bytes for x in tensors) for tensors in outgoing]
-    received = [sum(form.bytes for form in forms) for forms in incoming]
-    out = torch.empty(sum(sent), dtype=torch.uint8, device=device)
-    for tensors, part in zip(outgoing, out.split(sent), strict=True):
-        pack(tensors, part)
-    into = torch.empty(sum(received), dtype=torch.uint8, device=device)
-    dist.all_to_all_single(into, out, received, sent, group=group)
-    return [unpack(part, forms) for part, forms in zip(into.split(received), incoming, strict=True)]
-
-
-def spread(
-    mine: list[Tensor], others: list[list[Form]], *, device: torch.device, group: dist.ProcessGroup | None
-) -> list[list[Tensor]]:
-    """By process, what it has (`others` says what, this one included) when all give theirs to all: a collective."""
-    size = max(sum(form.bytes for form in forms) for forms in others)
-    out = torch.empty(size, dtype=torch.uint8, device=device)
-    pack(mine, out)
-    into = torch.empty(size * len(others), dtype=torch.uint8, device=device)
-    dist.all_gather_single(into, out, group=group)
-    return [unpack(part, forms) for part, forms in zip(into.split(size), others, strict=True)]
-
-
-# -- the plans --------------------------------------------------------------------------------------------------------
-
-
-def plan_class(params: list[Tensor], *, share_work: bool) -> type[Plan]:
-    """How the matrices of a group are updated: by this process alone, or together with others.
-
-    Raises:
-        ValueError: only some of the parameters are sharded, or they are on several meshes.
-    """
-    meshes = {p.device_mesh if is_sharded(p) else None for p in params}
-    if len(meshes) > 1:
-        raise ValueError(
-            "the matrices of one group are sharded in different ways: shard all of them on one mesh (fully_shard of "
-            "the whole model), or give those that are not sharded, or on another mesh, a group of their own."
-        )
-    if meshes != {None}:
-        return ShardedPlan
-    return SharedPlan if share_work and _several() else Plan
-
-
-class _PlanOfSeveral(Plan):
-    """As `Plan`, of processes that divide the matrices among themselves.
-
-    forms: of a parameter, the entries of its state after a step, as tensors whose memory is not asked for. group: the
-    processes; None for all.
-    """
-
-    def __init__(
-        self,
-        stacks: Iterable[list[Block]],
-        layout: blocks.Layout,
-        params: list[Tensor],
-        elements: int | None,
-        forms: Callable[[Tensor], dict[str, Tensor]],
-        group: dist.ProcessGroup | None,
-    ) -> None:
-        super().__init__(stacks, layout, params, elements)
-        self._forms, self._process_group, self._device = forms, group, local(params[0]).device
-        self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
-
-    def _arrange(self, units: list[tuple[Unit, int]], state: dict) -> None:
-        self._rounds = rounds_of(parcels_of(units), self._ranks)
-
-
-class ShardedPlan(_PlanOfSeveral):
-    """As `Plan`, of parameters that are sharded (FSDP2)."""
-
-    def __init__(
-        self, stacks: Iterable, layout: blocks.Layout, params: list[Tensor], elements: int | None, forms: Callable
-    ) -> None:
-        super().__init__(stacks, layout, params, elements, forms, _group(params[0]))
-
-    def inspect(self, check: Callable[[str, Tensor], None], fresh: set[Tensor]) -> None:
-        """`check(name, matrices)` of every matrix of fresh parameters, by its owner; what one raises, all raise.
-
-        Raises:
-            ValueError: as `check`.
-        """
-        error = None
-        for owned in self._rounds:
-            whole = self._gather(owned, lambda p: [p] if p in fresh else [])
-            for unit, _ in (unit for parcel in owned[self._rank] for unit in parcel.units):
-                for block in unit:
-                    if block.param in fresh and error is None:
-                        view = blocks.split(*whole[block.param], self._layout)[block.index]
-                        try:
-                            check(block.name, blocks.merge_rows(view))
-                        except ValueError as raised:
-                            error = str(raised)
-        errors = [None] * self._ranks
-        dist.all_gather_object(errors, error, group=self._process_group)
-        for message in filter(None, errors):
-            raise ValueError(message)
-
-    def rounds(self, state: dict) -> Iterator[tuple[list[Batch], dict]]:
-        """Whole copies of the matrices that this process owns; what they have become goes back to all."""
-        for owned in self._rounds:
-            before = {p: _entries(state[p]) for parcels in owned for parcel in parcels for p in parcel.params}
-            kept = {p: [state[p][key] for key in before[p]] for p in before}
-            gathered = self._gather(owned, lambda p, kept=kept: [p, p.grad, *kept[p]])
-            whole, of_whole = {}, {}
-            for p, (weight, grad, *entries) in gathered.items():
-                weight.grad = grad
-                whole[p] = weight
-                of_whole[weight] = {"step": state[p]["step"], **dict(zip(before[p], entries, strict=True))}
-                if REST in before[p]:
-                    of_whole[weight][REST] = of_whole[weight][REST].view(REST_DTYPES[p.dtype])
-            units = [
-                (self._of_whole(unit, whole), label) for parcel in owned[self._rank] for unit, label in parcel.units
-            ]
-            yield batches_of(units, self._layout, self._elements), of_whole
-            after = {p: [weight, *_updated(of_whole[weight], self._forms(p))] for p, weight in whole.items()}
-            self._scatter(owned, after, state)
-
-    def _of_whole(self, unit: Unit, whole: dict[Tensor, Tensor]) -> Unit:
-        return tuple(
-            Block(whole[b.param], b.name, b.index, blocks.split(whole[b.param], self._layout)[b.index]) for b in unit
-        )
-
-    def _gather(self, owned: list[list[Parcel]], of: Callable[[Tensor], list[DTensor]]) -> dict[Tensor, list[Tensor]]:
-        """By parameter that this process owns, the whole of what `of` it is sharded."""
-        wanted = [[x for parcel in parcels for p in parcel.params for x in of(p)] for parcels in owned]
-        mine = wanted[self._rank]
-        forms = list(zip(*(_forms(x, self._ranks) for x in mine), strict=True)) or [()] * self._ranks
-        received = self._exchange([[x.to_local() for x in theirs] for theirs in wanted], forms)
-        found = [torch.empty(x.shape, dtype=x.dtype, device=self._device) for x in mine]
-        by_rank = zip(*(_pieces(whole, x, self._ranks) for whole, x in zip(found, mine, strict=True)), strict=True)
-        for pieces, theirs in zip(by_rank, received, strict=False):  # there are none if this process owns nothing
-            copy(list(pieces), theirs)
-        rest = iter(found)
-        return {p: [next(rest) for _ in of(p)] for parcel in owned[self._rank] for p in parcel.params}
-
-    def _scatter(self, owned: list[list[Parcel]], after: dict[Tensor, list[Tensor]], state: dict) -> None:
-        """The inverse of `_gather`, of weights and state."""
-        targets = []
-        for params in ([p for parcel in parcels for p in parcel.params] for parcels in owned):
-            for p in params:
-                state[p].update({k: zeros(form, p) for k, form in self._forms(p).items() if k not in state[p]})
-            targets.append([x for p in params for x in (p, *(state[p][key] for key in sorted(self._forms(p))))])
-        updated = [x for parcel in owned[self._rank] for p in parcel.params for x in after[p]]
-        pieces = (_pieces(whole, x, self._ranks) for whole, x in zip(updated, targets[self._rank], strict=True))
-        outgoing = list(zip(*pieces, strict=True)) or [()] * self._ranks
-        forms = [[_forms(x, self._ranks)[self._rank] for x in theirs] for theirs in targets]
-        for theirs, received in zip(targets, self._exchange(outgoing, forms), strict=True):
-            copy([x.to_local() for x in theirs], received)
-
-    def _exchange(self, outgoing: list[Sequence[Tensor]], incoming: list[Sequence[Form]]) -> list[list[Tensor]]:
-        return exchange(outgoing, incoming, device=self._device, group=self._process_group)
-
-
-class SharedPlan(_PlanOfSeveral):
-    """As `Plan`, of parameters that every process holds, with equal gradients (DDP): each updates its share."""
-
-    def __init__(
-        self, stacks: Iterable, layout: blocks.Layout, params: list[Tensor], elements: int | None, forms: Callable
-    ) -> None:
-        super().__init__(stacks, layout, params, elements, forms, None)
-
-    def _arrange(self, units: list[tuple[Unit, int]], state: dict) -> None:
-        super()._arrange(units, state)
-        mine = [[unit for parcel in owned[self._rank] for unit in parcel.units] for owned in self._rounds]
-        self._of_rounds = self._known([batches_of(own, self._layout, self._elements) for own in mine], state)
-
-    def rounds(self, state: dict) -> Iterator[tuple[list[Batch], dict]]:
-        """This process's share; what each has updated goes to all."""
-        for owned, batches in zip(self._rounds, self._of_rounds, strict=True):
-            yield batches, state
-            params = [[p for parcel in parcels for p in parcel.params] for parcels in owned]
-            forms = [
-                [Form(x.shape, x.dtype) for p in theirs for x in (p, *(f for _, f in sorted(self._forms(p).items())))]
-                for theirs in params
-            ]
-            mine = [x for p in params[self._rank] for x in (p, *_updated(state[p], self._forms(p)))]
-            for rank, tensors in enumerate(spread(mine, forms, device=self._device, group=None)):
-                if rank != self._rank:
-                    self._take(params[rank], iter(tensors), state)
-
-    def _take(self, params: list[Tensor], tensors: Iterator[Tensor], state: dict) -> None:
-        for p in params:
-            p.copy_(next(tensors))
-            for key in sorted(self._forms(p)):
-                value = next(tensors)
-                if key in state[p]:
-                    state[p][key].copy_(value)
-                else:
-                    state[p][key] = value.clone()
-
-
-def _entries(state: dict) -> list[str]:
-    """The names of a parameter's tensors, in the order in which they are sent."""
-    return sorted(key for key, value in state.items() if isinstance(value, Tensor) and key != FINGERPRINT)
-
-
-def _updated(state: dict, forms: dict[str, Tensor]) -> list[Tensor]:
-    """What a rule has left of a parameter's state, in the order in which it is sent."""
-    if _entries(state) != sorted(forms):
-        raise RuntimeError(
-            f"the state of a matrix holds {', '.join(_entries(state))} and not {', '.join(sorted(forms))}: an option "
-            "that decides what it holds was changed during training, which processes that share matrices cannot do."
-        )
-    return [state[key] for key in sorted(forms)]

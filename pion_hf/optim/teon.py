@@ -56,7 +56,6 @@ class Teon(MatrixOptimizer):
             `pion_hf.Inputs(model, 4 * keep)`.
         weight_decay: decoupled, of the matrices and of AdamW's groups.
         adamw_betas, adamw_eps: of AdamW's groups that bring none.
-        share_work: under DDP, each process updates a share of the matrices and tells the others.
 
     Raises:
         ValueError: an unknown option or value, stacks of unequal shapes or of unknown names, non-finite weights.
@@ -87,12 +86,11 @@ class Teon(MatrixOptimizer):
         weight_decay: float = 0.0,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
-        share_work: bool = False,
     ) -> None:
-        defaults = given(TeonOptions, locals(), without=("adamw_betas", "adamw_eps", "share_work"))
+        defaults = given(TeonOptions, locals(), without=("adamw_betas", "adamw_eps"))
         defaults["eps"] = adamw_eps
         self.adamw_betas = adamw_betas
-        super().__init__(params, defaults, share_work=share_work, inputs=inputs)
+        super().__init__(params, defaults, inputs=inputs)
         found = {group["stack"] for group in self.param_groups if group["rule"] == self.stacked_rule} - {stack}
         if found and stack != inspect.signature(type(self).__init__).parameters["stack"].default:
             raise ValueError(
@@ -167,7 +165,6 @@ class Muon(Teon):
         weight_decay: float = 0.0,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
-        share_work: bool = False,
     ) -> None:
         options = given(MuonOptions, locals())
         super().__init__(params, stack=1, inputs=inputs, **options)

@@ -105,11 +105,10 @@ VALUES: dict[str, list[Any]] = {
     "batch_elements": [0, 1.5, "x", True],
     "side": ["left", 3, None],
     "compile": [3, "yes", None],
-    "share_work": ["no", 3, None],
     "inputs": ["x", 3],
     "betas": [0.9, (0.9,), ("a", 0.9), (0.9, 1.0), None, (math.nan, 0.9)],
 }
-OWN = {"eps", "share_work", "rms", "polar_steps", "side", "betas", "compile", "batch_elements"}  # Pion's
+OWN = {"eps", "rms", "polar_steps", "side", "betas", "compile", "batch_elements"}  # Pion's
 
 
 def make(cls: Callable[..., Any], given: Callable[[], Any], world: World, folder: Path) -> Any:
