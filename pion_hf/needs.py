@@ -21,6 +21,7 @@ OLDEST = {
     "transformers": "5.0",
     "trl": "1.9",
 }
+OF_COMPARE = {"optuna": "4.9"}  # the extra of that name
 
 
 @contextmanager
@@ -35,14 +36,14 @@ def needed(*names: str) -> Iterator[None]:
 
 
 def require(*names: str) -> None:
-    """Raise ImportError, in one line that says what to install, for libraries of `OLDEST` that are missing or too old.
+    """Raise ImportError, in one line that says what to install, for libraries of these that are missing or too old.
 
     It imports none of them, and is called where one is first used: `import pion_hf` needs none.
     """
     from packaging.version import Version
 
     for name in names:
-        oldest, found = OLDEST[name], _release(name)
+        oldest, found = (OLDEST | OF_COMPARE)[name], _release(name)
         if found is None and name not in sys.modules and find_spec(name) is None:
             said = "is not installed"
         # What comes before a release counts as the release: GPU vendors' images have such builds of torch.

@@ -112,16 +112,17 @@ def test_help_of_training_commands_loads_the_flags_alone():
 
 
 def lowest_releases() -> dict[str, str]:
-    """Of setup.cfg."""
+    """Of setup.cfg, the extra `compare` too."""
     setup = configparser.ConfigParser()
     setup.read(Path(pion_hf.__file__).parents[1] / "setup.cfg", encoding="utf-8")
-    wanted = map(Requirement, setup["options"]["install_requires"].split())
-    return {r.name: next(s.version for s in r.specifier if s.operator == ">=") for r in wanted}
+    wanted = setup["options"]["install_requires"].split() + setup["options.extras_require"]["compare"].split()
+    return {r.name: next(s.version for s in r.specifier if s.operator == ">=") for r in map(Requirement, wanted)}
 
 
 def test_the_oldest_releases_are_those_of_the_metadata():
     lowest = lowest_releases()
-    assert {name: Version(lowest[name]) for name in needs.OLDEST} == {n: Version(v) for n, v in needs.OLDEST.items()}
+    said = needs.OLDEST | needs.OF_COMPARE
+    assert {name: Version(lowest[name]) for name in said} == {name: Version(v) for name, v in said.items()}
 
 
 def pretend(monkeypatch, **releases: str | None) -> None:
