@@ -112,7 +112,7 @@ def test_help_of_training_commands_loads_the_flags_alone():
 
 
 def lowest_releases() -> dict[str, str]:
-    """Of setup.cfg."""
+    """Of setup.cfg, its extras too."""
     setup = configparser.ConfigParser()
     setup.read(Path(pion_hf.__file__).parents[1] / "setup.cfg", encoding="utf-8")
     lines = setup["options"]["install_requires"].split()
