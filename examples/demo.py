@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from pion_hf.linalg.precision import bfloat16_speedup
+from pion_hf.linalg.products import bfloat16_speedup
 
 RECIPE = "recipes/smollm2-135m/sft/demo.yaml"
 MODEL, DATA, OUTPUT = "models/smollm2-135m-instruct", "data/aiw", "runs/smollm2-135m-demo"

@@ -30,7 +30,7 @@ from pion_hf.linalg import rotation  # noqa: E402
 from pion_hf.linalg.rotation import Factors, Fixed, product_of  # noqa: E402
 from pion_hf.optim import blocks, sharding  # noqa: E402
 from pion_hf.optim.base import MatrixOptimizer  # noqa: E402
-from pion_hf.optim.precision import HALF, REST_DTYPES, join  # noqa: E402
+from pion_hf.optim.masters import HALF, REST_DTYPES, join  # noqa: E402
 
 # Those whose versions the end of a session tells.
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from pion_hf.runs import EVALUATION, LOG, MATRICES, RECORD, SPECTRA, append_line, write_json
+from pion_hf.runs.folder import EVALUATION, LOG, MATRICES, RECORD, SPECTRA, append_line, write_json
 
 ROLES = {"q_proj": (64, 64), "k_proj": (16, 64), "down_proj": (64, 96)}
 

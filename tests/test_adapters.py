@@ -14,9 +14,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from pion_hf import PionLora, PionTrainingArguments, TeonLora, param_groups, routing_table
-from pion_hf.adapters import has_adapters, lora_factors
 from pion_hf.integrations.callbacks import watch
 from pion_hf.optim.blocks import Layout, merge_rows, split
+from pion_hf.routing.adapters import has_adapters, lora_factors
 from tests.conftest import toy_llama
 
 LORA_FORMS = ("pion_lora", "teon_lora")

@@ -10,7 +10,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from pion_hf import Pion, PionTrainingArguments, param_groups
-from pion_hf.arguments import (
+from pion_hf.integrations.arguments import (
     GROUP_OPTIONS,
     OPTIMIZER_CLASSES,
     OptimizerFields,
@@ -269,7 +269,7 @@ def test_wrong_typed_fields_fail_at_once(options, message, arguments):
 
 def test_fields_that_the_optimizer_ignores_are_named(arguments, monkeypatch):
     warnings = []
-    monkeypatch.setattr("pion_hf.arguments.logger.warning", warnings.append)
+    monkeypatch.setattr("pion_hf.integrations.arguments.logger.warning", warnings.append)
     arguments(optim="adamw_torch", optim_rms=0.1)
     assert len(warnings) == 1
     assert "adamw_torch" in warnings[0]

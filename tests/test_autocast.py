@@ -7,8 +7,9 @@ import logging
 import pytest
 import torch
 
-from pion_hf import PionTrainingArguments, arguments
+from pion_hf import PionTrainingArguments
 from pion_hf.cli import sft
+from pion_hf.integrations import arguments
 from pion_hf.integrations.trl import (
     PionDPOConfig,
     PionGRPOConfig,

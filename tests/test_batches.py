@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from pion_hf import Pion, PionLora, PionTrainingArguments, Teon, TeonLora
-from pion_hf.arguments import OPTIMIZER_CLASSES, resolve_options
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES, resolve_options
 from pion_hf.optim import MatrixOptimizer
 from tests import test_sharding
 from tests.distributed_worker import launch

@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pion_hf import Blend, param_groups
 from pion_hf.cli import main
-from pion_hf.cli.outcome import ReportArguments, ReportMixin
-from pion_hf.integrations.matrices import hidden_matrices
+from pion_hf.cli.before_after import ReportArguments, ReportMixin
+from pion_hf.integrations.hidden_matrices import hidden_matrices
 from pion_hf.linalg.spectrum import singular_values, spectral_drift, with_singular_values
 from pion_hf.optim import Pion, Teon
 from tests.conftest import toy_llama

@@ -27,11 +27,11 @@ import pion_hf
 from pion_hf import PionTrainer, PionTrainingArguments
 from pion_hf.integrations import callbacks
 from pion_hf.integrations.callbacks import RunCallback, watch
-from pion_hf.integrations.matrices import HiddenMatrix, Norms, Spectra, hidden_matrices, spread
+from pion_hf.integrations.hidden_matrices import HiddenMatrix, Norms, Spectra, hidden_matrices, spread
 from pion_hf.linalg.spectrum import spectral_drift
 from pion_hf.optim.blocks import Layout
-from pion_hf.report.facts import facts
-from pion_hf.runs import LOG, MATRICES, RECORD, read_run
+from pion_hf.report.summary import facts
+from pion_hf.runs.folder import LOG, MATRICES, RECORD, read_run
 from tests.conftest import toy_llama
 
 QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
@@ -377,9 +377,9 @@ def test_a_folder_that_cannot_be_written_does_not_end_training(make, tmp_path, m
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pion_hf.integrations.run_folder.append_line", full)
+    monkeypatch.setattr("pion_hf.integrations.run_writer.append_line", full)
     messages = []
-    monkeypatch.setattr("pion_hf.integrations.run_folder.logger.warning", messages.append)
+    monkeypatch.setattr("pion_hf.integrations.run_writer.logger.warning", messages.append)
     trainer = make()
     trainer.train()
     assert trainer.state.global_step == 6

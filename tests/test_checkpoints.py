@@ -20,7 +20,7 @@ from pion_hf import PionTrainer
 from pion_hf.integrations.callbacks import unwrap
 from pion_hf.integrations.checkpoints import last_complete_checkpoint, resolve_resume
 from pion_hf.integrations.manifest import MANIFEST, fault_of, read_manifest, write_manifest
-from pion_hf.runs import read_run
+from pion_hf.runs.folder import read_run
 from tests.conftest import toy_llama
 from tests.test_faults import FILES, everything, same_bits, trainer_of
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 import pion_hf
 from pion_hf import run
 from pion_hf.cli import main
-from pion_hf.cli.outcome import ReportMixin
+from pion_hf.cli.before_after import ReportMixin
 from tests.conftest import chat_rows, toy_llama
 
 COMMAND = [str(Path(sysconfig.get_path("scripts")) / "pion-hf")]
@@ -385,7 +385,7 @@ def test_a_missing_package_is_one_line(recipe, monkeypatch):
 
 
 def test_a_wrong_checkpoint_is_found_before_anything_is_measured(recipe, monkeypatch):
-    monkeypatch.setattr("pion_hf.cli.outcome.ReportMixin.measure", lambda self: pytest.fail("measured"))
+    monkeypatch.setattr("pion_hf.cli.before_after.ReportMixin.measure", lambda self: pytest.fail("measured"))
     said = fails("sft", "--config", recipe(), "--resume_from_checkpoint", "nowhere")
     assert "resume_from_checkpoint: there is no folder 'nowhere'" in said
 

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pion_hf.cli import adapters, main, training
+from pion_hf.cli import lora_start, main, training
 from pion_hf.cli.sft import parser
 from tests.conftest import toy_llama
 
@@ -214,4 +214,4 @@ def test_recipes_for_adapters_parse(name):
     assert (model_args.use_peft, model_args.lora_r, model_args.lora_alpha) == (True, 16, 32)
     assert model_args.lora_target_modules == "all-linear"
     assert report_args.exact_match_samples == 32
-    adapters.check_adapter(model_args)
+    lora_start.check_adapter(model_args)

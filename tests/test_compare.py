@@ -25,9 +25,9 @@ from optuna.trial import FrozenTrial
 
 from pion_hf import needs
 from pion_hf.cli import main, study
-from pion_hf.cli.contest import is_finished, remarks, rows, standings
 from pion_hf.cli.frontier import frontier, unbeaten
 from pion_hf.cli.grid import Trial, check_grid, contenders_from_flags, make_grid, parse_axes, read_contenders
+from pion_hf.cli.standings import is_finished, remarks, rows, standings
 from pion_hf.cli.study import JOURNAL, LOCK, open_study, run_all, settle, start, states
 from pion_hf.report import page
 from tests.run_folders import write_run

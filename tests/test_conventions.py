@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import SWALR
 
 from pion_hf import Muon, Pion, PionLora, RoutedAdamW, Teon, TeonLora
-from pion_hf.linalg.precision import full_float32
+from pion_hf.linalg.products import full_float32
 from pion_hf.optim import MatrixOptimizer
 
 LORA = {"method": "orthogonal", "unit_step": [0.5, 2.0]}

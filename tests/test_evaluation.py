@@ -18,9 +18,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pion_hf.cli import main
-from pion_hf.cli.outcome import ReportMixin
+from pion_hf.cli.before_after import ReportMixin
 from pion_hf.cli.training import ReportingSFTTrainer
-from pion_hf.evaluation import (
+from pion_hf.integrations.evaluation import (
     answer_tokens,
     around_answer,
     ends_of_answers,
@@ -32,8 +32,8 @@ from pion_hf.evaluation import (
     text_loss,
     token_loss,
 )
+from pion_hf.integrations.metrics import EXACT_MATCH
 from pion_hf.integrations.model_card import table_rows
-from pion_hf.metrics import EXACT_MATCH
 from tests.conftest import CHAT_TEMPLATE, chat_rows, toy_llama, write_jsonl
 from tests.test_cli import fails
 
@@ -362,7 +362,7 @@ def test_chats_of_another_domain_are_measured(recipe, other_data, tmp_path, toke
         answered.append((rows, max_new_tokens))
         return [answer if i % 2 else "" for i, (_, answer) in enumerate(prompts_and_answers(rows))]
 
-    monkeypatch.setattr("pion_hf.cli.outcome.generate_answers", half)
+    monkeypatch.setattr("pion_hf.cli.before_after.generate_answers", half)
     changes = {"other_dataset": str(other_data), "exact_match_samples": 2, "max_new_tokens": 3, "max_steps": 4}
     main(["sft", "--config", recipe(**changes)])
     record = strict(tmp_path / "run" / "eval.json")

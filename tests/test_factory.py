@@ -13,7 +13,7 @@ from transformers.trainer import is_optimizer_factory
 
 import pion_hf
 from pion_hf import PionTrainer, PionTrainingArguments
-from pion_hf.arguments import OPTIMIZER_CLASSES
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES
 from tests.conftest import toy_llama
 
 # Of the names for whole matrices: what `--optim_args` and `factory` are told alike.

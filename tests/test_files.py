@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 import pion_hf
-from pion_hf import files
 from pion_hf.cli import comparison, curves, study
 from pion_hf.cli.grid import Trial
-from pion_hf.integrations import model_card, run_folder
-from pion_hf.integrations.run_folder import RunFolder
+from pion_hf.integrations import model_card, run_writer
+from pion_hf.integrations.run_writer import RunFolder
 from pion_hf.report import page, write_report
-from pion_hf.routing import routing_table
-from pion_hf.runs import BEFORE, EVALUATION, LOG, MATRICES, RECORD, ROUTING, SPECTRA, write_json
+from pion_hf.routing.table import routing_table
+from pion_hf.runs import files
+from pion_hf.runs.folder import BEFORE, EVALUATION, LOG, MATRICES, RECORD, ROUTING, SPECTRA, write_json
 from tests.conftest import toy_llama
 from tests.run_folders import evaluation, write_run
 
@@ -225,7 +225,7 @@ def test_what_a_comparison_writes_goes_through_no_link(tmp_path, planted, monkey
         write_run(folder)
     monkeypatch.setattr(comparison, "DPI", 20)
     monkeypatch.setattr(page, "SECTIONS", page.SECTIONS[:1])
-    monkeypatch.setattr(run_folder, "versions", dict)
+    monkeypatch.setattr(run_writer, "versions", dict)
     record = comparison.make_record(Path("r.yaml"), trial.recipe, [trial], output, {})
     assert record["runs"][0]["status"] == "finished"
     comparison.show(record, output, comparison.Console(quiet=True))

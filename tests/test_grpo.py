@@ -15,10 +15,10 @@ import trl
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
-from pion_hf.arguments import OPTIMIZER_CLASSES
 from pion_hf.cli import main
 from pion_hf.cli.grpo import check_columns, check_reward, import_rewards, parser
-from pion_hf.rewards import answer_similarity_reward, reasoning_gym_reward
+from pion_hf.cli.rewards import answer_similarity_reward, reasoning_gym_reward
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES
 from tests.conftest import write_jsonl
 from tests.test_cli import assert_trained_by_rotations, fails
 

@@ -20,8 +20,8 @@ from pion_hf.cli import main
 from pion_hf.cli.benchmarks import Benchmarks
 from pion_hf.cli.flags import ReportArguments
 from pion_hf.cli.training import ReportingSFTTrainer
-from pion_hf.report import facts
-from pion_hf.runs import read_run
+from pion_hf.report import summary
+from pion_hf.runs.folder import read_run
 from tests.test_cli import fails
 from tests.test_distributed import launch_by_accelerate
 from tests.test_model_card import rows_of
@@ -123,7 +123,7 @@ def test_tasks_are_measured_before_and_after(bf16, recipe, tmp_path, checkpoint,
     row = next(r for r in rows_of(text, "domain") if r["domain"] == ANSWER)
     assert (row["measure"], row["before"]) == ("exact match, first-number", said)
     assert "± one standard error, the first 8 questions of each task, in the chat template" in text
-    rows = {(r[0], r[1]): r[2:] for r in facts.results_table([read_run(run)]).rows}
+    rows = {(r[0], r[1]): r[2:] for r in summary.results_table([read_run(run)]).rows}
     change = f"{after[ANSWER][EXACT] - before[ANSWER][EXACT]:+.1%}"
     assert rows[ANSWER, "exact match, first-number"] == [row["before"], row["after"], change]
     assert len(rows) == 3
@@ -152,7 +152,7 @@ def test_several_runs_side_by_side_and_their_best(recipe, tmp_path):
     asked, names = with_tasks("sums_choice"), ("first", "second")
     for name in names:
         main(["sft", "--config", recipe(**asked, output_dir=str(tmp_path / name), optim="muon", max_steps=1)])
-    table = facts.results_table([read_run(tmp_path / name) for name in names])
+    table = summary.results_table([read_run(tmp_path / name) for name in names])
     assert [c for c in table.columns if "lm_eval" in c] == [f"{CHOICE}: acc", f"{CHOICE}: acc norm"]
     place = table.columns.index(f"{CHOICE}: acc")
     assert all(" ± " in row[place] for row in table.rows)

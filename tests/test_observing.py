@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pion_hf import Pion, RoutedAdamW, Teon, param_groups
-from pion_hf.arguments import OPTIMIZER_CLASSES
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES
 from pion_hf.linalg.rotation import angles, factorized, skew
 from pion_hf.optim.observing import SelfCheck, Update
 from tests.conftest import toy_llama

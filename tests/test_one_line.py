@@ -15,7 +15,7 @@ from datasets import Dataset
 from rich.console import Console
 
 from pion_hf import routing_table
-from pion_hf.cli import comparison, faults, main, outcome
+from pion_hf.cli import before_after, comparison, faults, main
 from pion_hf.cli.configs import local_config
 from pion_hf.errors import first_line
 from tests.conftest import toy_llama
@@ -156,7 +156,7 @@ def test_a_comparison_that_is_interrupted_early_has_that_status(tmp_path, monkey
 def test_names_are_no_markup(monkeypatch):
     """`[/b]` would close what nobody opened, `[b]` would be left out."""
     console = Console(file=io.StringIO(), width=200)
-    console.print(outcome.blend_table({0.5: {"a [/b]": {"loss": 1.0}}}))
+    console.print(before_after.blend_table({0.5: {"a [/b]": {"loss": 1.0}}}))
     model = toy_llama()
     model.model.layers[0].mlp.add_module("[/b]", model.model.layers[0].mlp.down_proj)
     del model.model.layers[0].mlp.down_proj

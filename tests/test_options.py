@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pion_hf import Muon, Pion, PionLora, RoutedAdamW, Teon, TeonLora
-from pion_hf.arguments import OPTIMIZER_CLASSES, default_rate, option_types
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES, default_rate, option_types
 from pion_hf.optim.options import USUAL_RATES, ranges_of, types_of
 from pion_hf.optim.pion import PRESETS
 

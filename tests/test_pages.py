@@ -12,12 +12,12 @@ import pytest
 import trl
 from peft import LoraConfig, get_peft_model
 
-from pion_hf.arguments import FIXED_OPTIONS, OPTIMIZER_CLASSES, option_types, options_of
 from pion_hf.cli import compare, flags, plan
+from pion_hf.integrations.arguments import FIXED_OPTIONS, OPTIMIZER_CLASSES, option_types, options_of
+from pion_hf.integrations.schedules import OPTIONS
 from pion_hf.integrations.trl_config import PionSFTConfig
 from pion_hf.optim.pion import PRESETS
 from pion_hf.report.page import SECTIONS
-from pion_hf.schedules import OPTIONS
 from tests.conftest import toy_llama
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pion_hf.optim import Pion, PionLora, Teon
-from pion_hf.optim.precision import join, part, rounded_on_average
+from pion_hf.optim.masters import join, part, rounded_on_average
 from tests.conftest import master
 
 SHAPE = (8, 12)

@@ -8,19 +8,19 @@ import sys
 import pytest
 import torch
 
-from pion_hf.linalg import precision
-from pion_hf.linalg.precision import bfloat16_speedup, product_dtype
+from pion_hf.linalg import products
+from pion_hf.linalg.products import bfloat16_speedup, product_dtype
 
 
 @pytest.mark.parametrize("speedup", [0.05, 0.9, 1.5, 3.0])
 def test_auto_is_bfloat16_where_the_processor_is_faster_in_it(speedup, monkeypatch):
-    monkeypatch.setattr(precision, "bfloat16_speedup", lambda: speedup)
+    monkeypatch.setattr(products, "bfloat16_speedup", lambda: speedup)
     found = product_dtype(torch.ones(1), "auto")
     assert found == (torch.bfloat16 if speedup > 1 else torch.float32)
 
 
 def test_a_processor_whose_units_are_hidden_is_found_to_be_slow():
-    command = "from pion_hf.linalg.precision import bfloat16_speedup; print(bfloat16_speedup())"
+    command = "from pion_hf.linalg.products import bfloat16_speedup; print(bfloat16_speedup())"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 0.5
@@ -61,8 +61,8 @@ def test_the_first_product_and_a_busy_machine_decide_nothing(monkeypatch):
         made.add(x.dtype)
 
     monkeypatch.setattr(torch, "mm", product)
-    monkeypatch.setattr(precision.time, "process_time", lambda: clock[0])
-    monkeypatch.setattr(precision.time, "perf_counter", itertools.count(step=10).__next__)
+    monkeypatch.setattr(products.time, "process_time", lambda: clock[0])
+    monkeypatch.setattr(products.time, "perf_counter", itertools.count(step=10).__next__)
     assert bfloat16_speedup() == 2
 
 

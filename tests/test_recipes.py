@@ -19,7 +19,7 @@ from trl.data_utils import is_conversational
 
 from pion_hf.cli import cpt, grpo, main, older, sft
 from pion_hf.cli.recipe import GONE, LOADER_OPTIONS, RENAMED, read_recipe
-from pion_hf.values import check_ranges
+from pion_hf.integrations.values import check_ranges
 from tests.conftest import write_jsonl
 from tests.test_cli import fails
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from pion_hf.cli import main
-from pion_hf.cli.outcome import ReportMixin
+from pion_hf.cli.before_after import ReportMixin
 from pion_hf.integrations.checkpoints import is_complete
-from pion_hf.runs import read_run
+from pion_hf.runs.folder import read_run
 from tests.test_faults import out_of_space, trainer_of
 
 

@@ -13,7 +13,7 @@ from pion_hf.cli import sft, study
 from pion_hf.cli.comparison import make_record
 from pion_hf.cli.grid import Trial
 from pion_hf.cli.recipe import SECRETS, read_recipe
-from pion_hf.redaction import is_secret, without_secrets
+from pion_hf.runs.redaction import is_secret, without_secrets
 
 SECRET = (
     *("hub_token", "token", "use_auth_token", "push_to_hub_token", "HF_TOKEN", "WANDB_API_KEY", "api-key", "apiKey"),

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from pion_hf import Pion, PionTrainingArguments, register
-from pion_hf import arguments as arguments_room
+from pion_hf.integrations import arguments as arguments_room
 from pion_hf.integrations import registry
 from pion_hf.integrations.handler import refuse_wrappers
 from pion_hf.integrations.registry import OPTIMIZER_NAMES

@@ -16,9 +16,19 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
 from pion_hf.cli import main
-from pion_hf.files import read_bytes
-from pion_hf.report import facts, figures, looks, matrices, page, table, write_report
-from pion_hf.runs import EVALUATION, LOG, MATRICES, RECORD, SPECTRA, append_line, read_run, read_spectra, write_json
+from pion_hf.report import figures, page, spectra, style, summary, table, write_report
+from pion_hf.runs.files import read_bytes
+from pion_hf.runs.folder import (
+    EVALUATION,
+    LOG,
+    MATRICES,
+    RECORD,
+    SPECTRA,
+    append_line,
+    read_run,
+    read_spectra,
+    write_json,
+)
 from tests.run_folders import ROLES, evaluation, write_run
 
 
@@ -107,7 +117,7 @@ def test_page_of_one_run(run, tmp_path):
     for image in found.images:
         assert image["src"].startswith("data:image/png;base64,")
         assert len(image["alt"]) > 30
-        assert int(image["width"]) == round(looks.WIDTH * page.DPI)
+        assert int(image["width"]) == round(style.WIDTH * page.DPI)
     assert all(address.startswith("data:") for address in found.addresses), "it is one file"
     for said in (
         "toy, 1,000 parameters, 900 of them trained",
@@ -144,7 +154,7 @@ def test_an_option_differs_within_an_optimizer_and_an_argument_from_its_default(
         write_run(tmp_path / "b", changes={"optimizer": other, "arguments": {"weight_decay": 0.1, "max_steps": 20}}),
         write_run(tmp_path / "c", optim="adamw_torch"),
     ]
-    found = facts.differences([read_run(folder) for folder in runs])
+    found = summary.differences([read_run(folder) for folder in runs])
     assert found == {
         "optim": ["pion", "pion", "adamw_torch"],
         "weight_decay": ["default", "0.1", "default"],
@@ -174,7 +184,7 @@ def test_names_are_as_long_as_it_takes_and_escaped(tmp_path):
 )
 def test_what_stands_in_the_way_of_comparing_is_said_first(pair, change, said):
     change_record(pair[1], **change)
-    assert any(said in warning for warning in facts.warnings([read_run(folder) for folder in pair]))
+    assert any(said in warning for warning in summary.warnings([read_run(folder) for folder in pair]))
 
 
 def test_of_rewards_the_highest_is_best(pair):
@@ -182,7 +192,7 @@ def test_of_rewards_the_highest_is_best(pair):
         measured = evaluation(learnt=1.0, forgotten=0.1)
         measured["before"]["task"], measured["after"]["task"] = {"own_reward": 0.0}, {"own_reward": reward}
         write_json(folder / EVALUATION, measured)
-    table = facts.results_table([read_run(folder) for folder in pair])
+    table = summary.results_table([read_run(folder) for folder in pair])
     column = table.columns.index("task: own reward")
     assert {row for row, at in table.best if at == column} == {1}
 
@@ -204,7 +214,7 @@ def test_a_diverged_run_is_shown_as_such(pair, tmp_path):
     write_json(pair[0] / EVALUATION, lost)
     found = written(pair, tmp_path / "page.html")
     assert "Diverged, the loss is NaN: 1 one (step 22)." in found.text
-    assert found.column("task: loss")[1] == facts.NO_NUMBER
+    assert found.column("task: loss")[1] == summary.NO_NUMBER
     assert found.column("learnt") == ["", "", "+1.0100"]
     alone = written([pair[0]], tmp_path / "alone.html")
     assert "diverged at step 22" in alone.text
@@ -251,7 +261,7 @@ def test_damaged_spectra_are_said_on_the_page_and_in_a_line(run, tmp_path, caplo
 def test_names_are_no_mathematics(tmp_path, role):
     run = write_run(tmp_path / "a-run", layers=1, steps=2, snapshots=2, roles={role: (4, 4)})
     runs = [read_run(run)]
-    for draw in (matrices.angle_map, matrices.spectra, matrices.spectral_norms):
+    for draw in (spectra.angle_map, spectra.spectra, spectra.spectral_norms):
         draw(runs).figure.savefig(io.BytesIO(), dpi=20)
 
 
@@ -399,7 +409,7 @@ def test_what_another_user_may_not_read_is_not_called_damaged(run, tmp_path, mon
             raise PermissionError(13, "Permission denied", str(path))
         return read_bytes(path)
 
-    monkeypatch.setattr("pion_hf.runs.read_bytes", refuses)
+    monkeypatch.setattr("pion_hf.runs.folder.read_bytes", refuses)
     refused = {RECORD}
     with pytest.raises(ValueError, match=r"cannot read '.*run.json': Permission denied$"):
         read_run(run)
@@ -483,7 +493,7 @@ def test_curves_show_the_logs_and_leave_matplotlib_as_it_was(pair):
     assert logged
     for line, run in zip(shown, logged, strict=True):
         assert [list(line.get_xdata()), list(line.get_ydata())] == list(map(list, run.series("spectrum_drift")))
-    assert {line.get_color() for line in shown} <= set(looks.COLOURS[:2])
+    assert {line.get_color() for line in shown} <= set(style.COLOURS[:2])
     assert dict(matplotlib.rcParams) == before
 
 
@@ -510,7 +520,7 @@ def test_shares_of_the_change_are_a_line_from_little_to_all_of_it(pair):
 def test_more_runs_than_colours_are_grouped_or_told_apart_by_style(tmp_path, optimizers, labels):
     kinds = ["pion", "adamw_torch"][:optimizers]
     folders = [write_run(tmp_path / str(i), optim=kinds[i % optimizers], steps=2, snapshots=0) for i in range(8)]
-    found = looks.looks([read_run(folder) for folder in folders])
+    found = style.looks([read_run(folder) for folder in folders])
     assert len({(look.colour, look.style) for look in found}) == 8
     assert len({look.label for look in found}) == labels
     if optimizers == 2:
@@ -519,9 +529,9 @@ def test_more_runs_than_colours_are_grouped_or_told_apart_by_style(tmp_path, opt
 
 
 def test_spectra_say_who_changes_them(pair):
-    picture = matrices.spectrum_changes([read_run(folder) for folder in pair])
+    picture = spectra.spectrum_changes([read_run(folder) for folder in pair])
     assert [axes.get_title(loc="left") for axes in picture.figure.axes] == list(ROLES)
-    relative = np.exp(-4 * matrices.POINTS[-1])  # the smallest singular value beside the largest
+    relative = np.exp(-4 * spectra.POINTS[-1])  # the smallest singular value beside the largest
     for axes in picture.figure.axes:
         rotated, changed = (line.get_ydata() for line in axes.get_lines())
         np.testing.assert_allclose(rotated[[0, -1]], [1e-8, 1e-8 * relative], rtol=1e-4)
@@ -539,24 +549,24 @@ def test_a_factor_that_begins_with_zeros(run, tmp_path):
     change_record(run, spectrum_drift=None)
     found = read_run(run)
     write_report([run], tmp_path / "page.html")
-    line = matrices.spectrum_changes([found]).figure.axes[0].get_lines()[0]
+    line = spectra.spectrum_changes([found]).figure.axes[0].get_lines()[0]
     assert line.get_ydata()[0] == pytest.approx(1.0), "all of it is new"
-    assert facts.drift_of(found) == pytest.approx(1e-8)
-    panels = matrices.spectral_norm_changes([found]).figure.axes[:-1]
+    assert summary.drift_of(found) == pytest.approx(1e-8)
+    panels = spectra.spectral_norm_changes([found]).figure.axes[:-1]
     assert [axes.get_title(loc="left") for axes in panels] == ["k_proj", "down_proj"]
 
 
 def test_norms_and_their_changes_are_those_of_the_snapshots(pair):
     runs = [read_run(folder) for folder in pair]
-    lines = matrices.spectral_norm_changes(runs).figure.axes[0].get_lines()
+    lines = spectra.spectral_norm_changes(runs).figure.axes[0].get_lines()
     np.testing.assert_allclose(lines[0].get_ydata(), 0)
     np.testing.assert_allclose(lines[1].get_ydata(), [100 * 1e-4 * step for step in (0, 6, 13, 20)], rtol=1e-6)
-    layers = matrices.spectral_norms(runs[:1]).figure.axes[1].get_lines()
+    layers = spectra.spectral_norms(runs[:1]).figure.axes[1].get_lines()
     assert [line.get_ydata()[0] for line in layers] == pytest.approx([2.1, 3.4, 4.7])
 
 
 def test_angle_map_is_a_mean_over_what_is_known(run):
-    found = matrices.angle_map([read_run(run)])
+    found = spectra.angle_map([read_run(run)])
     inputs, outputs = (axes.images[0].get_array() for axes in found.figure.axes[:2])
     expected = np.tile(1e-3 * np.arange(1, 4)[:, None], (1, len(ROLES)))
     np.testing.assert_allclose(inputs, expected)  # of the first snapshot there is none

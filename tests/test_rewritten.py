@@ -18,7 +18,7 @@ from pion_hf import Blend, Pion, PionLora, Teon, TeonLora, param_groups
 from pion_hf.linalg.rotation import Factors, factorized, product_of
 from pion_hf.optim import MatrixOptimizer
 from pion_hf.optim.fingerprints import FINGERPRINT, Part, fingerprint, fingerprints
-from pion_hf.optim.precision import REST_DTYPES
+from pion_hf.optim.masters import REST_DTYPES
 from tests.conftest import master, toy_llama
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

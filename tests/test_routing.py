@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from pion_hf import param_groups, routing_table
-from pion_hf.arguments import OPTIMIZER_CLASSES
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES
 from pion_hf.optim.blocks import Layout, merge_rows, split
 from tests.architectures import (
     ARCHITECTURES,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pion_hf.runs import LOG, MATRICES, RECORD, SPECTRA, append_line, finite, keep_until, read_run, write_json
+from pion_hf.runs.folder import LOG, MATRICES, RECORD, SPECTRA, append_line, finite, keep_until, read_run, write_json
 
 
 @pytest.fixture

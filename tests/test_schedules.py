@@ -22,8 +22,8 @@ from pion_hf.cli.recipe import RecipeParser
 from pion_hf.integrations.callbacks import RunCallback
 from pion_hf.integrations.handler import groups_from
 from pion_hf.integrations.optimizers import learning_rates
+from pion_hf.integrations.schedules import SCHEDULES, check_options
 from pion_hf.integrations.trl import PionSFTConfig
-from pion_hf.schedules import SCHEDULES, check_options
 from tests.conftest import toy_llama
 from tests.test_cli import fails
 from tests.test_trainer import QUIET, StopAfter

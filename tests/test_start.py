@@ -25,9 +25,9 @@ from transformers import Trainer
 import pion_hf
 import pion_hf.optim
 from pion_hf import needs
-from pion_hf.adapters import lora_factors
 from pion_hf.integrations import hook
 from pion_hf.integrations.hook import when_imported
+from pion_hf.routing.adapters import lora_factors
 
 
 def run(code: str, *arguments: str) -> str:
@@ -155,8 +155,8 @@ def test_a_command_names_the_release_that_is_needed(command, monkeypatch):
     [
         ("trl", "pion_hf.integrations.trl_config"),
         ("trl", "pion_hf.integrations.trl"),
-        ("transformers", "pion_hf.arguments"),
-        ("transformers", "pion_hf.structure"),
+        ("transformers", "pion_hf.integrations.arguments"),
+        ("transformers", "pion_hf.routing.structure"),
     ],
 )
 def test_what_is_too_old_or_missing_is_one_line(name, module, monkeypatch):

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 import pion_hf.integrations.trl as ours
 from pion_hf import Pion, PionLora
-from pion_hf.arguments import OptimizerFields, default_rate
+from pion_hf.integrations.arguments import OptimizerFields, default_rate
 from tests.conftest import CHAT_TEMPLATE, chat_rows, toy_llama
 from tests.test_trainer import QUIET, inner
 

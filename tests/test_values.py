@@ -12,9 +12,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from pion_hf import PionTrainer, PionTrainingArguments
-from pion_hf.arguments import resolve_options
 from pion_hf.cli import cpt, grpo, sft
-from pion_hf.values import RANGES, check_ranges, fit, fit_fields, numbers_in
+from pion_hf.integrations.arguments import resolve_options
+from pion_hf.integrations.values import RANGES, check_ranges, fit, fit_fields, numbers_in
 from tests.conftest import toy_llama
 from tests.test_cli import fails
 

@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pion_hf.cli import main as pion_hf
-from pion_hf.report.looks import COLOURS, MARKERS, add_legend, new_figure, styled
-from pion_hf.runs import EVALUATION, read_json
+from pion_hf.report.style import COLOURS, MARKERS, add_legend, new_figure, styled
+from pion_hf.runs.folder import EVALUATION, read_json
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "blend.json"

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pion_hf.cli import compare
-from pion_hf.cli.contest import PLAIN_WIDTH, remarks, table
+from pion_hf.cli.standings import PLAIN_WIDTH, remarks, table
 
 HERE = Path(__file__).parent
 PICTURE = HERE / "results" / "learnt_and_kept.png"

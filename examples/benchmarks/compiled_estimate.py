@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch._inductor import metrics
 from torch._inductor.compile_fx import inductor_metrics_log
 
-from pion_hf.linalg import precision, rotation
-from pion_hf.linalg.precision import Halves
+from pion_hf.linalg import products, rotation
+from pion_hf.linalg.products import Halves
 from pion_hf.optim import Muon, Pion, compiled
 
 SHAPE, SMALL = (4096, 14336), (256, 896)
@@ -77,8 +77,8 @@ def halves_on_a_cpu() -> Iterator[None]:
         return torch.ops.benchmark.wide(left.high, right.high).add_(small)
 
     with (
-        mock.patch.object(precision, "splitting_pays", _yes),
-        mock.patch.object(precision, "product", torch.matmul),
+        mock.patch.object(products, "splitting_pays", _yes),
+        mock.patch.object(products, "product", torch.matmul),
         mock.patch.object(rotation, "product", torch.matmul),
         mock.patch.object(rotation, "halves_product", halves_product),
     ):

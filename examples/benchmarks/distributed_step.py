@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pion_hf import param_groups
-from pion_hf.arguments import OPTIMIZER_CLASSES, resolve_options
 from pion_hf.cli.configs import local_config
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES, resolve_options
 from pion_hf.optim import MatrixOptimizer, owners
 
 MODEL, RANK = "HuggingFaceTB/SmolLM2-135M", 16

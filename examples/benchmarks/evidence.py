@@ -33,8 +33,8 @@ from tqdm.auto import tqdm
 
 from pion_hf._version import __version__
 from pion_hf.cli.frontier import RING, unbeaten
-from pion_hf.report.looks import COLOURS, MARKERS, STYLES, add_legend, new_figure, styled
-from pion_hf.runs import read_json, write_json
+from pion_hf.report.style import COLOURS, MARKERS, STYLES, add_legend, new_figure, styled
+from pion_hf.runs.folder import read_json, write_json
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "evidence.json"

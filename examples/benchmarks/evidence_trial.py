@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTTrainer
 
 from pion_hf import Blend
-from pion_hf.evaluation import IGNORED, answer_tokens, exact_match, generate_answers, text_loss
+from pion_hf.integrations.evaluation import IGNORED, answer_tokens, exact_match, generate_answers, text_loss
 from pion_hf.integrations.trl_config import PionSFTConfig
-from pion_hf.linalg.precision import bfloat16_speedup
+from pion_hf.linalg.products import bfloat16_speedup
 
 sys.path.append(str(Path(__file__).parents[1]))
 from prepare_reasoning import SEED_DISTANCE, examples

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from pion_hf.linalg import precision
+from pion_hf.linalg import products
 
 CAPABILITY = (9, 0)
 ALL = 2**62
@@ -116,7 +116,7 @@ def _at(x: Tensor, index: object) -> Tensor:
 @contextlib.contextmanager
 def fake_gpu(host: Callable[[Tensor], float | bool] = lambda x: True) -> Iterator[Counts]:
     """Tensors made under it with `device="cuda"` are fake; gives what ran. host: see `Counts`."""
-    precision._sums_in_float32.cache_clear()
+    products._sums_in_float32.cache_clear()
     try:
         with (
             mock.patch.object(torch.cuda, "get_device_capability", return_value=CAPABILITY),
@@ -127,7 +127,7 @@ def fake_gpu(host: Callable[[Tensor], float | bool] = lambda x: True) -> Iterato
         ):
             yield counts
     finally:
-        precision._sums_in_float32.cache_clear()
+        products._sums_in_float32.cache_clear()
 
 
 @contextlib.contextmanager
@@ -139,7 +139,7 @@ def like_a_gpu() -> Iterator[None]:
         return bmm(a, b) if out_dtype is None else bmm(a.to(out_dtype), b.to(out_dtype))
 
     with (
-        mock.patch.object(precision, "splitting_pays", return_value=True),
+        mock.patch.object(products, "splitting_pays", return_value=True),
         mock.patch.object(torch, "bmm", summed),
     ):
         yield

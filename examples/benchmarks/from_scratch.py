@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from pion_hf import Pion, Teon, param_groups, spectral_init_
-from pion_hf.schedules import teon_wsd
+from pion_hf.integrations.schedules import teon_wsd
 
 STEPS, BATCH, LENGTH, WARMUP = 200, 16, 128, 10
 RESULTS = Path(__file__).parent / "results" / "from_scratch.json"

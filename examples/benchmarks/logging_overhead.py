@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pion_hf.cli import sft
-from pion_hf.runs import read_run
+from pion_hf.runs.folder import read_run
 
 RECIPE = "recipes/smollm2-135m/sft/full.yaml"
 RESULTS = Path(__file__).parent / "results" / "logging_overhead.json"

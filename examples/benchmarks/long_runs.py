@@ -31,9 +31,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, get_linear_schedule_with
 
 from pion_hf import param_groups
 from pion_hf._version import __version__
-from pion_hf.arguments import OPTIMIZER_CLASSES, resolve_options
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES, resolve_options
 from pion_hf.linalg.spectrum import singular_values, spectral_drift
-from pion_hf.runs import read_json, write_json
+from pion_hf.runs.folder import read_json, write_json
 
 sys.path.append(str(Path(__file__).parents[1]))
 from prepare_text import STDLIB, code, documents, module_files, split

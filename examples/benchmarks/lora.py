@@ -36,7 +36,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
-from pion_hf.evaluation import exact_match, generate_answers, text_loss
+from pion_hf.integrations.evaluation import exact_match, generate_answers, text_loss
 from pion_hf.integrations.trl import PionSFTConfig, PionSFTTrainer
 
 MODEL, DATA, OTHER_TEXT = "models/smollm2-135m-instruct", "data/reasoning", "data/python_docs.txt"

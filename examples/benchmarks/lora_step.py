@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm.auto import tqdm
 
 from pion_hf import param_groups
-from pion_hf.arguments import OPTIMIZER_CLASSES, resolve_options
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES, resolve_options
 
 RESULTS = Path(__file__).parent / "results" / "lora_step.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

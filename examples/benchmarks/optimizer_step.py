@@ -48,7 +48,7 @@ from tqdm.auto import tqdm
 
 from pion_hf import param_groups
 from pion_hf._version import __version__
-from pion_hf.arguments import OPTIMIZER_CLASSES, resolve_options
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES, resolve_options
 
 RESULTS = Path(__file__).parent / "results" / "optimizer_step.json"
 LORA = "SmolLM2-135M-LoRA"

@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 
 from pion_hf import param_groups
 from pion_hf._version import __version__
-from pion_hf.arguments import OPTIMIZER_CLASSES, resolve_options
-from pion_hf.linalg.precision import bfloat16_speedup
-from pion_hf.routing import LORA_FORMS
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES, resolve_options
+from pion_hf.linalg.products import bfloat16_speedup
+from pion_hf.routing.table import LORA_FORMS
 
 MODEL, DATA = "models/smollm2-135m-instruct", "data/reasoning"
 RESULTS = Path(__file__).parent / "results" / "rates.json"

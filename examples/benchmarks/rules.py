@@ -23,7 +23,7 @@ from rich.table import Table
 
 from pion_hf import param_groups
 from pion_hf.cli.sft import parser as sft_parser
-from pion_hf.evaluation import text_loss
+from pion_hf.integrations.evaluation import text_loss
 from pion_hf.integrations.trl import PionSFTTrainer
 
 STEPS = 24

@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pion_hf import param_groups
 from pion_hf._version import __version__
-from pion_hf.arguments import OPTIMIZER_CLASSES, resolve_options
 from pion_hf.cli.configs import local_config
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES, resolve_options
 
 RESULTS = Path(__file__).parent / "results" / "share.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

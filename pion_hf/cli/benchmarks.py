@@ -14,7 +14,7 @@ from torch import nn
 from pion_hf.cli.faults import in_words, is_of_user
 from pion_hf.cli.flags import ReportArguments
 from pion_hf.errors import unknown
-from pion_hf.evaluation import Measures, evaluating, keeping_random_numbers
+from pion_hf.integrations.evaluation import Measures, evaluating, keeping_random_numbers
 from pion_hf.needs import require
 
 BOOTSTRAP = 1_000  # resamplings for the standard errors that no formula gives: lm_eval's 100,000 can take minutes

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from pion_hf.cli import INTERRUPTED, contest
+from pion_hf.cli import INTERRUPTED, standings
 from pion_hf.cli.grid import (
     Trial,
     check_grid,
@@ -25,11 +25,11 @@ from pion_hf.cli.grid import (
 )
 from pion_hf.cli.recipe import read_recipe
 from pion_hf.cli.study import check_folder, run_all, states
-from pion_hf.evaluation import PROGRESS
-from pion_hf.files import new_file
-from pion_hf.integrations.run_folder import versions
-from pion_hf.redaction import without_secrets
-from pion_hf.runs import RECORD, write_json
+from pion_hf.integrations.evaluation import PROGRESS
+from pion_hf.integrations.run_writer import versions
+from pion_hf.runs.files import new_file
+from pion_hf.runs.folder import RECORD, write_json
+from pion_hf.runs.redaction import without_secrets
 
 RESULTS, FRONTIER, PAGE = "compare.json", "frontier.png", "report.html"
 FORMAT = 1  # of it
@@ -61,7 +61,7 @@ def compare(args: argparse.Namespace) -> None:
     record = make_record(args.recipe, recipe, grid, output_dir, states(grid, output_dir, args.storage))
     if interrupted:
         console.out("Interrupted: the same command goes on.", highlight=False)
-    if not interrupted or any(run["status"] != contest.MISSING for run in record["runs"]):
+    if not interrupted or any(run["status"] != standings.MISSING for run in record["runs"]):
         show(record, output_dir, console)
     if interrupted:
         raise SystemExit(INTERRUPTED)
@@ -69,13 +69,13 @@ def compare(args: argparse.Namespace) -> None:
 
 def make_record(path: Path, recipe: dict, grid: list[Trial], output_dir: Path, states: dict) -> dict[str, Any]:
     """All that is known of a comparison, as `compare.json` keeps it; `states` as in `read_result`, by folder."""
-    runs = [contest.read_result(trial, output_dir / trial.folder, states.get(trial.folder)) for trial in grid]
+    runs = [standings.read_result(trial, output_dir / trial.folder, states.get(trial.folder)) for trial in grid]
     return {
         "format": FORMAT,
         "recipe": {"path": str(path), "command": grid[0].command, "keys": without_secrets(recipe)},
         "seeds": len({trial.seed for trial in grid}),
         "versions": versions(),
-        "standings": contest.standings(runs),
+        "standings": standings.standings(runs),
         "runs": runs,
     }
 
@@ -86,7 +86,7 @@ def show(record: dict[str, Any], output_dir: Path, console: Console) -> None:
     Raises:
         ValueError: no run is over, or the folder cannot be written to.
     """
-    if all(run["status"] == contest.MISSING for run in record["runs"]):
+    if all(run["status"] == standings.MISSING for run in record["runs"]):
         raise ValueError(f"no run in {str(output_dir)!r} is over yet: there is nothing to show")
     if not os.access(output_dir, os.W_OK | os.X_OK):
         raise ValueError(f"{str(output_dir)!r} cannot be written to, where table, picture and page would go")
@@ -101,8 +101,8 @@ def show(record: dict[str, Any], output_dir: Path, console: Console) -> None:
             picture.figure.savefig(file, format="png", dpi=DPI)
     written += _write_page(record, output_dir, picture)
     plain = not console.is_terminal
-    (Console(width=contest.PLAIN_WIDTH) if plain else console).print(contest.table(record, plain=plain))
-    for line in (*contest.remarks(record), f"Written: {', '.join(map(str, written))}"):
+    (Console(width=standings.PLAIN_WIDTH) if plain else console).print(standings.table(record, plain=plain))
+    for line in (*standings.remarks(record), f"Written: {', '.join(map(str, written))}"):
         console.out(line, highlight=False)
 
 
@@ -118,11 +118,11 @@ def _write_page(record: dict[str, Any], output_dir: Path, picture: Any) -> list[
             shown.setdefault(run["contender"], folder)
     if not shown:
         return []
-    paragraphs = "".join(f"<p>{html.escape(line)}</p>" for line in contest.remarks(record))
-    extra = [("The best of every contender", str(report.table(*contest.rows(record))) + paragraphs)]
+    paragraphs = "".join(f"<p>{html.escape(line)}</p>" for line in standings.remarks(record))
+    extra = [("The best of every contender", str(report.table(*standings.rows(record))) + paragraphs)]
     if picture is not None:
         extra.append(("Learning and forgetting", picture))
-    return [report.write_report(shown.values(), output_dir / PAGE, contest.title(record), extra=extra)]
+    return [report.write_report(shown.values(), output_dir / PAGE, standings.title(record), extra=extra)]
 
 
 def _run(grid: list[Trial], output_dir: Path, args: argparse.Namespace, console: Console) -> None:
@@ -141,9 +141,10 @@ def _run(grid: list[Trial], output_dir: Path, args: argparse.Namespace, console:
             bar = progress.add_task("", total=len(grid), left="")
             for running, ended in changes:
                 if ended is not None:
-                    result = contest.read_result(ended, output_dir / ended.folder, "FAIL")
+                    result = standings.read_result(ended, output_dir / ended.folder, "FAIL")
                     console.out(f"{ended}: {_told(result)}", highlight=False)
-                took = [contest.seconds(folder) for t in grid if contest.is_finished(folder := output_dir / t.folder)]
+                finished = filter(standings.is_finished, (output_dir / trial.folder for trial in grid))
+                took = list(map(standings.seconds, finished))
                 minutes = sum(took) / max(len(took), 1) * (len(grid) - len(took)) / args.jobs / 60
                 left = f"about {minutes:.0f} min left" if took else ""
                 progress.update(bar, completed=len(took), description=" | ".join(map(str, running)), left=left)

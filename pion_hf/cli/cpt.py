@@ -15,7 +15,7 @@ from pion_hf.cli.corpus import check_corpus, load_corpus, located, rows_to_train
 from pion_hf.cli.recipe import RecipeParser
 from pion_hf.cli.training import ReportingSFTTrainer, model_from_config, substituted, train
 from pion_hf.errors import first_line
-from pion_hf.initialization import spectral_init_
+from pion_hf.integrations.initialization import spectral_init_
 from pion_hf.integrations.trl_config import PionSFTConfig
 
 logger = logging.get_logger(__name__)

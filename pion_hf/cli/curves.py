@@ -9,8 +9,8 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 from pion_hf.errors import unknown
-from pion_hf.files import new_file
-from pion_hf.routing import Routing
+from pion_hf.routing.table import Routing
+from pion_hf.runs.files import new_file
 
 # Their rates answer to the evaluation loss.
 UNFORESEEABLE = ("reduce_lr_on_plateau", "greedy")
@@ -77,7 +77,7 @@ def picture(args: TrainingArguments, curves: list[Curve]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from pion_hf.report.looks import COLOURS, STYLES, escaped
+    from pion_hf.report.style import COLOURS, STYLES, escaped
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)  # without a display, and without touching pyplot's own state

@@ -19,7 +19,7 @@ INITIALISATIONS = ("default", "gaussian", "pissa", "pissa_niter_N", "olora", "or
 STREAM_BUFFER = 1_000  # documents, as in `IterableDataset.shuffle`
 STREAM_HELD_OUT = 1_000  # documents of a stream that are evaluated: more would mean to read on for every evaluation
 # What `reward_funcs` knows by name: the function's import path, and the package that some need.
-OWN = {name: f"pion_hf.rewards.{name}" for name in ("reasoning_gym_reward", "answer_similarity_reward")}
+OWN = {name: f"pion_hf.cli.rewards.{name}" for name in ("reasoning_gym_reward", "answer_similarity_reward")}
 OF_TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
 REWARDS = {**OWN, **{name: f"trl.rewards.{name}" for name in OF_TRL}}
 
@@ -195,8 +195,8 @@ the same. TRL's own default, `bfd`, drops what is longer than `max_length`.
     "grpo": """\
 `pion-hf grpo`: TRL's GRPO script with this package's optimizer, rewards by rule, and a report at the end.
 
-Data are rows with a column `prompt`. The model's own answers are scored by `reward_funcs`: those of `pion_hf.rewards`
-(on data of examples/prepare_reasoning.py), TRL's, or any function by its import path; by `reward_model_name_or_path`;
+Data are rows with a column `prompt`. The model's own answers are scored by `reward_funcs`: our own (on data of
+examples/prepare_reasoning.py), TRL's, or any function by its import path; by `reward_model_name_or_path`;
 or by both. With `eval_strategy` the mean rewards on the evaluation data are measured before training and after it.
 """,
     "plan": """\

@@ -8,11 +8,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from pion_hf.cli.contest import comparable, other_domains, rate_points, task_metric
-from pion_hf.evaluation import PROGRESS
+from pion_hf.cli.standings import comparable, other_domains, rate_points, task_metric
+from pion_hf.integrations.evaluation import PROGRESS
 from pion_hf.report.figures import Picture
-from pion_hf.report.looks import COLOURS, MARKERS, STYLES, add_legend, new_figure, plain, styled
-from pion_hf.runs import FINISHED
+from pion_hf.report.style import COLOURS, MARKERS, STYLES, add_legend, new_figure, plain, styled
+from pion_hf.runs.folder import FINISHED
 
 HEIGHT = 3.6  # inches, of a domain
 LEGEND_LINE = 0.2

@@ -18,11 +18,17 @@ from typing import Any
 
 import yaml
 
-from pion_hf.arguments import OPTIMIZER_CLASSES, OptimizerFields, option_name, option_types, resolve_options
 from pion_hf.cli import TRAINING
 from pion_hf.cli.recipe import SECRETS, read_recipe
-from pion_hf.files import write_text
-from pion_hf.redaction import without_secrets
+from pion_hf.integrations.arguments import (
+    OPTIMIZER_CLASSES,
+    OptimizerFields,
+    option_name,
+    option_types,
+    resolve_options,
+)
+from pion_hf.runs.files import write_text
+from pion_hf.runs.redaction import without_secrets
 
 # What every run must share, or no result says anything about the optimizer: what it may cost, and what measures it.
 SHARED = (

@@ -16,9 +16,9 @@ from trl.scripts import grpo as trl_grpo
 from trl.trainer.utils import get_callable_name
 
 from pion_hf.cli import flags, training
-from pion_hf.cli.adapters import changes_base, initialisation
+from pion_hf.cli.before_after import ReportMixin, wants_blend
 from pion_hf.cli.flags import OWN, REWARDS
-from pion_hf.cli.outcome import ReportMixin, wants_blend
+from pion_hf.cli.lora_start import changes_base, initialisation
 from pion_hf.cli.recipe import RecipeParser
 from pion_hf.cli.rows import check_column, fault_of_prompt
 from pion_hf.cli.training import readable, train
@@ -61,9 +61,11 @@ def parser() -> RecipeParser:
 def main(argv: list[str]) -> None:
     """Train; ends with a table, and `eval.json` in the output folder."""
     parsed = parser().parse_recipe(argv)
-    check(parsed)
-    import_rewards(parsed[0].reward_funcs)
     script_args, training_args, model_args, *others = parsed
+    if script_args.reward_funcs:  # until 0.13 ours had this path
+        script_args.reward_funcs = [name.removeprefix("pion_hf.rewards.") for name in script_args.reward_funcs]
+    check(parsed)
+    import_rewards(script_args.reward_funcs)
     # TRL's script knows its own by name, and imports the rest.
     script_args.reward_funcs = [OWN.get(name, name) for name in script_args.reward_funcs or []]
 

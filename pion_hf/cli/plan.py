@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, TrainingArguments
 
-from pion_hf.arguments import OPTIMIZER_CLASSES
 from pion_hf.cli import flags
 from pion_hf.cli.configs import local_config
 from pion_hf.cli.corpus import set_budget
@@ -23,11 +22,12 @@ from pion_hf.cli.flags import FLAGS, CorpusArguments, PlanArguments
 from pion_hf.cli.memory import Memory, estimate, memory_table, quantized_bytes
 from pion_hf.cli.recipe import named_keys
 from pion_hf.cli.training import check_model, model_from_config
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES
 from pion_hf.integrations.handler import choose_form, groups_from
 from pion_hf.optim.blocks import Layout, merge_rows, split
 from pion_hf.optim.lora import USUAL_RANK, rate_at
-from pion_hf.routing import Routing
-from pion_hf.runs import write_json
+from pion_hf.routing.table import Routing
+from pion_hf.runs.folder import write_json
 
 
 @dataclass(frozen=True)

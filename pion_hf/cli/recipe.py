@@ -26,7 +26,10 @@ from transformers.utils import logging
 from trl import TrlParser
 from trl.scripts.utils import DatasetConfig
 
-from pion_hf.arguments import (
+from pion_hf.cli import older
+from pion_hf.cli.configs import local_config
+from pion_hf.errors import unknown
+from pion_hf.integrations.arguments import (
     OPTIMIZER_CLASSES,
     OptimizerFields,
     option_name,
@@ -35,11 +38,8 @@ from pion_hf.arguments import (
     parse_optim_args,
     resolve_options,
 )
-from pion_hf.cli import older
-from pion_hf.cli.configs import local_config
-from pion_hf.errors import unknown
-from pion_hf.schedules import SCHEDULES
-from pion_hf.values import OPTION, check_form, check_ranges, fit
+from pion_hf.integrations.schedules import SCHEDULES
+from pion_hf.integrations.values import OPTION, check_form, check_ranges, fit
 
 logger = logging.get_logger(__name__)
 

@@ -26,14 +26,14 @@ import torch
 from filelock import FileLock, Timeout
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pion_hf.cli.contest import OUTPUT, RECIPE, is_finished
 from pion_hf.cli.grid import Trial, write_recipe
+from pion_hf.cli.standings import OUTPUT, RECIPE, is_finished
 from pion_hf.errors import first_line
-from pion_hf.files import is_part
 from pion_hf.integrations.checkpoints import last_complete_checkpoint
 from pion_hf.needs import needed
-from pion_hf.redaction import without_secrets
-from pion_hf.runs import SPECTRA, read_evaluation
+from pion_hf.runs.files import is_part
+from pion_hf.runs.folder import SPECTRA, read_evaluation
+from pion_hf.runs.redaction import without_secrets
 
 with needed("optuna"):
     import optuna

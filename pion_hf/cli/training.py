@@ -21,18 +21,18 @@ from safetensors import SafetensorError, safe_open
 from trl.scripts import sft as trl_sft
 
 import pion_hf
-from pion_hf.arguments import OPTIMIZER_CLASSES, warn_of_slow_bfloat16
-from pion_hf.cli.adapters import AdapterSFTTrainer, check_adapter, check_start, set_initialisation
+from pion_hf.cli.before_after import ReportMixin, check_report
 from pion_hf.cli.faults import in_words, is_of_user
 from pion_hf.cli.flags import FLAGS, ModelArguments, ReportArguments
+from pion_hf.cli.lora_start import AdapterSFTTrainer, check_adapter, check_start, set_initialisation
 from pion_hf.cli.older import with_text_column
-from pion_hf.cli.outcome import ReportMixin, check_report
 from pion_hf.cli.rows import check_examples, check_vocabulary
 from pion_hf.errors import first_line
-from pion_hf.files import read_bytes
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES, warn_of_slow_bfloat16
 from pion_hf.integrations.handler import refuse_wrappers
 from pion_hf.integrations.trl_config import PionSFTConfig
-from pion_hf.routing import FOR_ADAPTERS, refuse_adapters
+from pion_hf.routing.table import FOR_ADAPTERS, refuse_adapters
+from pion_hf.runs.files import read_bytes
 
 OF_DATA = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")  # endings
 LOADERS = ("from_pretrained", "create_model_from_path")  # functions of transformers and TRL

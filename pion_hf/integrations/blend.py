@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pion_hf.integrations.matrices import hidden_matrices
+from pion_hf.integrations.hidden_matrices import hidden_matrices
 from pion_hf.integrations.optimizers import unwrap
 from pion_hf.linalg.spectrum import singular_values, with_singular_values
 from pion_hf.optim import blocks

@@ -1,4 +1,4 @@
-"""What a run says of itself: in the logs, and in the files of its folder (see `pion_hf.runs`)."""
+"""What a run says of itself: in the logs, and in the files of its folder (see `pion_hf.runs.folder`)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from pion_hf.errors import listing
-from pion_hf.integrations import run_folder
-from pion_hf.integrations.matrices import (
+from pion_hf.integrations import run_writer
+from pion_hf.integrations.hidden_matrices import (
     COLD_STEPS,
     WARM_STEPS,
     HiddenMatrix,
@@ -25,12 +25,12 @@ from pion_hf.integrations.matrices import (
 )
 from pion_hf.integrations.model_card import describe
 from pion_hf.integrations.optimizers import learning_rates, unwrap
-from pion_hf.integrations.run_folder import RunFolder, recording
+from pion_hf.integrations.run_writer import RunFolder, recording
 from pion_hf.integrations.updates import Meter
+from pion_hf.integrations.values import fit_fields
 from pion_hf.linalg.spectrum import numerical_zero
-from pion_hf.redaction import without_secrets
-from pion_hf.runs import FAILED, FINISHED
-from pion_hf.values import fit_fields
+from pion_hf.runs.folder import FAILED, FINISHED
+from pion_hf.runs.redaction import without_secrets
 
 logger = logging.get_logger(__name__)
 
@@ -198,15 +198,15 @@ class _Run:
         self._step_cost = self._drift_seconds = 0.0
         self.folder = RunFolder(folder)
         record = {
-            "model": run_folder.describe_model(model),
+            "model": run_writer.describe_model(model),
             "data": {
-                "train": run_folder.describe_data(loaders.get("train_dataloader")),
-                "evaluation": run_folder.describe_data(loaders.get("eval_dataloader")),
+                "train": run_writer.describe_data(loaders.get("train_dataloader")),
+                "evaluation": run_writer.describe_data(loaders.get("eval_dataloader")),
             },
             "optimizer": describe(args, optimizer, model),
-            "arguments": run_folder.describe_arguments(args),
-            "versions": run_folder.versions(),
-            "device": run_folder.describe_device(args.device),
+            "arguments": run_writer.describe_arguments(args),
+            "versions": run_writer.versions(),
+            "device": run_writer.describe_device(args.device),
             "matrices": [matrix.describe() for matrix in self.matrices],
         }
         self.folder.begin(record, state.global_step)
@@ -402,7 +402,7 @@ class _Run:
 
     def _take_times(self) -> None:
         self.stop_measuring()
-        times, memory = self.times(), run_folder.peak_memory(self.args.device)
+        times, memory = self.times(), run_writer.peak_memory(self.args.device)
         self.folder.record |= {"seconds": times["total"], "times": times, "peak_memory_bytes": memory}
 
     def stop_measuring(self) -> None:

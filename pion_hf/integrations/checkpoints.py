@@ -29,7 +29,7 @@ from transformers.utils import logging
 from pion_hf.errors import listing
 from pion_hf.integrations.manifest import MANIFEST, STATE_NAME, Damaged, fault_of, read_manifest, write_manifest
 from pion_hf.integrations.optimizers import unwrap
-from pion_hf.integrations.run_folder import correct_routing, recording
+from pion_hf.integrations.run_writer import correct_routing, recording
 from pion_hf.optim.saved import plain_name
 
 # Arguments that make a schedule, besides the length of the training.

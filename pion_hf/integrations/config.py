@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from pion_hf.arguments import OPTIMIZER_CLASSES, OptimizerFields, default_rate
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES, OptimizerFields, default_rate
 from pion_hf.optim.checks import check_range
 from pion_hf.optim.options import USUAL_RATES, usual_rates
 

@@ -11,8 +11,8 @@ from accelerate import PartialState
 from torch import nn
 from transformers import TrainingArguments
 
-from pion_hf.arguments import FIXED_OPTIONS, OPTIMIZER_CLASSES, resolve_options
 from pion_hf.errors import unknown
+from pion_hf.integrations.arguments import FIXED_OPTIONS, OPTIMIZER_CLASSES, resolve_options
 from pion_hf.integrations.handler import form_of, groups_of, refuse_wrappers, summary, with_inputs
 from pion_hf.optim import MatrixOptimizer
 

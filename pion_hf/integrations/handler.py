@@ -12,8 +12,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from pion_hf.adapters import has_adapters
-from pion_hf.arguments import (
+from pion_hf.integrations.arguments import (
     GROUP_OPTIONS,
     OPTIMIZER_CLASSES,
     OptimizerFields,
@@ -22,14 +21,15 @@ from pion_hf.arguments import (
     resolve_options,
     warn_of_slow_bfloat16,
 )
-from pion_hf.integrations.run_folder import recording
+from pion_hf.integrations.run_writer import recording
+from pion_hf.integrations.values import fit_fields
 from pion_hf.optim import Inputs
 from pion_hf.optim.groups import kept_columns
 from pion_hf.optim.options import usual_rates
 from pion_hf.optim.sharding import of_first
-from pion_hf.routing import LORA_FORMS, Routing, param_groups, routing_table
-from pion_hf.runs import write_json
-from pion_hf.values import fit_fields
+from pion_hf.routing.adapters import has_adapters
+from pion_hf.routing.table import LORA_FORMS, Routing, param_groups, routing_table
+from pion_hf.runs.folder import write_json
 
 logger = logging.get_logger(__name__)
 

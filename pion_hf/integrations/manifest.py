@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers.trainer import safe_globals
 from transformers.trainer_callback import TrainerState
 
-from pion_hf.files import read_bytes
-from pion_hf.runs import write_json
+from pion_hf.runs.files import read_bytes
+from pion_hf.runs.folder import write_json
 
 STATE_NAME, MANIFEST = "trainer_state.json", "manifest.json"
 FORMAT = 1  # of manifest.json

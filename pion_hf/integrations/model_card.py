@@ -16,13 +16,13 @@ from transformers import TrainingArguments
 from transformers.modelcard import make_markdown_table
 
 from pion_hf._version import __version__
-from pion_hf.arguments import OPTIMIZER_CLASSES
-from pion_hf.files import write_text
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES
 from pion_hf.integrations.optimizers import class_name, unwrap
 from pion_hf.optim import MatrixOptimizer
 from pion_hf.optim.blocks import Layout
-from pion_hf.routing import LORA_FORMS
-from pion_hf.structure import parameter_count
+from pion_hf.routing.structure import parameter_count
+from pion_hf.routing.table import LORA_FORMS
+from pion_hf.runs.files import write_text
 
 
 @dataclass(frozen=True)

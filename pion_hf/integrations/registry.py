@@ -39,14 +39,14 @@ def _optimizer_names(training_args: ModuleType) -> None:
 
 
 def _schedule_names(trainer_utils: ModuleType) -> None:
-    from pion_hf.schedules import SCHEDULES  # imports torch, as transformers has
+    from pion_hf.integrations.schedules import SCHEDULES  # imports torch, as transformers has
 
     for name in SCHEDULES:
         _add_member(trainer_utils.SchedulerType, name)
 
 
 def _schedules(optimization: ModuleType) -> None:
-    from pion_hf.schedules import SCHEDULES
+    from pion_hf.integrations.schedules import SCHEDULES
 
     for name, schedule in SCHEDULES.items():
         optimization.TYPE_TO_SCHEDULER_FUNCTION[optimization.SchedulerType(name)] = schedule

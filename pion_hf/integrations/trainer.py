@@ -9,12 +9,12 @@ from typing import Any
 from transformers import Trainer
 from transformers.utils import logging
 
-from pion_hf.arguments import OPTIMIZER_CLASSES, OptimizerFields
 from pion_hf.integrations import model_card
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES, OptimizerFields
 from pion_hf.integrations.callbacks import watch
 from pion_hf.integrations.checkpoints import CheckpointMixin
 from pion_hf.integrations.config import PionByDefault, PionTrainingArguments
-from pion_hf.integrations.run_folder import recording
+from pion_hf.integrations.run_writer import recording
 
 __all__ = ["PionByDefault", "PionTrainer", "PionTrainerMixin", "PionTrainingArguments"]
 

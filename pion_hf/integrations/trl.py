@@ -50,6 +50,6 @@ def __getattr__(name: str) -> Any:
     """`PionGRPOTrainer` when it is asked for: TRL's module of it imports vLLM, where that is installed."""
     if name != "PionGRPOTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from pion_hf.integrations.grpo import PionGRPOTrainer
+    from pion_hf.integrations.trl_grpo import PionGRPOTrainer
 
     return PionGRPOTrainer

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pion_hf.errors import unknown
 from pion_hf.linalg.gram import gram_polar, require_package
-from pion_hf.linalg.precision import product_dtype
+from pion_hf.linalg.products import product_dtype
 
 POLAR_METHODS = ("express", "quintic", "svd", "gram")
 ITERATIONS = ("express", "quintic")  # of which the products run in the dtype they are given

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pion_hf.linalg.precision import Halves, gram_error, halves_product, product, product_dtype
+from pion_hf.linalg.products import Halves, gram_error, halves_product, product, product_dtype
 from pion_hf.linalg.spectrum import numerical_zero
 
 # The largest angle of a step (radians): longer ones are clipped to it.

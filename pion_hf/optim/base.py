@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pion_hf.errors import listing, unknown
-from pion_hf.linalg.precision import full_float32
+from pion_hf.linalg.products import full_float32
 from pion_hf.linalg.rotation import angles
-from pion_hf.optim import blocks, elementwise, gradients, groups, precision, sharding
+from pion_hf.optim import blocks, elementwise, gradients, groups, masters, sharding
 from pion_hf.optim.batches import KEPT, REST, Batch, Plan, Step, is_apart
 from pion_hf.optim.checks import (
     check_finite,
@@ -233,8 +233,8 @@ class MatrixOptimizer(DividedState, StateOfWeights, torch.optim.Optimizer):
     def _state_forms(self, shape: torch.Size, dtype: torch.dtype, group: dict) -> dict[str, Tensor]:
         """What the state of a matrix parameter holds after its first step, as tensors without memory."""
         p, forms = torch.empty(shape, dtype=dtype, device="meta"), {}
-        if dtype in precision.HALF and not self.is_master(group):
-            forms[REST] = torch.empty_like(p, dtype=precision.REST_DTYPES[dtype])
+        if dtype in masters.HALF and not self.is_master(group):
+            forms[REST] = torch.empty_like(p, dtype=masters.REST_DTYPES[dtype])
         for index, view in enumerate(blocks.split(p, blocks.Layout.parse(group["layout"]))):
             weight = blocks.merge_rows(view).to(working_dtype(dtype))
             state = self.initial_state(0, weight, group)
@@ -407,7 +407,7 @@ class MatrixOptimizer(DividedState, StateOfWeights, torch.optim.Optimizer):
         observers, grad = [observer for observer in self.observers if observer.wants(group)], batch.gradients()
         grad = -grad if group.get("maximize") else grad
         weights = batch.weights(states)
-        rounded = not step.first and self.is_master(group) and batch.first.view.dtype in precision.HALF
+        rounded = not step.first and self.is_master(group) and batch.first.view.dtype in masters.HALF
         exact = self.masters(weights, state) if observers and rounded else weights
         watching = [(observer, observer.before(exact)) for observer in observers]
         self._rotations = {} if watching else None
@@ -475,7 +475,7 @@ class MatrixOptimizer(DividedState, StateOfWeights, torch.optim.Optimizer):
             if self.keep_of(group):
                 entries[KEPT] = self.kept_inputs(name, matrices, group).repeat(len(view), 1, 1)
             state.update({f"{key}.{i}": value for key, value in entries.items() if owned})
-        if p.dtype in precision.HALF and not self.is_master(group) and owned:
+        if p.dtype in masters.HALF and not self.is_master(group) and owned:
             state[REST] = no_rest(home)
         state["step"] = 0
         self._formed[p] = p.shape, p.dtype, p.device

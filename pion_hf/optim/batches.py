@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pion_hf.optim import blocks, precision
+from pion_hf.optim import blocks, masters
 from pion_hf.optim.fingerprints import FINGERPRINT
 
 # Elements of the matrices updated together, where a group's `batch_elements` does not say: bounds the extra memory of a
@@ -235,7 +235,7 @@ class Batch:
         """In full precision where they are stored in half; a lone matrix is its parameter's own memory."""
         if REST in state[self.first.param]:
             low, rest = self._gather(_weight), self._gather(lambda b: state[b.param][REST])
-            return precision.join(low, rest)
+            return masters.join(low, rest)
         return self._gather(_weight).to(self.dtype)
 
     def gradients(self) -> Tensor:
@@ -244,7 +244,7 @@ class Batch:
     def write(self, new: Tensor, state: dict) -> None:
         """Store the new weights, and with half precision what they drop."""
         if REST in state[self.first.param]:
-            new, rest = precision.part(new, self.first.view.dtype)
+            new, rest = masters.part(new, self.first.view.dtype)
             self._scatter(rest, lambda b: state[b.param][REST])
         self._scatter(new, _weight)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pion_hf.linalg import precision
+from pion_hf.linalg import products
 
 # Of shapes and sides: those of one matrix and of square ones are kinds of their own to a compiler.
 MOST_KINDS = 64
@@ -43,6 +43,6 @@ def run(kernel: Callable, *args: Any, compiled: bool, **choices: Any) -> Any:
 
 @functools.cache
 def _compiled(kernel: Callable) -> Callable:
-    for answer in (precision.splitting_pays, precision.multiplies_bfloat16):  # they measure, and their answers stay
+    for answer in (products.splitting_pays, products.multiplies_bfloat16):  # they measure, and their answers stay
         torch.compiler.assume_constant_result(answer)
     return torch.compile(kernel, fullgraph=True, dynamic=True)

@@ -13,8 +13,8 @@ from pion_hf.optim import blocks, groups, sharding
 from pion_hf.optim.batches import REST, Block, Plan, unshared
 from pion_hf.optim.exchange import in_rounds
 from pion_hf.optim.fingerprints import FINGERPRINT
+from pion_hf.optim.masters import REST_DTYPES
 from pion_hf.optim.owners import ALONE, DividedPlan, Division, mesh_of, parcels_of, pays
-from pion_hf.optim.precision import REST_DTYPES
 
 
 class DividedState:

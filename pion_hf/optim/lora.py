@@ -34,8 +34,8 @@ from pion_hf.optim.blocks import Layout
 from pion_hf.optim.checks import check_rotatable, check_unused
 from pion_hf.optim.directions import direction_of
 from pion_hf.optim.inputs import Inputs
+from pion_hf.optim.masters import HALF
 from pion_hf.optim.options import FactorMethod, PionLoraOptions, TeonLoraOptions, given
-from pion_hf.optim.precision import HALF
 from pion_hf.optim.teon import Teon, evened
 
 # What multiplies the learning rate, so that those that are right for AdamW on adapters are right for these: `c (r /

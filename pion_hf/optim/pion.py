@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pion_hf.errors import unknown
 from pion_hf.linalg.polar import polar_factor
-from pion_hf.linalg.precision import product_dtype
+from pion_hf.linalg.products import product_dtype
 from pion_hf.linalg.rotation import (
     Factors,
     Fixed,
@@ -35,8 +35,8 @@ from pion_hf.optim.batches import KEPT, Step
 from pion_hf.optim.checks import check_rotatable
 from pion_hf.optim.directions import direction_of, seen_from
 from pion_hf.optim.inputs import Inputs
+from pion_hf.optim.masters import rounded_on_average
 from pion_hf.optim.options import PionOptions, given
-from pion_hf.optim.precision import rounded_on_average
 
 # `paper`: all choices of arXiv 2605.12492. `ambient`: our own rule, with an RMS under which the best learning rate is
 # AdamW's, within a factor of two (examples/benchmarks/compare.py, of 12 and 48 steps).

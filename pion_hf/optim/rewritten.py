@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pion_hf.errors import listing
-from pion_hf.optim import blocks, groups, precision, sharding
+from pion_hf.optim import blocks, groups, masters, sharding
 from pion_hf.optim.batches import KEPT, REST
 from pion_hf.optim.checks import check_finite
 from pion_hf.optim.fingerprints import FINGERPRINT
@@ -96,7 +96,7 @@ class StateOfWeights:
         Raises:
             ValueError: the weight is not finite.
         """
-        if REST in self.state[p] and p.dtype in precision.HALF:
+        if REST in self.state[p] and p.dtype in masters.HALF:
             self.state[p][REST] = no_rest(self._division_of(p).home(p))
         self._describe(name, group, p)
 
@@ -139,7 +139,7 @@ class StateOfWeights:
             if REST not in state or state[REST].dtype != forms[REST].dtype:
                 state[REST] = no_rest(home)
             elif FINGERPRINT not in state:  # saved before there were any: it may be of another weight
-                precision.drop_impossible_(home, state[REST])
+                masters.drop_impossible_(home, state[REST])
         if any(key not in state or state[key].dtype != form.dtype for key, form in forms.items() if key != REST):
             self._describe(name, self.param_groups[index], p)
         self._formed[p] = form
@@ -148,7 +148,7 @@ class StateOfWeights:
 
 def no_rest(p: Tensor) -> Tensor:
     """What a half-precision weight drops that is its own master: nothing."""
-    return torch.zeros(p.shape, dtype=precision.REST_DTYPES[p.dtype], device=p.device)
+    return torch.zeros(p.shape, dtype=masters.REST_DTYPES[p.dtype], device=p.device)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pion_hf.errors import listing
 from pion_hf.optim.checks import check_switches
-from pion_hf.optim.precision import REST_DTYPES
+from pion_hf.optim.masters import REST_DTYPES
 
 # What state depends on, of what the routing puts into a group. (`unit_step` is measured anew; state has the first.)
 ROUTED = ("rule", "layout", "method", "stacks")

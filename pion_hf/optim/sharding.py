@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pion_hf.optim.batches import REST
 from pion_hf.optim.fingerprints import Part, fingerprints
-from pion_hf.optim.precision import REST_DTYPES
+from pion_hf.optim.masters import REST_DTYPES
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

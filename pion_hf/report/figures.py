@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from pion_hf.evaluation import progress
-from pion_hf.report.looks import (
+from pion_hf.integrations.evaluation import progress
+from pion_hf.report.style import (
     COLOURS,
     STYLES,
     Look,
@@ -25,7 +25,7 @@ from pion_hf.report.looks import (
     run_handles,
     styled,
 )
-from pion_hf.runs import Run
+from pion_hf.runs.folder import Run
 
 FEW = 15  # points or fewer are marked
 

@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from pion_hf._version import __version__
-from pion_hf.files import make_folder, new_file, write_text
-from pion_hf.report import facts, figures, matrices
+from pion_hf.report import figures, spectra, summary
 from pion_hf.report.figures import Picture
-from pion_hf.report.looks import names
-from pion_hf.runs import SPECTRA, Run, read_run, read_spectra
+from pion_hf.report.style import names
+from pion_hf.runs.files import make_folder, new_file, write_text
+from pion_hf.runs.folder import SPECTRA, Run, read_run, read_spectra
 
 DPI = 200
 
@@ -73,7 +73,7 @@ SECTIONS = (
         STEPS,
         "Where it rotates",
         "Rotation angle by layer and role, mean over the snapshots.",
-        matrices.angle_map,
+        spectra.angle_map,
         "snapshots with rotation angles, which only rotations have",
     ),
     Section(
@@ -90,7 +90,7 @@ SECTIONS = (
         MATRICES,
         "Change of the singular values",
         "Before against after training, relative to the matrix's largest: median over the matrices of a role.",
-        matrices.spectrum_changes,
+        spectra.spectrum_changes,
         f"singular values before and after training ({SPECTRA})",
     ),
     Section(
@@ -98,7 +98,7 @@ SECTIONS = (
         MATRICES,
         "Singular values",
         "Before and after training: median over the matrices of a role.",
-        matrices.spectra,
+        spectra.spectra,
         f"singular values before and after training ({SPECTRA})",
     ),
     Section(
@@ -106,16 +106,16 @@ SECTIONS = (
         MATRICES,
         "Change of the spectral norms",
         "Since the first snapshot, in per cent.",
-        matrices.spectral_norm_changes,
+        spectra.spectral_norm_changes,
         "two snapshots with spectral norms",
     ),
-    Section("spectral_norms", MATRICES, "Spectral norms", "", matrices.spectral_norms, "snapshots with spectral norms"),
+    Section("spectral_norms", MATRICES, "Spectral norms", "", spectra.spectral_norms, "snapshots with spectral norms"),
     Section(
         "stable_ranks",
         MATRICES,
         "Stable ranks",
         "Squared Frobenius norm over squared spectral norm: how many directions carry the matrix.",
-        matrices.stable_ranks,
+        spectra.stable_ranks,
         "snapshots with stable ranks",
     ),
 )
@@ -177,7 +177,7 @@ def write_report(
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], best: Iterable[tuple[int, int]] = ()) -> Markup:
     """HTML of a table of text, escaped, for an `extra` section; `best`: row and column of cells that are set off."""
     module = _environment().get_template("table.html").module
-    return Markup(module.tabular(facts.Table(list(columns), [list(row) for row in rows], frozenset(best))))
+    return Markup(module.tabular(summary.Table(list(columns), [list(row) for row in rows], frozenset(best))))
 
 
 def _read(folders: Iterable[str | os.PathLike]) -> tuple[list[Run], list[str]]:
@@ -245,16 +245,16 @@ def _render(
     extra: Sequence[tuple[str, str | Figure | Picture]],
 ) -> str:
     alone = len(runs) == 1
-    warnings = facts.warnings(runs)
+    warnings = summary.warnings(runs)
     if doubles:
         warnings.append(f"Given twice and shown once: {', '.join(doubles)}.")
     groups = []
     for heading in (LEARNING, STEPS, MATRICES):
         shown = [drawn[section.key] for section in SECTIONS if section.group == heading and section.key in drawn]
-        results = facts.results_table(runs) if heading == LEARNING else None
+        results = summary.results_table(runs) if heading == LEARNING else None
         if shown or results:
             groups.append({"heading": heading, "table": results, "pictures": shown})
-    if not any(facts.has_results(run) for run in runs):
+    if not any(summary.has_results(run) for run in runs):
         missing.insert(0, "Results: no run was measured before and after training.")
     return (
         _environment()
@@ -266,10 +266,10 @@ def _render(
             folders=[str(run.folder) for run in runs],
             warnings=warnings,
             extra=[_extra(*part) for part in extra],
-            facts=facts.facts(runs[0]) if alone else [],
-            rules=facts.rules_table(runs[0]) if alone else None,
-            runs=None if alone else facts.runs_table(runs),
-            settings=facts.settings(runs[0]) if alone else [],
+            facts=summary.facts(runs[0]) if alone else [],
+            rules=summary.rules_table(runs[0]) if alone else None,
+            runs=None if alone else summary.runs_table(runs),
+            settings=summary.settings(runs[0]) if alone else [],
             groups=groups,
             missing=missing,
         )

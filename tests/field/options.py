@@ -9,7 +9,7 @@ from typing import Any
 import peft
 
 from pion_hf import param_groups
-from pion_hf.arguments import OPTIMIZER_CLASSES, parse_optim_args, resolve_options
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES, parse_optim_args, resolve_options
 from tests.conftest import toy_llama
 from tests.field.trial import Input
 from tests.field.world import World

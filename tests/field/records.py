@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pion_hf.cli import main
-from pion_hf.runs import EVALUATION, LOG, MATRICES, RECORD, ROUTING, SPECTRA
+from pion_hf.runs.folder import EVALUATION, LOG, MATRICES, RECORD, ROUTING, SPECTRA
 from tests.field.checkpoints import a_folder, a_link_to_nowhere, a_pipe, cut_in_half, emptied, missing, noise, zeros
 from tests.field.pages import page_of, sketch
 from tests.field.trial import Input

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pion_hf.cli import main
-from pion_hf.runs import LOG, MATRICES, SPECTRA
+from pion_hf.runs.folder import LOG, MATRICES, SPECTRA
 from tests.field.pages import page_of
 from tests.gallery.stand_ins import CHATS, make_model, make_tokenizer, sentence, write_jsonl
 from tests.run_folders import write_run

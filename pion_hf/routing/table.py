@@ -13,14 +13,14 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from pion_hf.adapters import Factor, has_adapters, lora_factors
 from pion_hf.errors import listing, unknown
 from pion_hf.optim.blocks import Layout, name_of, split
 from pion_hf.optim.lora import rate_at
 from pion_hf.optim.options import FactorMethod, usual_rates
-from pion_hf.patterns import Patterns, spellings_of
-from pion_hf.stacking import ALL_FACTORS, DEFAULT_STACK, Stacks, find_stacks
-from pion_hf.structure import Structure, parameter_count
+from pion_hf.routing.adapters import Factor, has_adapters, lora_factors
+from pion_hf.routing.patterns import Patterns, spellings_of
+from pion_hf.routing.stacks import ALL_FACTORS, DEFAULT_STACK, Stacks, find_stacks
+from pion_hf.routing.structure import Structure, parameter_count
 
 OPTIMIZERS = ("pion", "pion_ambient", "teon", "muon", "adamw_routed", "pion_lora", "teon_lora")
 # What an optimizer becomes on a model with LoRA adapters, and the options that come with it.

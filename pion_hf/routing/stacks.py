@@ -12,8 +12,8 @@ from torch import nn
 
 from pion_hf.errors import unknown
 from pion_hf.optim import blocks
-from pion_hf.patterns import Patterns, candidates, spellings_of
-from pion_hf.structure import QKV_NAMES, is_plain_mlp, text_config
+from pion_hf.routing.patterns import Patterns, candidates, spellings_of
+from pion_hf.routing.structure import QKV_NAMES, is_plain_mlp, text_config
 
 # What attention modules call their projections; the words themselves are what `stack_targets` takes.
 PROJECTIONS = {

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-from pion_hf.runs import Run
+from pion_hf.runs.folder import Run
 
 # Told apart by the colour-blind: Okabe and Ito, "Color Universal Design" (2008), less the yellow, which is faint on
 # white. With a style for each, curves that coincide for a while stay visible, and a print without colours readable.

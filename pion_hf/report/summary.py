@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from pion_hf.integrations.model_card import figure, in_words, metrics, number_format
 from pion_hf.linalg.spectrum import spectral_drift
-from pion_hf.redaction import without_secrets
 from pion_hf.report.figures import diverged
-from pion_hf.report.looks import numbered
-from pion_hf.runs import FAILED, RUNNING, Run
+from pion_hf.report.style import numbered
+from pion_hf.runs.folder import FAILED, RUNNING, Run
+from pion_hf.runs.redaction import without_secrets
 
 # Arguments that say where a run goes, not what it does; and those that `optimizer` says too, under its own names.
 PLACES = {"output_dir", "logging_dir", "run_name", "hub_model_id", "project", "trackio_space_id", "push_to_hub"}

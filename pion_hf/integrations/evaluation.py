@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from pion_hf.metrics import EXACT_MATCH
+from pion_hf.integrations.metrics import EXACT_MATCH
 
 Measures = dict[str, dict[str, float]]
 """What a model can do at one moment: domain (`task`, `other_text`, ...), metric (`loss`, ...), value."""

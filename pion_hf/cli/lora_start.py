@@ -10,9 +10,9 @@ from typing import Any
 from peft import EvaConfig, PeftConfig, get_peft_model_state_dict
 from peft.tuners.lora.eva import initialize_lora_eva_weights, prepare_model_inputs_fn_language_modeling
 
-from pion_hf.arguments import OptimizerFields, option_types, parse_optim_args, resolve_options
 from pion_hf.cli.flags import INITIALISATIONS, ModelArguments
 from pion_hf.errors import unknown
+from pion_hf.integrations.arguments import OptimizerFields, option_types, parse_optim_args, resolve_options
 from pion_hf.integrations.trl import PionSFTTrainer
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pion_hf.optim.blocks import Layout, split
-from pion_hf.routing import routing_table
+from pion_hf.routing.table import routing_table
 
 
 @torch.no_grad()

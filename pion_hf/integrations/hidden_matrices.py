@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pion_hf.adapters import has_adapters
 from pion_hf.integrations.optimizers import class_name
-from pion_hf.linalg.precision import full_float32
+from pion_hf.linalg.products import full_float32
 from pion_hf.linalg.spectrum import leading_singular, singular_values, spectral_drift
 from pion_hf.optim import MatrixOptimizer, blocks
 from pion_hf.optim.blocks import Layout
 from pion_hf.optim.observing import to_host
-from pion_hf.routing import Route, routing_table
-from pion_hf.stacking import PROJECTIONS, projection_of
-from pion_hf.structure import GATE_UP_NAMES
+from pion_hf.routing.adapters import has_adapters
+from pion_hf.routing.stacks import PROJECTIONS, projection_of
+from pion_hf.routing.structure import GATE_UP_NAMES
+from pion_hf.routing.table import Route, routing_table
 
 # What the projections of a layer are called, beside those of attention that `stacking` knows.
 ROLES = {

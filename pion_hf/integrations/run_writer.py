@@ -1,4 +1,4 @@
-"""Writes the folder that `pion_hf.runs` reads, as training goes."""
+"""Writes the folder that `pion_hf.runs.folder` reads, as training goes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from pion_hf._version import __version__
-from pion_hf.files import new_file, read_bytes
-from pion_hf.redaction import is_secret, without_secrets
-from pion_hf.runs import (
+from pion_hf.routing.structure import parameter_count
+from pion_hf.runs.files import new_file, read_bytes
+from pion_hf.runs.folder import (
     BEFORE,
     EVALUATION,
     FORMAT,
@@ -44,7 +44,7 @@ from pion_hf.runs import (
     set_aside,
     write_json,
 )
-from pion_hf.structure import parameter_count
+from pion_hf.runs.redaction import is_secret, without_secrets
 
 logger = logging.get_logger(__name__)
 

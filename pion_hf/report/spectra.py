@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from pion_hf.report.figures import Picture
-from pion_hf.report.looks import (
+from pion_hf.report.style import (
     COLOURS,
     SEQUENTIAL,
     add_legend,
@@ -28,7 +28,7 @@ from pion_hf.report.looks import (
     run_handles,
     styled,
 )
-from pion_hf.runs import Run
+from pion_hf.runs.folder import Run
 
 MOST_ROLES = 18  # panels of a picture
 MOST_MAPS = 8  # of it that have an axis of roles under each

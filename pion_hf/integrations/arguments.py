@@ -15,13 +15,13 @@ import torch
 
 import pion_hf.optim
 from pion_hf.errors import unknown
-from pion_hf.linalg.precision import bfloat16_speedup
+from pion_hf.integrations.schedules import SCHEDULES, check_options
+from pion_hf.integrations.values import OPTION, check_ranges, fit_fields
+from pion_hf.linalg.products import bfloat16_speedup
 from pion_hf.needs import needed
 from pion_hf.optim.checks import check_value
 from pion_hf.optim.options import Factors, Routed, Stacked, types_of
 from pion_hf.optim.pion import PRESETS, check_preset
-from pion_hf.schedules import SCHEDULES, check_options
-from pion_hf.values import OPTION, check_ranges, fit_fields
 
 with needed("transformers"):
     from transformers import TrainingArguments

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from pion_hf.files import append_text, read_bytes, write_text
+from pion_hf.runs.files import append_text, read_bytes, write_text
 
 RECORD, LOG, MATRICES, SPECTRA = "run.json", "log.jsonl", "matrices.jsonl", "spectra.safetensors"
 ROUTING, EVALUATION = "routing.json", "eval.json"

@@ -24,7 +24,8 @@ from pion_hf.cli.faults import in_words
 from pion_hf.cli.flags import ReportArguments
 from pion_hf.cli.rows import check_chats
 from pion_hf.errors import unknown
-from pion_hf.evaluation import (
+from pion_hf.integrations.blend import Blend
+from pion_hf.integrations.evaluation import (
     Measures,
     answer_tokens,
     exact_match,
@@ -35,10 +36,9 @@ from pion_hf.evaluation import (
     text_stretches,
     token_loss,
 )
-from pion_hf.integrations.blend import Blend
 from pion_hf.integrations.model_card import table_rows
-from pion_hf.integrations.run_folder import recording
-from pion_hf.runs import BEFORE, EVALUATION, read_json, write_json
+from pion_hf.integrations.run_writer import recording
+from pion_hf.runs.folder import BEFORE, EVALUATION, read_json, write_json
 
 OTHER_ROWS = 128  # rows of `other_dataset` whose loss is measured
 SHOWN = 3  # questions that are printed with the answers before and after

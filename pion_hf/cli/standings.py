@@ -18,9 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from pion_hf.cli.grid import Trial
-from pion_hf.evaluation import PROGRESS
-from pion_hf.redaction import without_secrets
-from pion_hf.runs import EVALUATION, FAILED, FINISHED, RECORD, read_evaluation, read_run
+from pion_hf.integrations.evaluation import PROGRESS
+from pion_hf.runs.folder import EVALUATION, FAILED, FINISHED, RECORD, read_evaluation, read_run
+from pion_hf.runs.redaction import without_secrets
 
 RECIPE, OUTPUT = "recipe.yaml", "train.log"  # of a run's folder, the first file and the last one
 PLAIN_WIDTH = 240  # of tables where no terminal gives one

@@ -1,0 +1,1 @@
+"""From a model to the role of every parameter, and to param groups."""
