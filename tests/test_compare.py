@@ -356,7 +356,8 @@ def test_what_failed_or_was_removed_runs_again_and_nothing_else(runs, storage, m
     work(runs[:3], storage)
     shutil.rmtree(Path("runs", runs[2].folder))
     work(runs[:3], storage)
-    assert Path("began").read_text().split() == [runs[0].folder, runs[1].folder, runs[2].folder, runs[2].folder]
+    began = Counter(Path("began").read_text().split())
+    assert began == {runs[0].folder: 1, runs[1].folder: 1, runs[2].folder: 2}
     assert set(states(runs[:3], Path("runs"), storage).values()) == {"COMPLETE"}
     assert states(runs[:2], Path("elsewhere"), None) == {}
 
