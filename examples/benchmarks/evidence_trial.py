@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTTrainer
 
 from pion_hf import Blend
-from pion_hf.evaluation import IGNORED, answer_tokens, exact_match, generate_answers, text_loss
+from pion_hf.evaluation import IGNORED, answer_tokens, evaluating, exact_match, generate_answers, text_loss
 from pion_hf.integrations.trl_config import PionSFTConfig
 from pion_hf.linalg.precision import bfloat16_speedup
 
@@ -200,7 +200,8 @@ class Bench:
         with self.autocast:
             given = generate_answers(model, self.tokenizer, questions, batch_size=50, max_new_tokens=NEW_TOKENS)
             other = text_loss(model, self.tokenizer, self.text)
-        kept = {"other_text": other, "capitals": self.capitals(model), **self.own_answers(model)}
+        with evaluating(model):
+            kept = {"other_text": other, "capitals": self.capitals(model), **self.own_answers(model)}
         return {"exact_match": exact_match(given, questions), **kept}
 
     @torch.no_grad()
@@ -219,8 +220,6 @@ class Bench:
     def own_answers(self, model: nn.Module) -> dict[str, float]:
         """Of the base model's own answers, in float32: their loss, and the divergence of `model` from the base model,
         `KL(base || model)`, over all the vocabulary, nats per token."""
-        was_training = model.training
-        model.eval()
         loss = divergence = count = 0
         for batch, before in zip(self.own_batches(), self.hidden, strict=True):
             ids, mask, counts = batch
@@ -229,7 +228,6 @@ class Bench:
             divergence += (base.exp() * (base - logits)).sum().item()
             loss -= logits.gather(-1, ids[:, 1:][counts].unsqueeze(-1)).sum().item()
             count += len(before)
-        model.train(was_training)
         return {"own_loss": loss / count, "own_kl": divergence / count}
 
     @torch.no_grad()
