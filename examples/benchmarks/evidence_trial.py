@@ -33,7 +33,10 @@ ANSWERS = Path(__file__).parent / "results" / "evidence_answers.jsonl"
 BATCH, WARMUP, SHARES, LONGEST = 8, 0.1, (0.6, 0.8, 1.0), 256
 INSTRUCTIONS, SAMPLED_TOKENS = 100, 80
 REPLAY = 20  # one example of so many is replayed
-TASKS = {"riddles": {"name": "aiw"}}  # of reasoning-gym, and their sizes
+TASKS = {  # of reasoning-gym, and their sizes
+    "riddles": {"name": "aiw"},
+    "needles": {"name": "needle_haystack", "min_num_statements": 4, "max_num_statements": 8},
+}
 TRAINED_FROM = 1_000_000  # seeds of examples: reasoning-gym's example i has the seed of its set plus i
 NEW_TOKENS = 8
 ADAPTERS = {
