@@ -170,7 +170,8 @@ def at_seeds(ledger: Ledger, stage: dict, name: str, point: Point) -> list[Measu
 def table(ledger: Ledger, stage: dict) -> Table:
     """A row for every contender; what is kept is told as the change from the base model."""
     before, wanted = ledger.record["base"][stage["task"]], ledger.wanted(stage)
-    title = f"{stage['task']}, {stage['steps']} steps, at an exact match of {wanted:.1%} (before: {before['exact_match']:.1%})"
+    where = f"{wanted:.1%} (before: {before['exact_match']:.1%})"
+    title = f"{stage['task']}, {stage['steps']} steps, at an exact match of {where}"
     made = Table(title=title, box=box.MARKDOWN)
     for heading in ("contender", "rates", "best match", "at", *KEPT.values()):
         made.add_column(heading, justify="left" if heading in ("contender", "at") else "right", no_wrap=True)
