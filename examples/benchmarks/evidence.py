@@ -2,8 +2,8 @@
 
 SmolLM2-135M-Instruct learns a task of reasoning-gym; a trial is a task, a contender, a rate, a seed and a length. It
 measures the exact match of greedy answers to held-out questions and what is left of the base model: the loss on
-unrelated text, loss and KL on the base model's own answers to general instructions, and the capitals of
-104 countries; and all that again for blends with the base model (evidence_trial.py). The protocol is docs/evidence.md.
+unrelated text, loss and KL on the base model's own answers to general instructions, and the capitals of 104 countries;
+and all that again for blends with the base model (evidence_trial.py). The protocol is docs/evidence.md.
 
 Trials run in the order of evidence.yaml's stages. After a stage's own rates every sweep of one seed goes on by factors
 of two until the lowest rate that answers as well as any (within 3 points) has a worse neighbour below, and the best one
@@ -47,7 +47,6 @@ KEPT = {
 }
 AS_WELL = 0.03  # of exact match
 FURTHEST = 3  # rates that a sweep may add on either side
-
 
 Place = tuple[float, str]  # a rate, and a share of the way
 Measures = dict[str, float]
@@ -171,7 +170,8 @@ def at_seeds(ledger: Ledger, stage: dict, name: str, point: Point) -> list[Measu
 def table(ledger: Ledger, stage: dict) -> Table:
     """A row for every contender; what is kept is told as the change from the base model."""
     before, wanted = ledger.record["base"][stage["task"]], ledger.wanted(stage)
-    title = f"{stage['task']}, {stage['steps']} steps, at an exact match of {wanted:.1%}"
+    where = f"{wanted:.1%} (before: {before['exact_match']:.1%})"
+    title = f"{stage['task']}, {stage['steps']} steps, at an exact match of {where}"
     made = Table(title=title, box=box.MARKDOWN)
     for heading in ("contender", "rates", "best match", "at", *KEPT.values()):
         made.add_column(heading, justify="left" if heading in ("contender", "at") else "right", no_wrap=True)

@@ -1,7 +1,7 @@
 """One trial of examples/benchmarks/evidence.py: train SmolLM2-135M-Instruct on a task, measure what it learnt and kept.
 
 Everything is made here from seeds, but for the model and the file of unrelated text: the tasks' examples by
-examples/prepare_reasoning.py, and 200 general instructions, to which the base model's own sampled answers are kept in
+reasoning-gym, and 200 general instructions, to which the base model's own sampled answers are kept in
 results/evidence_answers.jsonl. The first hundred are measured, the others are what a contender may replay.
 """
 
@@ -9,7 +9,6 @@ import itertools
 import json
 import random
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,25 +17,27 @@ from typing import Any
 import peft
 import torch
 from datasets import Dataset, disable_progress_bars
+from reasoning_gym import create_dataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTTrainer
 
 from pion_hf import Blend
-from pion_hf.integrations.evaluation import IGNORED, answer_tokens, exact_match, generate_answers, text_loss
+from pion_hf.evaluation import IGNORED, answer_tokens, evaluating, exact_match, generate_answers, text_loss
 from pion_hf.integrations.trl_config import PionSFTConfig
-from pion_hf.linalg.products import bfloat16_speedup
-
-sys.path.append(str(Path(__file__).parents[1]))
-from prepare_reasoning import SEED_DISTANCE, examples
+from pion_hf.linalg.precision import bfloat16_speedup
 
 MODEL, OTHER_TEXT = "models/smollm2-135m-instruct", "data/python_docs.txt"
 ANSWERS = Path(__file__).parent / "results" / "evidence_answers.jsonl"
 BATCH, WARMUP, SHARES, LONGEST = 8, 0.1, (0.6, 0.8, 1.0), 256
 INSTRUCTIONS, SAMPLED_TOKENS = 100, 80
 REPLAY = 20  # one example of so many is replayed
-TASKS = {"riddles": "aiw", "kinship": "family_relationships"}  # of reasoning-gym
+TASKS = {  # of reasoning-gym, and their sizes
+    "riddles": {"name": "aiw"},
+    "needles": {"name": "needle_haystack", "min_num_statements": 4, "max_num_statements": 8},
+}
+TRAINED_FROM = 1_000_000  # seeds of examples: reasoning-gym's example i has the seed of its set plus i
 NEW_TOKENS = 8
 ADAPTERS = {
     "lora": lambda: peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -84,6 +85,16 @@ def chat(prompt: str, answer: str) -> dict[str, Any]:
         "prompt": [{"role": "user", "content": prompt}],
         "completion": [{"role": "assistant", "content": answer}],
     }
+
+
+def examples(task: str, count: int, seed: int) -> list[dict[str, Any]]:
+    made = create_dataset(**TASKS[task], size=count, seed=seed)
+    return [chat(item["question"], str(item["answer"])) for item in made]
+
+
+def trained_on(task: str, steps: int, seed: int) -> list[dict[str, Any]]:
+    """As many examples of the task as a training has."""
+    return examples(task, BATCH * steps, TRAINED_FROM * (seed + 1))
 
 
 class Bench:
@@ -134,9 +145,7 @@ class Bench:
         """The model at every share of the way, the last 1, after training as `contender` says."""
         options = dict(contender)
         adapter, replay = options.pop("adapter", None), options.pop("replay", False)
-        rows = [
-            chat(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in self.rows(task, steps, seed)
-        ]
+        rows = trained_on(task, steps, seed)
         if replay:
             rows[REPLAY - 1 :: REPLAY] = itertools.islice(itertools.cycle(self.replayed), len(rows) // REPLAY)
         folder = Path("runs/evidence/trial")
@@ -174,18 +183,13 @@ class Bench:
             yield share, trainer.model
         shutil.rmtree(folder, ignore_errors=True)
 
-    @staticmethod
-    def rows(task: str, steps: int, seed: int) -> list[dict]:
-        """As many examples of the task as a training has, those of another seed from afar."""
-        return examples(BATCH * steps, 1 + (seed + 1) * SEED_DISTANCE, [TASKS[task]])
-
     # -- measuring ----------------------------------------------------------------------------------------------------
 
     def run(self, contender: dict, task: str, lr: float, seed: int, steps: int, questions: int) -> dict[str, Any]:
         """Measures by share of the way, and seconds."""
         start = time.perf_counter()
-        seen = {row["prompt"][0]["content"] for row in self.rows(task, steps, seed)}
-        held_out = [row for row in examples(2 * questions, 1, [TASKS[task]]) if row["prompt"][0]["content"] not in seen]
+        seen = trained_on(task, steps, seed)
+        held_out = [row for row in examples(task, 2 * questions, 1) if row not in seen]
         shares = {}
         for share, model in self.train(contender, task, lr, seed, steps):
             shares[f"{share:g}"] = self.measure(model, held_out[:questions])
@@ -193,14 +197,15 @@ class Bench:
 
     def before(self, task: str) -> dict[str, float]:
         """What the base model measures."""
-        return self.measure(self.base(), examples(100, 1, [TASKS[task]]))
+        return self.measure(self.base(), examples(task, 100, 1))
 
     def measure(self, model: nn.Module, questions: list[dict]) -> dict[str, float]:
         """What it answers, and what of the base model is left."""
         with self.autocast:
             given = generate_answers(model, self.tokenizer, questions, batch_size=50, max_new_tokens=NEW_TOKENS)
             other = text_loss(model, self.tokenizer, self.text)
-        kept = {"other_text": other, "capitals": self.capitals(model), **self.own_answers(model)}
+        with evaluating(model):
+            kept = {"other_text": other, "capitals": self.capitals(model), **self.own_answers(model)}
         return {"exact_match": exact_match(given, questions), **kept}
 
     @torch.no_grad()
@@ -219,8 +224,6 @@ class Bench:
     def own_answers(self, model: nn.Module) -> dict[str, float]:
         """Of the base model's own answers, in float32: their loss, and the divergence of `model` from the base model,
         `KL(base || model)`, over all the vocabulary, nats per token."""
-        was_training = model.training
-        model.eval()
         loss = divergence = count = 0
         for batch, before in zip(self.own_batches(), self.hidden, strict=True):
             ids, mask, counts = batch
@@ -229,7 +232,6 @@ class Bench:
             divergence += (base.exp() * (base - logits)).sum().item()
             loss -= logits.gather(-1, ids[:, 1:][counts].unsqueeze(-1)).sum().item()
             count += len(before)
-        model.train(was_training)
         return {"own_loss": loss / count, "own_kl": divergence / count}
 
     @torch.no_grad()
