@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM = false
 $(VENV)/installed: setup.cfg $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[compare,demo,dev]'
 	touch $@
 
 demo: $(VENV)/installed

@@ -22,7 +22,7 @@ OLDEST = {
     "trl": "1.9",
 }
 # Needed by some, as the extras of setup.cfg: as there.
-OPTIONAL = {"lm_eval": "0.4.12"}
+OPTIONAL = {"lm_eval": "0.4.12", "optuna": "4.9"}
 
 
 @contextmanager

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
+from multiprocessing import get_context
 from pathlib import Path
 
+import optuna
 import pytest
 import yaml
+from filelock import FileLock
+from optuna.trial import FrozenTrial
 
-from pion_hf.cli import child, jobs, main
-from pion_hf.cli.contest import remarks, rows, standings
+from pion_hf import needs
+from pion_hf.cli import main, study
+from pion_hf.cli.contest import is_finished, remarks, rows, standings
 from pion_hf.cli.frontier import frontier, unbeaten
 from pion_hf.cli.grid import Trial, check_grid, contenders_from_flags, make_grid, parse_axes, read_contenders
-from pion_hf.cli.jobs import LOCK, is_finished
+from pion_hf.cli.study import JOURNAL, LOCK, open_study, run_all, settle, start, states
+from pion_hf.report import page
+from tests.run_folders import write_run
 from tests.test_cli import fails
 
 # One that learns and diverges at the second rate, one of ours, and one that fails: its package is not there.
@@ -33,7 +45,9 @@ UNTIMED = ("seconds", "process_seconds", "peak_memory_bytes", "optimizer_share")
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, checkpoint, chat_data) -> Path:
-    """A folder with a recipe, contenders, and a comparison of them in `runs`, two at once."""
+    """A folder with a recipe, contenders, and a comparison of them in `runs`: killed in the middle of the first run,
+    then gone on with by two processes at once. What they and the study said is in `said.json`.
+    """
     folder = tmp_path_factory.mktemp("compared")
     (folder / "sft").mkdir()
     (folder / "other.txt").write_text("Another domain, of which nothing must be forgotten. " * 50, encoding="utf-8")
@@ -43,7 +57,9 @@ def compared(tmp_path_factory, checkpoint, chat_data) -> Path:
         "optim": "pion",
         "optim_adamw_lr": 1e-3,
         "optim_args": "degree=3",
-        "max_steps": 2,
+        "max_steps": 4,
+        "save_steps": 1,
+        "save_strategy": "steps",
         "per_device_train_batch_size": 4,
         "bf16": False,
         "use_cpu": True,
@@ -55,10 +71,26 @@ def compared(tmp_path_factory, checkpoint, chat_data) -> Path:
     }
     (folder / "sft" / "toy.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     (folder / "contenders.yaml").write_text(yaml.safe_dump(CONTENDERS, sort_keys=False), encoding="utf-8")
-    done = subprocess.run(command(folder, "runs", "--jobs", "2"), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    (folder / "stdout").write_text(done.stdout, encoding="utf-8")
+    killed = subprocess.Popen(command(folder, "runs"))
+    until(lambda: list(folder.glob("runs/*/checkpoint-2")))
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    until(lambda: not processes_of(folder))
+    left = [trial.state.name for trial in trials_of(folder / "runs")]
+    other = subprocess.Popen(command(folder, "runs"), stdout=subprocess.PIPE, text=True)
+    with contextlib.redirect_stdout(io.StringIO()) as stdout, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(page, "SECTIONS", page.SECTIONS[:1])  # the other one draws them all
+        main(command(folder, "runs")[3:])
+    printed = [other.communicate()[0], stdout.getvalue()]
+    assert other.returncode == 0
+    (folder / "said.json").write_text(json.dumps({"left": left, "printed": printed}), encoding="utf-8")
     return folder
+
+
+def trials_of(output: Path) -> list[FrozenTrial]:
+    """Of the only study of a comparison."""
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(output / JOURNAL)))
+    return optuna.load_study(study_name=None, storage=storage).get_trials()
 
 
 def command(folder: Path, output: str, *flags: str) -> list[str]:
@@ -68,6 +100,10 @@ def command(folder: Path, output: str, *flags: str) -> list[str]:
 
 def record_of(output: Path) -> dict:
     return json.loads((output / "compare.json").read_text(encoding="utf-8"))
+
+
+def said_of(compared: Path) -> dict:
+    return json.loads((compared / "said.json").read_text(encoding="utf-8"))
 
 
 def timeless(record: dict) -> list[dict]:
@@ -100,7 +136,7 @@ def test_the_table_holds_what_the_runs_measured(compared):
         assert float(by_name[name]["seconds"]) >= 0
         assert by_name[name]["peak memory"].endswith("GiB")
     assert float(by_name["Pion, polar"]["drift"]) < 1e-5
-    printed = (compared / "stdout").read_text(encoding="utf-8")
+    printed, _ = said_of(compared)["printed"]
     for row in cells:
         assert any(all(cell in line for cell in row) for line in printed.splitlines() if line.startswith("| ")), row
 
@@ -129,7 +165,7 @@ def test_a_run_keeps_its_recipe_and_log_and_no_weights(compared):
         assert ("optim_adamw_lr" in recipe) == ("optim_args" in recipe) == (recipe["optim"] == "pion")
         if run["contender"].startswith("Pion"):
             assert (folder / "spectra.safetensors").is_file()
-            assert not (folder / "checkpoint-2").exists()
+            assert not list(folder.glob("checkpoint-*"))
 
 
 def test_table_picture_and_page_are_written(compared):
@@ -141,20 +177,40 @@ def test_table_picture_and_page_are_written(compared):
     assert "<p>2 of 4 runs finished." in page
     assert not list(output.glob("_*"))
     for line in ("optim_adamw_lr is left out for AdamW; Not here.", "optim_args is left out for AdamW; Not here."):
-        assert (compared / "stdout").read_text(encoding="utf-8").count(line) == 1
+        assert [printed.count(line) for printed in said_of(compared)["printed"]] == [1, 1]
 
 
-def test_what_is_finished_is_not_repeated_and_what_failed_is(compared):
+def test_killed_and_gone_on_with_by_two_processes_it_is_one_table_and_no_run_twice(compared):
+    output, said = compared / "runs", said_of(compared)
+    assert said["left"] == ["RUNNING", "WAITING", "WAITING", "WAITING"]
+    trials = trials_of(output)
+    finished = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    assert [trial.number for trial in finished] == [0, 1, 2], "the one that was killed too, under its number"
+    assert {trial.user_attrs["folder"] for trial in trials[3:]} == {next(output.glob("not-here*")).name}
+    first, *others = [yaml.safe_load((output / t.user_attrs["folder"] / "recipe.yaml").read_text()) for t in finished]
+    assert first["resume_from_checkpoint"] is True, "it went on from its last checkpoint"
+    assert not any("resume_from_checkpoint" in recipe for recipe in others)
+    lines = "".join(said["printed"]).splitlines()
+    for trial in finished:
+        of_run = "{contender}, learning rate {learning_rate:g}, seed {seed}: ".format(**trial.params)
+        assert sum(line.startswith(of_run) for line in lines) == 1, of_run
+    tables = [[line for line in printed.splitlines() if line.startswith("| ")] for printed in said["printed"]]
+    assert tables[0] == tables[1]
+    assert "2 of 4 runs finished" in said["printed"][0]
+
+
+def test_what_is_finished_is_not_repeated_and_what_failed_is(compared, small_page):
     output = compared / "runs"
-    trials = {path: (path.stat().st_mtime_ns, json.loads(path.read_text())) for path in output.glob("*/trial.json")}
+    began = {path: path.stat().st_mtime_ns for path in output.glob("*/recipe.yaml")}
     before = record_of(output)
-    subprocess.run(command(compared, "runs"), check=True, capture_output=True)
-    for path, (changed, said) in trials.items():
-        assert (path.stat().st_mtime_ns == changed) == (said["status"] == "finished"), path
+    main(command(compared, "runs")[3:])
+    for path, written in began.items():
+        assert (path.stat().st_mtime_ns == written) == is_finished(path.parent), path
     assert timeless(record_of(output)) == timeless(before)
+    assert trials_of(output)[-1].system_attrs["failed_trial"] == 3
 
 
-def test_report_only_makes_the_same_of_finished_runs(compared, monkeypatch):
+def test_report_only_makes_the_same_of_finished_runs(compared, small_page, monkeypatch):
     output = compared / "runs"
     record = record_of(output)
     for name in ("compare.json", "frontier.png", "report.html"):
@@ -164,6 +220,12 @@ def test_report_only_makes_the_same_of_finished_runs(compared, monkeypatch):
     assert record_of(output) == record
     assert (output / "frontier.png").is_file()
     assert (output / "report.html").is_file()
+
+
+@pytest.fixture
+def small_page(monkeypatch):
+    monkeypatch.setattr(page, "SECTIONS", page.SECTIONS[:1])
+    monkeypatch.setattr(page, "DPI", 20)
 
 
 @pytest.mark.slow
@@ -191,34 +253,183 @@ def until(condition, seconds: float = 120) -> None:
 
 
 def processes_of(output: Path) -> list[str]:
-    """Processes whose command line names the folder."""
+    """Runs whose command line names the folder."""
+    return [line for line in command_lines() if str(output) in line and "os.killpg" in line]
+
+
+def command_lines() -> list[str]:
+    """Of all processes."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
+        with contextlib.suppress(OSError):
             lines.append(path.read_bytes().decode(errors="replace"))
-        except OSError:
-            continue
-    return [line for line in lines if str(output) in line and "child" in line]
+    return lines
 
 
 def test_a_run_ends_with_what_started_it():
-    process = subprocess.Popen([sys.executable, child.__file__, "sft"], stdin=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", study.CHILD, "sft"], stdin=subprocess.PIPE, start_new_session=True
+    )
     process.stdin.close()  # as when the parent is gone
     assert process.wait(60) == -signal.SIGKILL
 
 
-def test_checkpoints_go_with_the_weights(tmp_path):
-    """A recipe may save some by its own strategy."""
-    trial = Trial("a", 1e-3, 0, "sft", {"optim": "pion"})
-    for keep in (False, True):
-        folder = tmp_path / str(keep)
-        process = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, start_new_session=True)
+# -- the study --------------------------------------------------------------------------------------
+
+DATABASES = [pytest.param(f"{kind}://", marks=pytest.mark.slow, id=kind) for kind in ("sqlite", "postgresql+psycopg")]
+# In place of a training: says that it began, takes a moment, and leaves what a finished run does.
+RUN = """
+import sys, time
+from pathlib import Path
+folder = Path(sys.argv[3]).parent
+with open("began", "a") as file:
+    file.write(f"{folder.name}\\n")
+time.sleep(0.2)
+(folder / "eval.json").write_text('{"before": {"task": {"loss": 2}}, "after": {"task": {"loss": 1}}, "learnt": 1}')
+"""
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch) -> list[Trial]:
+    """A grid of twelve runs that train nothing, and the working folder is a new one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "CHILD", RUN)
+    monkeypatch.setattr(study, "POLL", 0.02)
+    return make_grid(BASE, "sft", contenders_from_flags(BASE, "pion,muon", "1e-3,2e-3,3e-3"), {}, 2)[0]
+
+
+@pytest.fixture(params=[None, *DATABASES])
+def storage(request, runs, tmp_path):
+    """None is the journal; a database is a new one."""
+    if request.param is None:
+        yield None
+    elif request.param.startswith("sqlite"):
+        yield f"{request.param}/study.db"
+    elif (initdb := shutil.which("initdb")) is None or (server := shutil.which("postgres")) is None:
+        pytest.skip("Debian's package postgresql is not installed")
+    else:
+        user = {"user": "nobody"} if os.getuid() == 0 else {}  # it runs as root for nobody
+        place = Path(tempfile.mkdtemp(dir="/tmp"))  # its socket's path must be short
+        if user:
+            shutil.chown(place, **user)
+        options = {**user, "cwd": place, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.run([initdb, "-D", place / "data", "-U", "me", "--auth=trust"], check=True, **options)
+        settings = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={place}"]
+        process = subprocess.Popen([server, "-D", place / "data", *settings], **options)
+        until(lambda: (place / ".s.PGSQL.5432").exists())
+        yield f"{request.param}me@/postgres?host={place}"
+        process.send_signal(signal.SIGINT)
         process.wait(60)
-        for file in ("model.safetensors", "spectra.safetensors", "eval.json", "checkpoint-2/model.safetensors"):
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_text("{}")
-        jobs.settle(jobs.Job(trial, folder, process, (folder / "train.log").open("wb"), 0.0), keep_models=keep)
-        left = {path.name for path in folder.iterdir()}
+        shutil.rmtree(place)
+
+
+def work(runs: list[Trial], storage: str | None) -> None:
+    list(run_all(runs, Path("runs"), storage, slots=2, keep_models=False))
+
+
+def test_processes_divide_the_runs_and_take_over_those_of_one_that_dies(runs, storage):
+    processes = [get_context("fork").Process(target=work, args=(runs, storage)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    until(lambda: Path("began").is_file() and len(Path("began").read_text().split()) > 3)
+    processes[0].kill()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL, 0, 0]
+    found = open_study(runs, Path("runs"), storage).get_trials()
+    assert [(trial.number, trial.state.name, trial.value) for trial in found] == [
+        (n, "COMPLETE", 1.0) for n in range(12)
+    ]
+    assert [trial.user_attrs["folder"] for trial in found] == [run.folder for run in runs]
+    began = Counter(Path("began").read_text().split())
+    assert began.keys() == {run.folder for run in runs}
+    assert sum(began.values()) <= 12 + 2, "no run twice but the two of the process that was killed"
+
+
+def test_what_failed_or_was_removed_runs_again_and_nothing_else(runs, storage, monkeypatch):
+    monkeypatch.setattr(study, "CHILD", "print('no such thing')")
+    work(runs[:1], storage)
+    assert states(runs[:1], Path("runs"), storage) == {runs[0].folder: "FAIL"}
+    monkeypatch.setattr(study, "CHILD", RUN)
+    work(runs[:1], storage)
+    work(runs[:3], storage)  # another comparison in the same folder
+    work(runs[:3], storage)
+    shutil.rmtree(Path("runs", runs[2].folder))
+    work(runs[:3], storage)
+    began = Counter(Path("began").read_text().split())
+    assert began == {runs[0].folder: 1, runs[1].folder: 1, runs[2].folder: 2}
+    assert set(states(runs[:3], Path("runs"), storage).values()) == {"COMPLETE"}
+    assert states(runs[:2], Path("elsewhere"), None) == {}
+
+
+def test_an_interrupt_ends_the_runs_and_the_same_command_goes_on_with_them(runs, monkeypatch):
+    monkeypatch.setattr(study, "CHILD", "import time; time.sleep(600)")
+    changes = run_all(runs[:1], Path("runs"), None, slots=1, keep_models=False)
+    assert next(changes) == (runs[:1], None)
+    changes.close()
+    assert not [line for line in command_lines() if str(Path("runs", runs[0].folder)) in line]
+    assert states(runs[:1], Path("runs"), None) == {runs[0].folder: "RUNNING"}
+    monkeypatch.setattr(study, "CHILD", RUN)
+    work(runs[:1], None)
+    assert [(t.number, t.state.name) for t in open_study(runs[:1], Path("runs"), None).get_trials()] == [
+        (0, "COMPLETE")
+    ]
+
+
+def test_finished_runs_of_before_there_were_studies_are_read(runs):
+    folder = Path("runs", runs[0].folder)
+    write_run(folder)
+    (folder / "recipe.yaml").write_text("")
+    (folder / "trial.json").write_text('{"format": 1, "status": "finished", "seconds": 3.0}')
+    work(runs[:2], None)
+    assert Path("began").read_text().split() == [runs[1].folder]
+    assert (folder / "trial.json").is_file()
+
+
+@pytest.mark.parametrize("damage", ["{", "{}\n{}\n", "\\udcff\n0\n"])
+def test_a_damaged_journal_is_one_line_and_costs_no_run(runs, damage):
+    work(runs[:2], None)
+    journal = Path("runs", JOURNAL)
+    journal.write_bytes(damage.encode("utf-8", "surrogateescape") + journal.read_bytes())
+    with pytest.raises(ValueError, match=r"^'runs/study.journal' is damaged: .*; remove it: what is finished stays so"):
+        work(runs[:2], None)
+    journal.unlink()
+    work(runs[:2], None)
+    assert len(Path("began").read_text().split()) == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("sqlite:////dev/null/x", "unable to open database file"),
+        ("postgres", "Could not parse SQLAlchemy URL"),
+        ("no://me:SESAME@here/x", "no"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_one_line(recipe, tmp_path, url, said):
+    line = refuse(recipe(), "--output_dir", str(tmp_path / "runs"), "--storage", url)
+    assert line.startswith("pion-hf compare: --storage ")
+    assert said in line
+    assert "SESAME" not in line
+
+
+def test_without_optuna_a_line_says_what_to_install(recipe, monkeypatch):
+    monkeypatch.setitem(needs.OPTIONAL, "optuna", "999")
+    assert refuse(recipe()).endswith("pip install 'optuna>=999'")
+
+
+def test_checkpoints_go_with_the_weights(runs):
+    """A recipe may save some by its own strategy."""
+    for keep in (False, True):
+        output = Path(str(keep))
+        (job,) = [study._take(open_study(runs[:1], output, None), {runs[0].folder: runs[0]}, output)]
+        start(job, slot=0, slots=1)
+        job.process.wait(60)
+        for file in ("model.safetensors", "spectra.safetensors", "checkpoint-2/model.safetensors"):
+            (job.folder / file).parent.mkdir(exist_ok=True)
+            (job.folder / file).write_text("{}")
+        settle(open_study(runs[:1], output, None), job, keep_models=keep)
+        left = {path.name for path in job.folder.iterdir()}
         weights = {"model.safetensors", "checkpoint-2"}
         assert left & weights == (weights if keep else set())
         assert {"spectra.safetensors", "eval.json"} <= left
@@ -482,29 +693,22 @@ def test_a_folder_without_permission(recipe, tmp_path, monkeypatch):
     assert "cannot be written to" in refuse(recipe(), "--output_dir", str(tmp_path))
 
 
-def test_a_folder_that_another_comparison_holds(recipe, tmp_path):
-    from filelock import FileLock
-
+def test_a_folder_that_another_comparison_holds(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "PATIENCE", 0)
     with FileLock(tmp_path / "runs" / LOCK):
-        assert "another comparison is at work" in refuse(recipe(), "--output_dir", str(tmp_path / "runs"))
+        assert "another comparison holds it" in refuse(recipe(), "--output_dir", str(tmp_path / "runs"))
 
 
-def test_a_folder_with_other_things_or_other_arguments_is_left_alone(recipe, tmp_path):
+def test_a_folder_with_other_things_is_left_alone(recipe, tmp_path):
     base = yaml.safe_load(Path(recipe()).read_text(encoding="utf-8"))
     (trial,), _ = grid_of(base, "pion: {optim: pion}", tmp_path)
     folder = tmp_path / "runs" / trial.folder
     folder.mkdir(parents=True)
     (folder / "thesis.txt").write_text("all of it", encoding="utf-8")
     assert "no run of a comparison" in refuse(recipe(), "--output_dir", str(tmp_path / "runs"))
-    said = {"status": "finished", "arguments": {**trial.arguments, "max_steps": 7}}
-    (folder / "trial.json").write_text(json.dumps(said), encoding="utf-8")
-    assert "a run with another max_steps" in refuse(recipe(), "--output_dir", str(tmp_path / "runs"))
-    for key, value, missing in (("status", None, "status"), ("arguments", trial.arguments, "seconds")):
-        (folder / "trial.json").write_text(json.dumps({**said, key: value}), encoding="utf-8")
-        damaged = refuse(recipe(), "--output_dir", str(tmp_path / "runs"), "--report_only")
-        assert damaged.endswith(f"is damaged: trial.json holds no {missing}")
-    (folder / "trial.json").write_text("{", encoding="utf-8")
-    assert "cannot read" in refuse(recipe(), "--output_dir", str(tmp_path / "runs"))
+    (tmp_path / "runs" / JOURNAL).mkdir()
+    (folder / "recipe.yaml").write_text("", encoding="utf-8")
+    assert "is damaged: it is no regular file" in refuse(recipe(), "--output_dir", str(tmp_path / "runs"))
     assert (folder / "thesis.txt").read_text(encoding="utf-8") == "all of it"
 
 

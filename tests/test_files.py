@@ -11,7 +11,7 @@ import pytest
 
 import pion_hf
 from pion_hf import files
-from pion_hf.cli import comparison, curves, jobs
+from pion_hf.cli import comparison, curves, study
 from pion_hf.cli.grid import Trial
 from pion_hf.integrations import model_card, run_folder
 from pion_hf.integrations.run_folder import RunFolder
@@ -144,8 +144,8 @@ def test_no_other_room_writes_files():
 # -- everything that is written, with a link in its place --------------------------------------------
 
 OF_A_RUN = (RECORD, LOG, MATRICES, SPECTRA, ROUTING, EVALUATION, BEFORE, "README.md", "report.html", "rates.png")
-OF_A_COMPARISON = ("compare.json", "frontier.png", "report.html", ".lock")
-OF_A_TRIAL = ("trial.json", "recipe.yaml", "train.log")
+OF_A_COMPARISON = ("compare.json", "frontier.png", "report.html", ".lock", "study.journal.lock")
+OF_A_TRIAL = ("recipe.yaml", "train.log", ".lock")
 
 
 @pytest.fixture
@@ -220,18 +220,13 @@ def test_what_a_comparison_writes_goes_through_no_link(tmp_path, planted, monkey
     trial = Trial("pion", 1e-3, 0, "sft", {"optim": "pion", "seed": 0})
     folder = output / trial.folder
     planted(folder, OF_A_TRIAL)
-    monkeypatch.setattr("pion_hf.cli.child.__file__", str(tmp_path / "child.py"))  # instead of a training
-    (tmp_path / "child.py").write_text("print('trained')\n")
-    with jobs.alone_in(output):
-        job = jobs.start(trial, folder, slot=0, slots=1)
-        job.process.wait()
+    monkeypatch.setattr(study, "CHILD", "print('trained')")  # instead of a training
+    for _ in study.run_all([trial], output, None, slots=1, keep_models=False):
         write_run(folder)
-        planted(folder, ("trial.json",))
-        jobs.settle(job, keep_models=False)
     monkeypatch.setattr(comparison, "DPI", 20)
     monkeypatch.setattr(page, "SECTIONS", page.SECTIONS[:1])
     monkeypatch.setattr(run_folder, "versions", dict)
-    record = comparison.make_record(Path("r.yaml"), trial.recipe, [trial], output)
+    record = comparison.make_record(Path("r.yaml"), trial.recipe, [trial], output, {})
     assert record["runs"][0]["status"] == "finished"
     comparison.show(record, output, comparison.Console(quiet=True))
     written = [output / name for name in OF_A_COMPARISON] + [folder / name for name in OF_A_TRIAL]

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pion_hf.cli import sft
+from pion_hf.cli import sft, study
 from pion_hf.cli.comparison import make_record
 from pion_hf.cli.grid import Trial
-from pion_hf.cli.jobs import check_folder, settle, start
 from pion_hf.cli.recipe import SECRETS, read_recipe
 from pion_hf.redaction import is_secret, without_secrets
 
@@ -62,22 +61,18 @@ RECIPE = {
 
 
 def test_runs_get_the_secrets_that_no_file_of_a_comparison_holds(tmp_path, monkeypatch):
-    monkeypatch.setattr("pion_hf.cli.child.__file__", str(tmp_path / "child.py"))  # instead of a training
-    (tmp_path / "child.py").write_text(f"import os\nprint(os.environ['{SECRETS}'])\n", encoding="utf-8")
+    monkeypatch.setattr(study, "CHILD", f"import os\nprint(os.environ['{SECRETS}'])\n")  # instead of a training
     output = tmp_path / "runs"
     trial = Trial("pion, password", 1e-3, 0, "sft", RECIPE)
+    (_, ended) = study.run_all([trial], output, None, slots=1, keep_models=False)
+    assert ended == ([], trial)
     folder = output / trial.folder
-    job = start(trial, folder, slot=0, slots=1)
-    job.process.wait()
     given = (folder / "train.log").read_text(encoding="utf-8")
     assert {**read_recipe(folder / "recipe.yaml"), **yaml.safe_load(given)} == {**RECIPE, "output_dir": str(folder)}
     (folder / "train.log").write_text("ValueError: cannot read http://me:SESAME-6@host\n", encoding="utf-8")
-    job.process.returncode = 1
-    settle(job, keep_models=False)
-    (output / "compare.json").write_text(json.dumps(make_record(Path("r.yaml"), RECIPE, [trial], output)))
-    check_folder(trial, folder)  # it is this run's still
-    with pytest.raises(ValueError, match="another seed"):
-        check_folder(Trial("pion, password", 1e-3, 0, "sft", RECIPE | {"seed": 1}), folder)
+    record = make_record(Path("r.yaml"), RECIPE, [trial], output, study.states([trial], output, None))
+    assert record["runs"][0]["error"] == "ValueError: cannot read http://***@host"
+    (output / "compare.json").write_text(json.dumps(record))
     for path in output.rglob("*"):
         if path.is_file() and path.name != "train.log":
             assert "SESAME" not in path.read_text(encoding="utf-8"), path

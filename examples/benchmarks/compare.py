@@ -25,8 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pion_hf.cli import compare
-from pion_hf.cli.comparison import PLAIN_WIDTH
-from pion_hf.cli.contest import remarks, table
+from pion_hf.cli.contest import PLAIN_WIDTH, remarks, table
 
 HERE = Path(__file__).parent
 PICTURE = HERE / "results" / "learnt_and_kept.png"
@@ -46,7 +45,7 @@ class Comparison(NamedTuple):
         flags = ["--command", "sft", "--contenders", HERE / f"{self.name}.yaml", "--output_dir", self.runs]
         flags += ["--seeds", self.seeds, *self.settings, "--jobs", jobs]
         compare.main([str(word) for word in (HERE / "compare_recipe.yaml", *flags)])
-        for made in (compare.RESULTS, compare.FRONTIER):
+        for made in ("compare.json", "frontier.png"):
             shutil.copy(Path(self.runs, made), self.result(Path(made).suffix))
 
     def result(self, suffix: str) -> Path:

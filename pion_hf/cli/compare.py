@@ -1,8 +1,9 @@
 """`pion-hf compare`: the same recipe under equal budget with every optimizer, learning rate and seed.
 
 Every run is a process of `pion-hf sft`, `cpt` or `grpo` with a folder of its own under `--output_dir`, which holds its
-recipe and its log. What is finished is not repeated: after an interrupt or a kill the same command goes on. It ends
-with a table, `compare.json`, the learning-forgetting frontier as a picture, and a report page.
+recipe and its log. What is finished is not repeated: after an interrupt or a kill the same command goes on. Given
+several times at once, on one machine or on several that share the folder, it divides the runs among them. It ends with
+a table, `compare.json`, the learning-forgetting frontier as a picture, and a report page.
 
     pion-hf compare recipes/smollm2-135m/sft/full.yaml --optim adamw_torch,muon,pion --learning_rate 1e-4,3e-4,1e-3
 
@@ -56,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--command", choices=TRAINING, help="what the recipe is for (default: its folder's name)")
     made.add_argument("--output_dir", type=Path, metavar="DIR", help="default: runs/compare-<the recipe's name>")
+    made.add_argument("--storage", metavar="URL", help="a database for its study (default: a file in --output_dir)")
     made.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, on GPUs or cores of their own")
     made.add_argument(
         "--trust_remote_code",
@@ -91,7 +93,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     """Run what is not finished yet, then show everything."""
     args = parse(argv)
-    require(*OLDEST)
+    require(*OLDEST, "optuna")
     from pion_hf.cli.comparison import compare  # takes seconds, not before the flags are right
 
     compare(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import html
 import os
 import signal
@@ -12,8 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from pion_hf.cli import INTERRUPTED
-from pion_hf.cli.contest import MISSING, read_result, remarks, rows, standings, table, title
+from pion_hf.cli import INTERRUPTED, contest
 from pion_hf.cli.grid import (
     Trial,
     check_grid,
@@ -23,8 +23,8 @@ from pion_hf.cli.grid import (
     parse_axes,
     read_contenders,
 )
-from pion_hf.cli.jobs import alone_in, check_folder, is_finished, read_trial, run_all
 from pion_hf.cli.recipe import read_recipe
+from pion_hf.cli.study import check_folder, run_all, states
 from pion_hf.evaluation import PROGRESS
 from pion_hf.files import new_file
 from pion_hf.integrations.run_folder import versions
@@ -33,7 +33,6 @@ from pion_hf.runs import RECORD, write_json
 
 RESULTS, FRONTIER, PAGE = "compare.json", "frontier.png", "report.html"
 FORMAT = 1  # of it
-PLAIN_WIDTH = 240  # of tables where no terminal gives one
 DPI = 200
 
 
@@ -54,30 +53,29 @@ def compare(args: argparse.Namespace) -> None:
     if not args.report_only:
         check_grid(grid, args.recipe, output_dir, trusted=args.trust_remote_code)
         for trial in grid:
-            check_folder(trial, output_dir / trial.folder)
-        with alone_in(output_dir):
-            try:
-                _run(grid, output_dir, args, console)
-            except KeyboardInterrupt:
-                interrupted = True
-    record = make_record(args.recipe, recipe, grid, output_dir)
+            check_folder(output_dir / trial.folder)
+        try:
+            _run(grid, output_dir, args, console)
+        except KeyboardInterrupt:
+            interrupted = True
+    record = make_record(args.recipe, recipe, grid, output_dir, states(grid, output_dir, args.storage))
     if interrupted:
         console.out("Interrupted: the same command goes on.", highlight=False)
-    if not interrupted or any(run["status"] != MISSING for run in record["runs"]):
+    if not interrupted or any(run["status"] != contest.MISSING for run in record["runs"]):
         show(record, output_dir, console)
     if interrupted:
         raise SystemExit(INTERRUPTED)
 
 
-def make_record(path: Path, recipe: dict[str, Any], grid: list[Trial], output_dir: Path) -> dict[str, Any]:
-    """All that is known of a comparison, as `compare.json` keeps it."""
-    runs = [read_result(trial, output_dir / trial.folder) for trial in grid]
+def make_record(path: Path, recipe: dict, grid: list[Trial], output_dir: Path, states: dict) -> dict[str, Any]:
+    """All that is known of a comparison, as `compare.json` keeps it; `states` as in `read_result`, by folder."""
+    runs = [contest.read_result(trial, output_dir / trial.folder, states.get(trial.folder)) for trial in grid]
     return {
         "format": FORMAT,
         "recipe": {"path": str(path), "command": grid[0].command, "keys": without_secrets(recipe)},
         "seeds": len({trial.seed for trial in grid}),
         "versions": versions(),
-        "standings": standings(runs),
+        "standings": contest.standings(runs),
         "runs": runs,
     }
 
@@ -88,7 +86,7 @@ def show(record: dict[str, Any], output_dir: Path, console: Console) -> None:
     Raises:
         ValueError: no run is over, or the folder cannot be written to.
     """
-    if all(run["status"] == MISSING for run in record["runs"]):
+    if all(run["status"] == contest.MISSING for run in record["runs"]):
         raise ValueError(f"no run in {str(output_dir)!r} is over yet: there is nothing to show")
     if not os.access(output_dir, os.W_OK | os.X_OK):
         raise ValueError(f"{str(output_dir)!r} cannot be written to, where table, picture and page would go")
@@ -103,8 +101,8 @@ def show(record: dict[str, Any], output_dir: Path, console: Console) -> None:
             picture.figure.savefig(file, format="png", dpi=DPI)
     written += _write_page(record, output_dir, picture)
     plain = not console.is_terminal
-    (Console(width=PLAIN_WIDTH) if plain else console).print(table(record, plain=plain))
-    for line in (*remarks(record), f"Written: {', '.join(map(str, written))}"):
+    (Console(width=contest.PLAIN_WIDTH) if plain else console).print(contest.table(record, plain=plain))
+    for line in (*contest.remarks(record), f"Written: {', '.join(map(str, written))}"):
         console.out(line, highlight=False)
 
 
@@ -120,11 +118,11 @@ def _write_page(record: dict[str, Any], output_dir: Path, picture: Any) -> list[
             shown.setdefault(run["contender"], folder)
     if not shown:
         return []
-    paragraphs = "".join(f"<p>{html.escape(line)}</p>" for line in remarks(record))
-    extra = [("The best of every contender", str(report.table(*rows(record))) + paragraphs)]
+    paragraphs = "".join(f"<p>{html.escape(line)}</p>" for line in contest.remarks(record))
+    extra = [("The best of every contender", str(report.table(*contest.rows(record))) + paragraphs)]
     if picture is not None:
         extra.append(("Learning and forgetting", picture))
-    return [report.write_report(shown.values(), output_dir / PAGE, title(record), extra=extra)]
+    return [report.write_report(shown.values(), output_dir / PAGE, contest.title(record), extra=extra)]
 
 
 def _run(grid: list[Trial], output_dir: Path, args: argparse.Namespace, console: Console) -> None:
@@ -134,29 +132,21 @@ def _run(grid: list[Trial], output_dir: Path, args: argparse.Namespace, console:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, terminated)
-    done = sum(is_finished(output_dir / trial.folder) for trial in grid)
     what, left = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[left]}")
     columns = (what, BarColumn(), MofNCompleteColumn(), left)
-    running: list[Trial] = []
     try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("", total=len(grid), completed=done, left="")
-
-            def update() -> None:
-                progress.update(bar, description=" | ".join(map(str, running)), left=_left(grid, output_dir, args.jobs))
-
-            def started(trial: Trial) -> None:
-                running.append(trial)
-                update()
-
-            def ended(trial: Trial) -> None:
-                running.remove(trial)
-                progress.advance(bar)
-                result = read_result(trial, output_dir / trial.folder)
-                console.out(f"{trial}: {_told(result)}", highlight=False)
-                update()
-
-            run_all(grid, output_dir, slots=args.jobs, keep_models=args.keep_models, started=started, ended=ended)
+        changes = run_all(grid, output_dir, args.storage, slots=args.jobs, keep_models=args.keep_models)
+        shown = Progress(*columns, console=console, disable=not console.is_terminal)
+        with contextlib.closing(changes), shown as progress:
+            bar = progress.add_task("", total=len(grid), left="")
+            for running, ended in changes:
+                if ended is not None:
+                    result = contest.read_result(ended, output_dir / ended.folder, "FAIL")
+                    console.out(f"{ended}: {_told(result)}", highlight=False)
+                took = [contest.seconds(folder) for t in grid if contest.is_finished(folder := output_dir / t.folder)]
+                minutes = sum(took) / max(len(took), 1) * (len(grid) - len(took)) / args.jobs / 60
+                left = f"about {minutes:.0f} min left" if took else ""
+                progress.update(bar, completed=len(took), description=" | ".join(map(str, running)), left=left)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -166,19 +156,6 @@ def _told(result: dict[str, Any]) -> str:
     after = result.get("after", {}).get("task", {})
     found = ", ".join(f"task {metric} {after[metric]:.4f}" for metric in PROGRESS if after.get(metric) is not None)
     return ", ".join(filter(None, [result["status"], found, result.get("error"), f"{result['process_seconds']:.0f} s"]))
-
-
-def _left(grid: list[Trial], output_dir: Path, jobs: int) -> str:
-    """How long the rest will take, by the mean of what is finished."""
-    over = [
-        read_trial(output_dir / trial.folder).get("seconds") or 0.0
-        for trial in grid
-        if is_finished(output_dir / trial.folder)
-    ]
-    if not over:
-        return ""
-    minutes = sum(over) / len(over) * (len(grid) - len(over)) / jobs / 60
-    return f"about {minutes:.0f} min left"
 
 
 def _name(recipe: Path) -> str:

@@ -18,10 +18,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from pion_hf.cli.grid import Trial
-from pion_hf.cli.jobs import TRIAL, is_finished, read_trial
 from pion_hf.evaluation import PROGRESS
+from pion_hf.redaction import without_secrets
 from pion_hf.runs import EVALUATION, FAILED, FINISHED, RECORD, read_evaluation, read_run
 
+RECIPE, OUTPUT = "recipe.yaml", "train.log"  # of a run's folder, the first file and the last one
+PLAIN_WIDTH = 240  # of tables where no terminal gives one
+TAIL = 16384  # bytes of the latter, among which its last line is
 DIVERGED, MISSING = "diverged", "not run"  # beside FINISHED and FAILED
 TASK = "task"
 MEASURED = ("spectrum_drift", "optimizer_share")  # of eval.json
@@ -31,21 +34,27 @@ RECORDED = ("seconds", "peak_memory_bytes")  # of run.json
 Figures = dict[str, dict[str, float | None]]  # name -> mean and spread
 
 
-def read_result(trial: Trial, folder: Path) -> dict[str, Any]:
-    """What is known of a run: `status`, and if it is over the figures of its eval.json and run.json."""
+def is_finished(folder: Path) -> bool:
+    """Whether a run has been measured; nothing that follows changes what was found."""
+    return (folder / EVALUATION).is_file()
+
+
+def read_result(trial: Trial, folder: Path, state: str | None = None) -> dict[str, Any]:
+    """What is known of a run: `status`, and if it is over the figures of its eval.json and run.json.
+
+    state: Optuna's word for how its last attempt ended.
+    """
     told = {"contender": trial.contender, "learning_rate": trial.learning_rate, "seed": trial.seed}
-    said = read_trial(folder)
-    if said is None or said.get("status") not in (FINISHED, FAILED):
+    if not is_finished(folder) and state not in ("COMPLETE", "FAIL"):
         return {**told, "status": MISSING}
-    if said.get("seconds") is None:
-        raise ValueError(f"{str(folder)!r} is damaged: {TRIAL} holds no seconds")
     run = read_run(folder) if os.path.lexists(folder / RECORD) else None
-    told |= {"folder": folder.name, "process_seconds": said["seconds"]}
+    told |= {"folder": folder.name, "process_seconds": seconds(folder)}
     if run is not None:
         told |= {key: run.record[key] for key in RECORDED if key in run.record}
     if not is_finished(folder):
         lost = run is not None and not all(math.isfinite(v) for key in DIVERGING for v in run.series(key)[1])
-        return {**told, "status": DIVERGED if lost else FAILED, "error": said.get("error", f"no {EVALUATION}")}
+        error = (state == "FAIL" and _last_line(folder / OUTPUT)) or f"no {EVALUATION}"
+        return {**told, "status": DIVERGED if lost else FAILED, "error": without_secrets(error)}
     measured = read_evaluation(folder) or {}
     if not measured.get("before") or TASK not in (measured.get("after") or {}):
         raise ValueError(f"{str(folder)!r} is damaged: {EVALUATION} says nothing of before and after training")
@@ -53,6 +62,12 @@ def read_result(trial: Trial, folder: Path) -> dict[str, Any]:
     lost = any(value is None for values in after.values() for value in values.values())  # not finite
     told |= {"status": DIVERGED if lost else FINISHED, "before": measured["before"], "after": after}
     return told | {key: measured[key] for key in ("learnt", "forgotten", *MEASURED) if key in measured}
+
+
+def seconds(folder: Path) -> float:
+    """How long a run took with all that it loaded and measured, by its files."""
+    written = [os.path.getmtime(folder / name) for name in (RECIPE, EVALUATION, OUTPUT) if (folder / name).exists()]
+    return max(written, default=0.0) - min(written, default=0.0)
 
 
 def standings(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -231,3 +246,12 @@ def _before(record: dict[str, Any], run: dict[str, Any]) -> Iterator[tuple[str, 
         domain, _, metric = key.rpartition(" ")
         if run["before"].get(domain, {}).get(metric) is not None:
             yield key, heading, run["before"][domain][metric]
+
+
+def _last_line(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        lines = file.read().decode(errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

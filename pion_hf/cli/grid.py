@@ -64,15 +64,10 @@ class Trial:
     recipe: dict[str, Any]
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """What tells this run from others, as JSON keeps it."""
-        return json.loads(json.dumps({"command": self.command, **self.recipe}, sort_keys=True, default=str))
-
-    @property
     def folder(self) -> str:
         """A name that any file system takes, which differs for every two runs that differ."""
         words = re.sub(r"[^a-z0-9.]+", "-", self.contender.lower()).strip("-.")[:LONGEST_NAME] or "run"
-        told = json.dumps([self.contender, self.arguments], sort_keys=True)
+        told = json.dumps([self.contender, {"command": self.command, **self.recipe}], sort_keys=True, default=str)
         return f"{words}_lr{self.learning_rate:g}_seed{self.seed}_{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
     def __str__(self) -> str:

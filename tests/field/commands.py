@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pion_hf.cli import main
+from pion_hf.cli.study import JOURNAL
 from tests.field.checkpoints import a_folder, a_pipe, cut_in_half, emptied, missing, noise
 from tests.field.pages import Figure, sketch
 from tests.field.trial import Input
@@ -177,7 +178,8 @@ def grid(flags: str, world: World, folder: Path) -> None:
 def comparison(file: str, damage: Callable[[Path], None], world: World, folder: Path) -> str:
     """The table of a comparison one of whose runs is damaged."""
     runs = world.copy(world.comparison / "runs", folder / "runs")
-    damage(sorted(path for path in runs.iterdir() if path.is_dir())[0] / file)
+    folder = runs if file == JOURNAL else sorted(path for path in runs.iterdir() if path.is_dir())[0]
+    damage(folder / file)
     return table(world, runs)
 
 
@@ -202,12 +204,6 @@ def field_of(file: str, key: str, value: Any, path: Path) -> None:
 
 DAMAGES = {f.__name__.replace("_", " "): f for f in (emptied, cut_in_half, noise, a_folder, a_pipe)}
 FIELDS: dict[str, dict[str, list[Any]]] = {
-    "trial.json": {
-        "status": [3, [], None],
-        "seconds": ["x", [1], None],
-        "arguments": ["x", [1], {}],
-        "format": ["x", 7],
-    },
     "eval.json": {"after": ["x", [1], {"task": 3}, None], "before": ["x", {"task": {"loss": "x"}}], "learnt": ["x"]},
     "run.json": {"seconds": ["x"], "peak_memory_bytes": ["x", [1]], "format": [2]},
 }
@@ -217,7 +213,7 @@ INPUTS = [
     *(Input("compare: grids", f"compare {flags}", partial(grid, flags), names) for flags, names in GRIDS.items()),
     *(
         Input("compare: folders", f"{file}: {words}", partial(comparison, file, damage), (file,), as_undamaged)
-        for file in ("trial.json", "eval.json", "run.json")
+        for file in (JOURNAL, "eval.json", "run.json")
         for words, damage in {**DAMAGES, **({"missing": missing} if file == "eval.json" else {})}.items()
     ),
     *(

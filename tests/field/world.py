@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -18,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pion_hf.cli import main
-from pion_hf.cli.jobs import TRIAL
 from pion_hf.runs import LOG, MATRICES, SPECTRA
 from tests.field.pages import page_of
 from tests.gallery.stand_ins import CHATS, make_model, make_tokenizer, sentence, write_jsonl
@@ -156,6 +154,7 @@ class World:
     def _make_comparison(self) -> None:
         """Two runs, as `compare` leaves them."""
         from pion_hf.cli.grid import contenders_from_flags, make_grid
+        from pion_hf.cli.study import run_all
 
         (self.comparison / "sft").mkdir(parents=True)
         recipe = self.recipe(self.comparison / "sft", eval_strategy="epoch", output_dir=..., learning_rate=...)
@@ -167,8 +166,8 @@ class World:
             folder = write_run(
                 self.comparison / "runs" / trial.folder, learning_rate=trial.learning_rate, layers=1, steps=4
             )
-            said = {"format": 1, "status": "finished", "arguments": trial.arguments, "seconds": 3.0, "started": "now"}
-            (folder / TRIAL).write_text(json.dumps(said), encoding="utf-8")
+            (folder / "recipe.yaml").write_text("", encoding="utf-8")
+        assert not [*run_all(grid, self.comparison / "runs", None, slots=1, keep_models=True)], "all are finished"
         from tests.field.commands import table
 
         runs = shutil.copytree(self.comparison / "runs", self.folder / "shown")
