@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTTrainer
 
 from pion_hf import Blend
-from pion_hf.evaluation import IGNORED, answer_tokens, evaluating, exact_match, generate_answers, text_loss
+from pion_hf.integrations.evaluation import IGNORED, answer_tokens, evaluating, exact_match, generate_answers, text_loss
 from pion_hf.integrations.trl_config import PionSFTConfig
-from pion_hf.linalg.precision import bfloat16_speedup
+from pion_hf.linalg.products import bfloat16_speedup
 
 MODEL, OTHER_TEXT = "models/smollm2-135m-instruct", "data/python_docs.txt"
 ANSWERS = Path(__file__).parent / "results" / "evidence_answers.jsonl"
