@@ -250,6 +250,8 @@ def main() -> None:
         for stage in ledger.stages:
             ledger.run(stage)
     begun = [stage for stage in ledger.stages if ledger.pooled(stage, REFERENCE)]
+    if not begun:
+        raise SystemExit(f"no finished trials of {REFERENCE} to show")
     if chosen.picture:
         picture(ledger, begun)
     for stage in begun:

@@ -217,11 +217,11 @@ SPECTRA = {"drift": ".2g", "stable_rank": ".1f"}
 
 
 def orders(study: Study, chosen: dict[str, float]) -> list[str]:
-    """Who learnt most and who forgot least, by length, of those lengths that all have run."""
+    """Who learnt most and who forgot least, by length, of those lengths that everybody has run."""
     lines = []
     for steps in LENGTHS:
         runs = {name: study.run(name, lr, steps) for name, lr in chosen.items()}
-        if all(runs.values()):
+        if runs.keys() == FIRST.keys() and all(runs.values()):
             for what, text in (("learnt most", NEW), ("forgot least", OLD)):
                 lines.append(f"{steps:,} steps, {what} first: {', '.join(sorted(runs, key=lambda n: runs[n][text]))}")
     return lines
