@@ -20,7 +20,7 @@ from pion_hf.integrations.values import OPTION, check_ranges, fit_fields
 from pion_hf.linalg.products import bfloat16_speedup
 from pion_hf.needs import needed
 from pion_hf.optim.checks import check_value
-from pion_hf.optim.options import Factors, Routed, Stacked, types_of
+from pion_hf.optim.options import Factors, Routed, Shown, Stacked, types_of
 from pion_hf.optim.pion import PRESETS, check_preset
 
 with needed("transformers"):
@@ -36,9 +36,9 @@ FIXED_OPTIONS = {"pion_ambient": {"preset": "ambient"}}
 
 # By optimizer, the options of its groups, which `pion_hf.param_groups` makes, rather than of the constructor.
 ROUTED = {
-    **dict.fromkeys(OPTIMIZER_CLASSES, (Routed,)),
-    **dict.fromkeys(("teon", "teon_lora"), (Routed, Stacked)),
-    "pion_lora": (Routed, Factors),
+    **dict.fromkeys(OPTIMIZER_CLASSES, (Routed, Shown)),
+    **dict.fromkeys(("teon", "teon_lora"), (Routed, Shown, Stacked)),
+    "pion_lora": (Routed, Shown, Factors),
 }
 GROUP_OPTIONS = tuple(dict.fromkeys(name for kinds in ROUTED.values() for kind in kinds for name in types_of(kind)))
 
@@ -244,6 +244,10 @@ def resolve_options(
     merged |= FIXED_OPTIONS.get(optim, {})
     if merged.get("preset") is not None:
         check_preset(merged["preset"], merged)
+    if merged.get("keep_data") is not None and not merged.get("keep"):
+        raise ValueError(
+            f"keep_data={merged['keep_data']!r} says what is kept, and keep=0 keeps nothing: set keep, 96 for example"
+        )
     groups = {key: merged.pop(key) for key in GROUP_OPTIONS if key in merged}
     return merged, groups
 

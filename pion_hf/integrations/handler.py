@@ -46,7 +46,8 @@ def optimizer_of(args: Any, model: nn.Module | None) -> tuple[type, dict[str, An
     say_what_it_is(args, optim, options)
     routing, groups = groups_from(args, model, optim, group_options)
     announce(routing, groups, args)
-    return OPTIMIZER_CLASSES[optim], {"params": groups, "lr": args.learning_rate, **with_inputs(options, model)}
+    options = with_inputs(options, model, group_options.get("keep_data"))
+    return OPTIMIZER_CLASSES[optim], {"params": groups, "lr": args.learning_rate, **options}
 
 
 def choose_form(args: Any, model: nn.Module) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -110,7 +111,8 @@ def groups_of(
 
     options: those of `pion_hf.param_groups`. zeros: see `pion_hf.routing_table`.
     """
-    choices = {key: options.get(key) for key in GROUP_OPTIONS if not key.startswith("adamw_")}
+    options = {key: value for key, value in options.items() if key != "keep_data"}
+    choices = {key: options.get(key) for key in GROUP_OPTIONS if not key.startswith(("adamw_", "keep_data"))}
     routing = routing_table(model, optim, **choices, zeros=zeros)
     (zeros,) = of_first([routing.zeros])
     if zeros != routing.zeros:
@@ -123,9 +125,19 @@ def groups_of(
     return routing, groups
 
 
-def with_inputs(options: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """A constructor's options, with the inputs of the model's layers where some of their directions are kept."""
-    return {**options, "inputs": Inputs(model, kept_columns(options))} if options.get("keep") else options
+def with_inputs(options: dict[str, Any], model: nn.Module, data: str | None = None) -> dict[str, Any]:
+    """A constructor's options, with the inputs of the model's layers where some of their directions are kept.
+
+    data: see `kept_data.show`.
+    """
+    if not options.get("keep"):
+        return options
+    inputs = Inputs(model, kept_columns(options))
+    if data is not None:
+        from pion_hf.integrations import kept_data  # which brings datasets and evaluate
+
+        kept_data.show(inputs, model, data)
+    return {**options, "inputs": inputs}
 
 
 def _zeros_at_the_start(args: Any) -> list[str] | None:

@@ -96,6 +96,17 @@ class Routed:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """Of Trainers and factories, which show it to the optimizer's `Inputs`."""
+
+    keep_data: str | None = option(
+        None,
+        "What keep is about: a file of chats or texts (.jsonl), or one text, such as the model's own answers. "
+        "Unset: the first batch trained on.",
+    )
+
+
+@dataclass(frozen=True)
 class Stacked:
     """Of the groups of optimizers that stack layers."""
 
