@@ -80,18 +80,20 @@ class Common:
 class Routed:
     """Of the groups that `pion_hf.param_groups` makes for every optimizer, and of no constructor."""
 
-    targets: list[str] | None = option(None, "Regular expressions of the matrices; None: all of hidden layers.")
+    targets: list[str] | None = option(
+        None, "Regular expressions of the matrices that the rule takes. (default: all of hidden layers)"
+    )
     exclude: list[str] | None = option(
-        None, "Regular expressions of parameters that AdamW takes instead of the matrix rule."
+        None, "Regular expressions of parameters that AdamW takes instead of the matrix rule. (default: none)"
     )
     adamw_lr: float | None = option(
-        None, "Learning rate of AdamW's groups (embeddings, heads, norms). Unset: learning_rate.", NOT_NEGATIVE
+        None, "Learning rate of AdamW's groups: embeddings, heads, norms. (default: learning_rate)", NOT_NEGATIVE
     )
     adamw_betas: tuple[float, float] | None = option(
-        None, "Betas of AdamW's groups (adamw_routed: of all). Unset: adam_beta1 and adam_beta2.", DECAYS
+        None, "Betas of AdamW's groups (adamw_routed: of all). (default: adam_beta1 and adam_beta2)", DECAYS
     )
     adamw_eps: float | None = option(
-        None, "Epsilon of AdamW's groups (adamw_routed: of all). Unset: adam_epsilon.", NOT_NEGATIVE
+        None, "Epsilon of AdamW's groups (adamw_routed: of all). (default: adam_epsilon)", NOT_NEGATIVE
     )
 
 
@@ -101,7 +103,9 @@ class Stacked:
 
     stack: int = option(2, "Consecutive layers whose matrices are orthogonalised together.", LAYERS)
     stack_targets: list[str] | None = option(
-        None, "Which matrices are stacked: q, k, v, or regular expressions over parameter names."
+        None,
+        "Which matrices are stacked: q, k, v, or regular expressions over parameter names. (default: q, k and v; of "
+        "adapters all)",
     )
 
 
@@ -137,8 +141,8 @@ class Executed:
 
     batch_elements: int | None = option(
         None,
-        "Elements of the equal matrices that are updated at once: bounds the extra memory of a step. Unset: what is "
-        "fastest on the device.",
+        "Elements of the equal matrices that are updated at once: bounds the extra memory of a step. (default: what is "
+        "fastest on the device)",
         COUNT,
     )
 
@@ -175,7 +179,7 @@ class PionOptions(Executed, Orthogonalised, Common):
     state_dtype: Literal["float32", "bfloat16"] = option("float32", "Precision of the averages of gradients.")
     compile: bool = option(False, "A step's elementwise passes fused by torch.compile.")
     preset: Literal["paper", "ambient"] | None = option(
-        None, "'paper' sets the options of arXiv 2605.12492, 'ambient' our own rule."
+        None, "'paper' sets the options of arXiv 2605.12492, 'ambient' our own rule. (default: none)"
     )
 
 
