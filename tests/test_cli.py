@@ -23,9 +23,8 @@ import pion_hf
 from pion_hf import run
 from pion_hf.cli import flags, main
 from pion_hf.cli.before_after import ReportMixin
-from pion_hf.integrations.arguments import FIXED_OPTIONS, OPTIMIZER_CLASSES, field_name, options_of
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES, default_of, field_name, options_of
 from pion_hf.optim.options import usual_rates
-from pion_hf.optim.pion import PRESETS
 from tests.conftest import chat_rows, toy_llama
 
 COMMAND = [str(Path(sysconfig.get_path("scripts")) / "pion-hf")]
@@ -487,9 +486,8 @@ def test_help_begins_with_our_flags_and_their_defaults(command, capsys):
     for optim in OPTIMIZER_CLASSES:
         assert re.search(rf"\b{optim}\b", ours["optim"])
         assert re.search(rf"{usual_rates(optim)} of [\w, ]*\b{optim}\b", ours["learning_rate"])
-        fixed = PRESETS.get(FIXED_OPTIONS.get(optim, {}).get("preset"), {})
-        for option, field in options_of(optim).items():
-            default = fixed.get(option, field.default)
+        for option in options_of(optim):
+            default = default_of(optim, option)
             said = re.search(r"\(default: (.+)\)$", ours[field_name(option)])[1].split("; ")
             its = [part.partition(" of ")[0] for part in said if len(said) == 1 or re.search(rf"\b{optim}\b", part)]
             assert default is None or its == [str(default)], (option, said)

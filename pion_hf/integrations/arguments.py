@@ -62,6 +62,12 @@ def default_rate(optim: str) -> float:
     return OPTIMIZER_CLASSES[optim].options.lr
 
 
+def default_of(optim: str, option: str) -> Any:
+    """The value of an option where nobody says one: None where other arguments decide."""
+    preset = PRESETS.get(FIXED_OPTIONS.get(optim, {}).get("preset"), {})
+    return preset.get(option, options_of(optim, by_trainer=False)[option].default)
+
+
 def option_types(optim: str, *, by_trainer: bool = True) -> dict[str, Any]:
     """Every option of an optimizer, as above, and its type."""
     types = {}
@@ -113,9 +119,8 @@ def _field(option: str, by: dict[str, Any]) -> Any:
     helps: dict[str, list[str]] = {}
     defaults = {}
     for optim, field in by.items():
-        fixed = PRESETS.get(FIXED_OPTIONS.get(optim, {}).get("preset"), {})
         helps.setdefault(field.metadata["help"], []).append(optim)
-        defaults[optim] = str(fixed.get(option, field.default))
+        defaults[optim] = str(default_of(optim, option))
     everyone = len(by) == len(OPTIMIZER_CLASSES)
     said = [help if everyone else f"{', '.join(optims)}: {help}" for help, optims in helps.items()]
     if {*defaults.values()} != {"None"}:  # else the help says what None means

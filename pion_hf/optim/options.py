@@ -2,7 +2,7 @@
 
 What needs to know them reads them here: the constructors' defaults (a test holds their signatures, which are written
 out for editors, equal to these), the checks of param groups, the fields of `TrainingArguments`, `--help`, `optim_args`
-and the tables of docs/optimizers.
+and the table of docs/options.md.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def option(default: Any, help: str, allowed: Range | None = None) -> Any:
 class Common:
     """Of every optimizer."""
 
-    lr: float = option(2e-4, "Learning rate of the matrices.", NOT_NEGATIVE)
+    lr: float = option(2e-4, "Learning rate of the matrices or factors.", NOT_NEGATIVE)
     weight_decay: float = option(0.0, "Decoupled weight decay; a matrix that rotates has none.", NOT_NEGATIVE)
     keep: int = option(
         0, "So many leading directions of every layer's inputs keep their outputs, against forgetting.", DIRECTIONS
@@ -155,6 +155,12 @@ class Momentum:
     nesterov: bool = option(True, "Look ahead by a step of momentum.")
 
 
+DIRECTION = (
+    "The step without the constraint: the momentum (gradient), AdamW's (adam), over the second moment (natural), "
+    "orthogonalised (polar; msign: the generators)."
+)
+METRIC = "Which rotation stands for the direction: the steepest one (the paper's) or the nearest one."
+
 # -- the optimizers ---------------------------------------------------------------------------------------------------
 
 
@@ -170,9 +176,11 @@ class PionOptions(Executed, Orthogonalised, Common):
         "ambient", "Where the momentum lives: left where it is, carried along by the rotations, in the generators."
     )
     second_moment: bool = option(False, "Divide the gradient by the root of a second moment, as the paper's variant.")
-    direction: Direction = option("gradient", "The step without the constraint.")
-    metric: Literal["lie", "ambient"] = option("lie", "Which rotation stands for the direction.")
-    scale: Literal["rms", "none", "spectral"] = option("rms", "What the learning rate is: of a matrix's update.")
+    direction: Direction = option("gradient", DIRECTION)
+    metric: Literal["lie", "ambient"] = option("lie", METRIC)
+    scale: Literal["rms", "none", "spectral"] = option(
+        "rms", "What lr sets: the RMS of an update, lr * rms; its largest angle; with none the direction's own size."
+    )
     retraction: Literal["polar", "taylor"] = option("polar", "How a generator becomes a rotation: exact, the paper's.")
     degree: int = option(2, "Degree of retraction=taylor.", TERMS)
     generator_dtype: Precision = option("auto", "Precision of the products that form a generator.")
@@ -187,9 +195,12 @@ class PionOptions(Executed, Orthogonalised, Common):
 class MuonOptions(AdamWDefaults, Executed, Orthogonalised, Momentum, Common):
     """Of `Muon`."""
 
-    lr: float = option(1e-3, "Learning rate of the matrices.", NOT_NEGATIVE)
+    lr: float = option(1e-3, "Learning rate of the matrices or factors.", NOT_NEGATIVE)
     polar_dtype: Precision = option("auto", "Precision of the orthogonalisation.")
-    scale: Literal["rms", "paper", "original"] = option("rms", "What the learning rate is: of a matrix's update.")
+    scale: Literal["rms", "paper", "original"] = option(
+        "rms",
+        "What lr sets: the RMS of an update, lr * rms; or its singular values, the paper's way or torch's Muon's.",
+    )
     rms: float = option(0.2, "RMS of a matrix's update at learning rate 1 (scale=rms).", POSITIVE)
     keep_soft: bool = option(False, "Keep more directions, each by the share that its inputs suggest.")
     compile: bool = option(False, "A step's elementwise passes fused by torch.compile.")
@@ -206,13 +217,13 @@ class TeonOptions(MuonOptions):
 class PionLoraOptions(Executed, Orthogonalised, Common):
     """Of `PionLora`."""
 
-    lr: float = option(1e-3, "Learning rate of the factors.", NOT_NEGATIVE)
+    lr: float = option(1e-3, "Learning rate of the matrices or factors.", NOT_NEGATIVE)
     betas: tuple[float, float] = option((0.9, 0.95), "Decay of the momentum and of the second moment.", DECAYS)
     eps: float = option(1e-8, "Added to the root of the second moment.", NOT_NEGATIVE)
-    direction: Literal["gradient", "adam", "natural", "polar"] = option("natural", "The step without the constraint.")
-    metric: Literal["lie", "ambient"] = option("lie", "Which rotation stands for the direction.")
+    direction: Literal["gradient", "adam", "natural", "polar"] = option("natural", DIRECTION)
+    metric: Literal["lie", "ambient"] = option("lie", METRIC)
     momentum_frame: Literal["transported", "ambient"] = option(
-        "transported", "Where the momentum lives: carried along by the rotations, left where it is."
+        "transported", "Where the momentum lives: left where it is, carried along by the rotations, in the generators."
     )
 
 
@@ -220,7 +231,7 @@ class PionLoraOptions(Executed, Orthogonalised, Common):
 class TeonLoraOptions(AdamWDefaults, Executed, Orthogonalised, Momentum, Common):
     """Of `TeonLora`."""
 
-    lr: float = option(1e-3, "Learning rate of the factors.", NOT_NEGATIVE)
+    lr: float = option(1e-3, "Learning rate of the matrices or factors.", NOT_NEGATIVE)
     stack: int = option(2, "Consecutive layers whose factors are orthogonalised together.", LAYERS)
 
 
