@@ -62,6 +62,12 @@ def default_rate(optim: str) -> float:
     return OPTIMIZER_CLASSES[optim].options.lr
 
 
+def default_of(optim: str, option: str) -> Any:
+    """The value of an option where nobody says one: None where other arguments decide."""
+    preset = PRESETS.get(FIXED_OPTIONS.get(optim, {}).get("preset"), {})
+    return preset.get(option, options_of(optim, by_trainer=False)[option].default)
+
+
 def option_types(optim: str, *, by_trainer: bool = True) -> dict[str, Any]:
     """Every option of an optimizer, as above, and its type."""
     types = {}
@@ -111,16 +117,23 @@ def _field_type(wanted: list[Any]) -> Any:
 def _field(option: str, by: dict[str, Any]) -> Any:
     """Its help says what it is, of which optimizers, and their defaults."""
     helps: dict[str, list[str]] = {}
-    defaults: dict[str, list[str]] = {}
+    defaults = {}
     for optim, field in by.items():
-        fixed = PRESETS.get(FIXED_OPTIONS.get(optim, {}).get("preset"), {})
         helps.setdefault(field.metadata["help"], []).append(optim)
-        defaults.setdefault(str(fixed.get(option, field.default)), []).append(optim)
+        defaults[optim] = str(default_of(optim, option))
     everyone = len(by) == len(OPTIMIZER_CLASSES)
     said = [help if everyone else f"{', '.join(optims)}: {help}" for help, optims in helps.items()]
-    usual = [value if len(defaults) == 1 else f"{value} ({', '.join(optims)})" for value, optims in defaults.items()]
-    unset = "" if list(defaults) == ["None"] else f" Unset: {', '.join(usual)}."
-    return dataclasses.field(default=None, metadata={"help": " ".join(said) + unset})
+    if {*defaults.values()} != {"None"}:  # else the help says what None means
+        said.append(f"(default: {by_optimizer(defaults)})")
+    return dataclasses.field(default=None, metadata={"help": " ".join(said)})
+
+
+def by_optimizer(values: Mapping[str, str]) -> str:
+    """A value of every optimizer in words: one if they are equal, else each with the names that have it."""
+    names: dict[str, list[str]] = {}
+    for optim, value in values.items():
+        names.setdefault(value, []).append(optim)
+    return "; ".join(value if len(names) == 1 else f"{value} of {', '.join(of)}" for value, of in names.items())
 
 
 _Fields = dataclasses.make_dataclass("_Fields", _typed_fields(), namespace={"__module__": __name__})
@@ -155,6 +168,9 @@ class OptimizerFields(_Fields):
             instead = " (optim='adamw_routed' is AdamW with keep)" if "keep" in given else ""
             logger.warning(f"optim={optim!r} ignores options that only {owners} have: {', '.join(given)}{instead}.")
         self._choose_precision()
+        # TRL turns it on by the old name, of which transformers 5.23 warns, whoever chose it.
+        if getattr(self, "activation_checkpointing", True) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
         try:
             super().__post_init__()
         except json.JSONDecodeError as error:
