@@ -34,13 +34,15 @@ OPTIMIZER_CLASSES = {name: getattr(pion_hf.optim, kind) for name, kind in pion_h
 # What a name says, and no option of its own.
 FIXED_OPTIONS = {"pion_ambient": {"preset": "ambient"}}
 
-# By optimizer, the options of its groups, which `pion_hf.param_groups` makes, rather than of the constructor.
+# By optimizer, the options that no constructor has: of its groups, which `pion_hf.param_groups` makes, and of Trainers.
 ROUTED = {
     **dict.fromkeys(OPTIMIZER_CLASSES, (Routed, Shown)),
     **dict.fromkeys(("teon", "teon_lora"), (Routed, Shown, Stacked)),
     "pion_lora": (Routed, Shown, Factors),
 }
-GROUP_OPTIONS = tuple(dict.fromkeys(name for kinds in ROUTED.values() for kind in kinds for name in types_of(kind)))
+NO_CONSTRUCTORS = tuple(dict.fromkeys(name for kinds in ROUTED.values() for kind in kinds for name in types_of(kind)))
+# Those of them that `pion_hf.param_groups` takes.
+GROUP_OPTIONS = tuple(name for name in NO_CONSTRUCTORS if name not in types_of(Shown))
 
 # What TrainingArguments already has a field for.
 TRAINER_FIELDS = {"lr": "learning_rate", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}
@@ -264,7 +266,7 @@ def resolve_options(
         raise ValueError(
             f"keep_data={merged['keep_data']!r} says what is kept, and keep=0 keeps nothing: set keep, 96 for example"
         )
-    groups = {key: merged.pop(key) for key in GROUP_OPTIONS if key in merged}
+    groups = {key: merged.pop(key) for key in NO_CONSTRUCTORS if key in merged}
     return merged, groups
 
 

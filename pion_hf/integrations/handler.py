@@ -111,13 +111,12 @@ def groups_of(
 
     options: those of `pion_hf.param_groups`. zeros: see `pion_hf.routing_table`.
     """
-    options = {key: value for key, value in options.items() if key != "keep_data"}
-    choices = {key: options.get(key) for key in GROUP_OPTIONS if not key.startswith(("adamw_", "keep_data"))}
+    choices = {key: options.get(key) for key in GROUP_OPTIONS if not key.startswith("adamw_")}
     routing = routing_table(model, optim, **choices, zeros=zeros)
     (zeros,) = of_first([routing.zeros])
     if zeros != routing.zeros:
         routing = routing_table(model, optim, **choices, zeros=zeros)
-    settings = {key: value for key, value in options.items() if key not in choices}
+    settings = {key: value for key, value in options.items() if key not in (*choices, "keep_data")}
     groups = param_groups(model, optim, routing=routing, **settings)
     measured = [group for group in groups if "unit_step" in group]
     for group, sizes in zip(measured, of_first([group["unit_step"] for group in measured]), strict=True):
