@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -139,3 +144,14 @@ def test_what_cannot_be_shown_is_named(tmp_path, checkpoint, token_rows):
     model = toy_llama()
     with pytest.raises(ValueError, match="needs the tokenizer of the model, and '' has none"):
         with_inputs({"keep": 2}, model, str(tmp_path / "chats.jsonl"))
+
+
+def test_a_models_own_answers_are_rows_to_keep(tmp_path, checkpoint, token_rows):
+    (tmp_path / "questions.txt").write_text("1+1=\n\n2+2=\n", encoding="utf-8")
+    script, output = Path(__file__).parents[1] / "examples" / "prepare_own_answers.py", tmp_path / "answers.jsonl"
+    arguments = ["--model", checkpoint, "--instructions", tmp_path / "questions.txt", "--output", output]
+    run = [sys.executable, script, *arguments, "--new_tokens", "6"]
+    subprocess.run(run, check=True, capture_output=True, timeout=120)
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [row["prompt"][0]["content"] for row in rows] == ["1+1=", "2+2="]
+    assert trained(tmp_path / "run", str(output), checkpoint, token_rows).norm() > 1

@@ -144,7 +144,8 @@ def test_commands_can_be_planned(words, toy_folder, monkeypatch, capsys):
         assert compare.parse(rest[1:]).recipe.is_file()
     elif program == "pion-hf":
         flags = rest[2:] if rest[0] == "run" else rest[1:]  # a script comes before its flags
-        plan.main([*flags, "--model_name_or_path", toy_folder])
+        narrow = ["--optim_keep", "4"] if "--optim_keep_data" in flags else []  # the toy has no 96 directions
+        plan.main([*flags, "--model_name_or_path", toy_folder, *narrow])
         assert "Estimated peak memory" in capsys.readouterr().out
     elif program == "make":
         assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
@@ -199,6 +200,10 @@ WHERE_NAMED = {
     "other_dataset": {
         "other_dataset": ("chats", "as other_text_file"),
         "other_dataset_split": ("test", "as other_text_file"),
+    },
+    "optim_keep_data": {
+        "optim_keep_data": ("chats/train.jsonl", "as other_text_file"),
+        "optim_keep": ("4", "the toy is narrow"),
     },
     "lm_eval_tasks": {
         "lm_eval_tasks": ("sums_choice", "other tasks are the hub's"),
