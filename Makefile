@@ -47,7 +47,7 @@ test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -q -s tests/gpu
 
 # Other people's training scripts, unmodified: TRL's, and those of a folder of transformers' examples/pytorch (SCRIPTS).
-# PAGE=docs/field.md puts the table there, of this target and of the next.
+# PAGE=tests/field/README.md puts the table there, of this target and of the next.
 test-gallery: $(VENV)/installed
 	@test -n "$(SCRIPTS)" || { echo "make test-gallery SCRIPTS=transformers/examples/pytorch"; exit 2; }
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --requirement tests/gallery/requirements.txt

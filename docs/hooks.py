@@ -16,16 +16,16 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 PICTURES = "examples/benchmarks/results/"  # where they are committed, beside the figures that they show
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
-PUBLIC = ("pion_hf", "pion_hf.integrations.trl")  # modules whose `__all__` reference.md describes
+PUBLIC = ("pion_hf", "pion_hf.integrations.trl")  # modules whose `__all__` options.md describes
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The benchmarks' pictures are part of the site, and there is no public name that the pages do not describe."""
     for picture in sorted(ROOT.glob(f"{PICTURES}*.png")):
         files.append(File.generated(config, f"pictures/{picture.name}", abs_src_path=str(picture)))
-    missing = undescribed(files.src_uris["reference.md"].content_string)
+    missing = undescribed(files.src_uris["options.md"].content_string)
     if missing:
-        raise PluginError(f"public names without a docstring or an entry in docs/reference.md: {', '.join(missing)}")
+        raise PluginError(f"public names without a docstring or an entry in docs/options.md: {', '.join(missing)}")
     return files
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 import pion_hf
 from pion_hf import run
-from pion_hf.cli import main
+from pion_hf.cli import flags, main
 from pion_hf.cli.before_after import ReportMixin
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES, default_of, field_name, options_of
+from pion_hf.optim.options import usual_rates
 from tests.conftest import chat_rows, toy_llama
 
 COMMAND = [str(Path(sysconfig.get_path("scripts")) / "pion-hf")]
@@ -457,12 +461,45 @@ def test_help_names_every_command(capsys, monkeypatch):
     assert all(f"  {name} " in printed for name in ("sft", "cpt", "run", "plan", "report", "compare"))
 
 
-def test_sft_help_has_our_flags_and_trls(capsys):
+def described(section: str) -> dict[str, str]:
+    """Every flag of a section of `--help` and what is said of it, in one line."""
+    parts = (re.match(r"--(\w+)(.*)", part, re.DOTALL) for part in re.split(r"^  (?=-)", section, flags=re.MULTILINE))
+    return {part[1]: " ".join(part[2].split()) for part in parts if part}
+
+
+@pytest.mark.parametrize("command", ["sft", "cpt", "grpo", "plan"])
+def test_help_begins_with_our_flags_and_their_defaults(command, capsys):
     with pytest.raises(SystemExit) as raised:
-        main(["sft", "--help"])
+        main([command, "--help"])
     assert raised.value.code == 0
-    printed = capsys.readouterr().out
-    assert all(flag in printed for flag in ("--optim_rms", "--exact_match_samples", "--dataset_name", "--packing"))
+    printed = re.split(r"^flags of .+:$", capsys.readouterr().out, flags=re.MULTILINE)
+    start, ours, theirs = map(described, printed)
+    assert next(iter(start)) == "config"
+    assert "recipe" in start["config"]
+    assert {"exact_match_samples", "max_skipped_steps", "optim"} <= ours.keys()
+    assert {"dataset_name", "output_dir", "weight_decay"} <= theirs.keys()
+    assert not [flag for flag in theirs if flag.startswith("optim")]
+    assert "default: None" not in " ".join(ours.values())
+    assert "GaLore" not in " ".join(ours.values())
+    assert "transformers" in ours["optim"]
+    assert "for AdamW (" not in ours["learning_rate"]
+    for optim in OPTIMIZER_CLASSES:
+        assert re.search(rf"\b{optim}\b", ours["optim"])
+        assert re.search(rf"{usual_rates(optim)} of [\w, ]*\b{optim}\b", ours["learning_rate"])
+        for option in options_of(optim):
+            default = default_of(optim, option)
+            said = re.search(r"\(default: (.+)\)$", ours[field_name(option)])[1].split("; ")
+            its = [part.partition(" of ")[0] for part in said if len(said) == 1 or re.search(rf"\b{optim}\b", part)]
+            assert default is None or its == [str(default)], (option, said)
+
+
+@pytest.mark.parametrize("command", ["sft", "cpt", "grpo", "plan"])
+@pytest.mark.parametrize("given", [[], ["--gradient_checkpointing", "false"], ["--activation_checkpointing", "false"]])
+def test_checkpointing_is_trls_by_the_name_that_transformers_wants(command, given, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        _, args, *_ = flags.parser(command).parse_recipe(["--output_dir", str(tmp_path), "--use_cpu", "true", *given])
+    assert args.gradient_checkpointing is not bool(given)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 import pion_hf
 
 ROOT = Path(pion_hf.__file__).parent
+DOCS = ROOT.parent / "docs"
 
 HUGGING_FACE = ("transformers", "trl", "peft", "datasets", "accelerate", "evaluate")
 
@@ -33,6 +34,12 @@ weight.grad = torch.ones(3, 3).triu()
 Pion([weight], lr=0.1).step()
 assert not torch.equal(weight, torch.eye(3))
 """
+
+
+def test_the_drawing_of_imports_is_that_of_the_code():
+    """If this fails, `python docs/imports.py` draws it anew for docs/architecture.md."""
+    drawing = subprocess.run([sys.executable, DOCS / "imports.py"], capture_output=True, text=True, check=True).stdout
+    assert f"```text\n{drawing}```" in (DOCS / "architecture.md").read_text(encoding="utf-8")
 
 
 def test_linalg_and_optim_need_torch_only():

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
+import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
 
 import pytest
-import trl
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from pion_hf.cli import compare, flags, plan
-from pion_hf.integrations.arguments import FIXED_OPTIONS, OPTIMIZER_CLASSES, option_types, options_of
+from pion_hf.cli import compare, main, plan
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES
 from pion_hf.integrations.schedules import OPTIONS
-from pion_hf.integrations.trl_config import PionSFTConfig
-from pion_hf.optim.pion import PRESETS
 from pion_hf.report.page import SECTIONS
-from tests.conftest import toy_llama
+from tests import option_tables
+from tests.conftest import chat_rows, toy_llama, toy_tokenizer, write_jsonl
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = {name: DOCS / "optimizers" / f"{name}.md" for name in OPTIMIZER_CLASSES}
 WRITTEN = sorted(DOCS.rglob("*.md"))
-OUTSIDE = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("recipes/*/README.md"))]  # which mkdocs does not see
-MOST_LINES = 60
+READ = [ROOT / "README.md", *WRITTEN]
+OUTSIDE = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(ROOT.glob("recipes/*/README.md")),
+    ROOT / "tests/field/README.md",
+]  # which mkdocs does not see
+MOST_PAGES = 12
 
 
 def fences(page: Path, language: str) -> list[str]:
@@ -44,58 +48,20 @@ def table(page: Path, heading: str) -> dict[str, list[str]]:
     return found
 
 
-def in_words(kind: Any) -> str:
-    """A type, as the tables say it."""
-    arguments = [argument for argument in get_args(kind) if argument is not type(None)]
-    if type(None) in get_args(kind):
-        return in_words(arguments[0]) if len(arguments) == 1 else in_words(Literal[tuple(arguments)])
-    if get_origin(kind) is Literal:
-        return ", ".join(f"`{word}`" for word in arguments)
-    words = {int: "whole number", float: "number", bool: "true, false", tuple: "two numbers", list: "expressions"}
-    return words[get_origin(kind) or kind]
+def test_tables_of_options_and_flags_are_those_of_the_code(tmp_path):
+    """If this fails, `python -m tests.option_tables` writes them anew."""
+    page = Path(shutil.copy(option_tables.PAGE, tmp_path))
+    option_tables.write_tables(page)
+    assert page.read_text(encoding="utf-8") == option_tables.PAGE.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_tables_of_options_are_those_of_the_code(name):
-    fields, types = (read(name, by_trainer=False) for read in (options_of, option_types))
-    common = table(DOCS / "optimizers" / "README.md", "option")
-    said = table(PAGES[name], "option")
-    assert not said.keys() & common.keys()
-    if name == "pion_ambient":  # whose page has those that the name sets, and Pion's has the others
-        fixed = table(PAGES[name], "the name sets")
-        assert {option: value for option, (value, *_) in fixed.items()} == {
-            option: str(value) for option, value in PRESETS["ambient"].items()
-        }
-        said = {option: row for option, row in table(PAGES["pion"], "option").items() if option in fields}
-    assert FIXED_OPTIONS.get(name, {}).keys().isdisjoint(fields)
-    rows = {**{option: row for option, row in common.items() if option in fields}, **said}
-    assert rows.keys() == fields.keys()
-    for option, (kind, default, what, why) in rows.items():
-        assert (kind, default) == (in_words(types[option]), str(fields[option].default)), option
-        assert what
-        assert why, f"{option}: nothing speaks for it"
+def test_every_optimizer_is_described():
+    said = "".join((DOCS / page).read_text(encoding="utf-8") for page in ("choosing.md", "lora.md"))
+    assert not [name for name in OPTIMIZER_CLASSES if said.count(f"`{name}`") < 3]
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_a_page_says_what_the_optimizer_is_for_and_what_not(name):
-    text = PAGES[name].read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= MOST_LINES
-    for words in ("**Use it**", "**Learning rate**", "**Memory**", "**Source"):
-        assert words in text
-    assert "**Not for**" in text or "must not be used" in text
-
-
-def test_the_table_of_flags_is_that_of_the_code():
-    said = {flag: default for flag, (default, *_) in table(DOCS / "recipes.md", "flag").items()}
-    own = (flags.ReportArguments, flags.ScratchArguments, flags.CorpusArguments, flags.PlanArguments)
-    added = set(fields_of(flags.ModelArguments)) - set(fields_of(trl.ModelConfig)) | {"max_skipped_steps"}
-    known = {**fields_of(flags.ModelArguments), **fields_of(PionSFTConfig)}
-    known = {name: known[name] for name in added} | {name: d for of in own for name, d in fields_of(of).items()}
-    assert said == {name: str(default) for name, default in known.items()}
-
-
-def fields_of(arguments: type) -> dict[str, Any]:
-    return {field.name: field.default for field in dataclasses.fields(arguments)}
+def test_pages_are_few():
+    assert len(WRITTEN) <= MOST_PAGES
 
 
 def test_the_table_of_schedules_is_that_of_the_code():
@@ -131,43 +97,178 @@ def test_files_that_a_page_names_are_there(page):
     assert page.name == "CHANGELOG.md" or not [name for name in named if not (ROOT / name).exists()]
 
 
-@pytest.mark.parametrize("page", [page for page in WRITTEN if fences(page, "python")], ids=lambda page: page.stem)
-def test_snippets_run(page, tmp_path, monkeypatch, token_rows):
+@pytest.mark.parametrize("page", [page for page in READ if fences(page, "python")], ids=lambda page: page.stem)
+def test_snippets_run(page, tmp_path, monkeypatch, token_rows, checkpoint):
     """In one interpreter, one after the other, on a toy model with and without adapters."""
     monkeypatch.chdir(tmp_path)
     toy_llama().save_pretrained("out/checkpoint-1000")
     adapted = get_peft_model(toy_llama(), LoraConfig(r=4, target_modules="all-linear"))
-    names = {"model": toy_llama(num_key_value_heads=4), "peft_model": adapted, "train_dataset": token_rows[:8]}
+    model = toy_llama(num_key_value_heads=4)
+    model.config.name_or_path = str(checkpoint)  # where TRL looks for the tokenizer
+    names = {"model": model, "peft_model": adapted, "train_dataset": Dataset.from_list(token_rows[:8])}
     for snippet in fences(page, "python"):
         exec(compile(snippet, str(page), "exec"), names)
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def toy_folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("toy")
     toy_llama(num_key_value_heads=4).save_pretrained(folder)
+    toy_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
 def commands() -> dict[str, list[str]]:
     """Of all pages, by their words."""
-    lines = (line for page in WRITTEN for fence in fences(page, "bash") for line in fence.splitlines())
+    lines = (line for page in READ for fence in fences(page, "bash") for line in fence.splitlines())
     return {" ".join(words): words for words in (shlex.split(line, comments=True) for line in lines) if words}
+
+
+def without_launcher(words: list[str]) -> list[str]:
+    """What `accelerate launch` would start; tests/test_distributed.py starts the same by it, in two processes."""
+    for module, command in (("pion_hf.cli", ["pion-hf"]), ("pion_hf.run", ["pion-hf", "run"])):
+        if module in words:
+            return [*command, *words[words.index(module) + 1 :]]
+    return words
 
 
 @pytest.mark.parametrize("words", commands().values(), ids=commands())
 def test_commands_can_be_planned(words, toy_folder, monkeypatch, capsys):
     """Each would train, as far as can be told without weights: recipes, options and the optimizer's groups."""
     monkeypatch.chdir(ROOT)
-    if "pion_hf.cli" in words:  # behind a launcher
-        words = ["pion-hf", *words[words.index("pion_hf.cli") + 1 :]]
-    program, *rest = words
+    program, *rest = without_launcher(words)
     if program == "pion-hf" and rest[0] == "compare":
         assert compare.parse(rest[1:]).recipe.is_file()
     elif program == "pion-hf":
-        plan.main([*rest[1:], "--model_name_or_path", toy_folder])
+        flags = rest[2:] if rest[0] == "run" else rest[1:]  # a script comes before its flags
+        plan.main([*flags, "--model_name_or_path", toy_folder])
         assert "Estimated peak memory" in capsys.readouterr().out
     elif program == "make":
         assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     else:
         assert program in ("python", "pip")
+
+
+# Commands that are not run as they stand, and what runs them instead.
+ELSEWHERE = {
+    "pip install": "tests/test_package.py installs the package",
+    "make demo": "tests/test_demo.py trains its recipe",
+    "make test-distributed": "a target of tests, run by hand",
+    "python examples/prepare_": "they need the hub or large packages; make demo runs two of them",
+}
+# What the others get beside their own flags, and why.
+TRAINS = {
+    "max_steps": ("2", "hours else"),
+    "use_cpu": ("true", "recipes for large models are for GPUs"),
+    "output_dir": ("out", "what is left behind is looked at"),
+}
+OF_RECIPES = {
+    **TRAINS,
+    "bf16": ("false", "the same"),
+    "dtype": ("float32", "the same"),
+    "model_name_or_path": ("toy", "two layers, instead of one from the hub"),
+    "per_device_train_batch_size": ("4", "few rows are enough"),
+    "gradient_accumulation_steps": ("1", "the same"),
+    "other_text_file": ("other.txt", "instead of what examples/prepare_*.py write"),
+}
+INSTEAD = {
+    "plan": {"model_name_or_path": ("toy", "other commands are planned by their own configs elsewhere")},
+    "run": TRAINS,
+    "cpt": {**OF_RECIPES, "dataset_name": ("texts", "as other_text_file"), "max_length": ("64", "short rows")},
+    "grpo": {
+        **OF_RECIPES,
+        "dataset_name": ("chats", "as other_text_file"),
+        "reward_funcs": ("think_format_reward", "rewards of reasoning-gym need its columns"),
+        "num_generations": ("2", "few answers are enough"),
+        "max_completion_length": ("4", "short answers"),
+    },
+    "sft": {
+        **OF_RECIPES,
+        "dataset_name": ("chats", "as other_text_file"),
+        "dataset_test_split": ("test", "as other_text_file"),
+        "max_length": ("64", "short rows"),
+        "exact_match_samples": ("2", "few answers are enough"),
+        "max_new_tokens": ("4", "short answers"),
+    },
+}
+# And where their recipe or they themselves name these.
+WHERE_NAMED = {
+    "other_dataset": {
+        "other_dataset": ("chats", "as other_text_file"),
+        "other_dataset_split": ("test", "as other_text_file"),
+    },
+    "lm_eval_tasks": {
+        "lm_eval_tasks": ("sums_choice", "other tasks are the hub's"),
+        "lm_eval_include_path": ("tests/data/lm_eval", "its folder"),
+    },
+}
+# The script of `pion-hf run`.
+SCRIPT = """
+from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments
+(args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+rows = [{"input_ids": [i, i + 1, i + 2], "labels": [i, i + 1, i + 2]} for i in range(5, 13)]
+Trainer(AutoModelForCausalLM.from_pretrained("toy"), args, train_dataset=rows).train()
+"""
+
+
+def cases() -> list:
+    """Commands of the pages; those of `ELSEWHERE` are skipped, with the reason."""
+    found = []
+    for text, words in commands().items():
+        why = next((why for start, why in ELSEWHERE.items() if text.startswith(start)), None)
+        if "--lm_eval_tasks" in words and not find_spec("lm_eval"):
+            why = "needs the extra eval, as make test-eval does"
+        found.append(pytest.param(words, id=text, marks=[pytest.mark.skip(reason=why)] if why else []))
+    return found
+
+
+@pytest.fixture
+def workplace(tmp_path, toy_folder, monkeypatch) -> Path:
+    """A folder with nothing but recipes, a toy model and toy data."""
+    for name in ("recipes", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "toy").symlink_to(toy_folder)
+    for kind, rows in {
+        "chats": chat_rows(16),
+        "texts": [{"text": f"{i} and {i + 1} make {2 * i + 1}. " * 9} for i in range(16)],
+    }.items():
+        (tmp_path / kind).mkdir()
+        for split in ("train", "validation", "test"):
+            write_jsonl(tmp_path / kind / f"{split}.jsonl", rows)
+    (tmp_path / "other.txt").write_text("Sphinx of black quartz, judge my vow. " * 20, encoding="utf-8")
+    (tmp_path / "train.py").write_text(SCRIPT, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))  # `run` replaces both
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+def stand_ins(kind: str, words: list[str]) -> dict[str, str]:
+    """Flags and values of `INSTEAD` and `WHERE_NAMED` for a command."""
+    said = " ".join(words + [Path(word).read_text(encoding="utf-8") for word in words if word.endswith(".yaml")])
+    found = dict(INSTEAD[kind])
+    for named, more in WHERE_NAMED.items():
+        found |= more if re.search(rf"\b{named}\b", said) else {}
+    return {flag: value for flag, (value, _) in found.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", cases())
+def test_commands_run(words, workplace, capsys):
+    """To their ends, with `INSTEAD` of what is large or not here."""
+    _, kind, *rest = without_launcher(words)
+    if kind == "compare":  # one run of its grid
+        values = stand_ins("sft", rest)
+        folder = values.pop("output_dir")
+        setting = [f"{flag}={value}" for flag, value in values.items()]
+        main([kind, rest[0], "--optim", "muon", "--learning_rate", "1e-3", "--output_dir", folder, "--set", *setting])
+        assert (workplace / folder / "compare.json").is_file()
+        return
+    main([kind, *rest, *(f"--{flag}={value}" for flag, value in stand_ins(kind, rest).items())])
+    if kind == "plan":
+        assert "Estimated peak memory" in capsys.readouterr().out
+    else:
+        assert (workplace / "out" / ("routing.json" if kind == "run" else "eval.json")).is_file()

@@ -38,8 +38,10 @@ from pion_hf.integrations.arguments import (
     parse_optim_args,
     resolve_options,
 )
+from pion_hf.integrations.config import RATE
 from pion_hf.integrations.schedules import SCHEDULES
 from pion_hf.integrations.values import OPTION, check_form, check_ranges, fit
+from pion_hf.optim.options import Routed
 
 logger = logging.get_logger(__name__)
 
@@ -108,18 +110,59 @@ MAPPINGS = {
 OF_ANY_FORM = {"resume_from_checkpoint", "fsdp", "datasets", "init_lora_weights"}
 # What the Trainer gives a scheduler itself.
 GIVEN_TO_SCHEDULERS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+# The headings of `--help`.
+OURS = "flags of pion-hf"
+THEIRS = "flags of TRL and transformers"
+# What our optimizers make of those.
+EXPLAINED = {
+    "learning_rate": RATE,
+    "optim_args": "Options of the optimizer in one text: 'keep=16, adamw_lr=3e-5'. Ours are flags of their own too.",
+    "optim_target_modules": Routed.__dataclass_fields__["targets"].metadata["help"],
+}
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults beside the help, but None: there the help says what it comes to."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class RecipeParser(TrlParser):
     """TRL's parser, strict: every mistake in a recipe or on the command line is one line with a suggestion."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, allow_abbrev=False, formatter_class=_Help, **kwargs)
         older.know_new_names(self)
         precision = self._by_key().get("bf16")
         if precision is not None:
             precision.type = _flag_or_auto
             precision.help = f"{precision.help} auto, or unset: where the hardware is faster in it."
+
+    def format_help(self) -> str:
+        """`--config` first, then the flags of this package and those it explains, then TRL's and transformers'."""
+        recipe = argparse.Action(
+            ["--config"],
+            dest="config",
+            metavar="FILE",
+            help="A recipe: a YAML file with these flags as keys, without dashes. Flags beside it win.",
+        )
+        kinds = {kind for of in self.dataclass_types for kind in of.__mro__ if kind.__module__.startswith("pion_hf.")}
+        ours = {name for kind in kinds for name in inspect.get_annotations(kind)}
+        sections: dict[str, list[argparse.Action]] = {"options": [recipe], OURS: [], THEIRS: []}
+        for action in self._actions:
+            if action.dest in EXPLAINED.keys() - ours:
+                action.help = EXPLAINED[action.dest]
+            known = OURS if action.dest in ours | EXPLAINED.keys() else THEIRS
+            sections["options" if isinstance(action, argparse._HelpAction) else known].append(action)
+        formatter = self._get_formatter()
+        formatter.add_usage("%(prog)s [--config FILE] [--FLAG VALUE ...]", [], [])
+        formatter.add_text(self.description)
+        for heading, actions in sections.items():
+            formatter.start_section(heading)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
 
     def parse_recipe(
         self, argv: list[str], named: tuple[str, dict[str, Any]] | None = None, *, trains: bool = True

@@ -20,7 +20,7 @@ from pion_hf.integrations.values import OPTION, check_ranges, fit_fields
 from pion_hf.linalg.products import bfloat16_speedup
 from pion_hf.needs import needed
 from pion_hf.optim.checks import check_value
-from pion_hf.optim.options import Factors, Routed, Stacked, types_of
+from pion_hf.optim.options import Factors, Routed, Shown, Stacked, types_of
 from pion_hf.optim.pion import PRESETS, check_preset
 
 with needed("transformers"):
@@ -34,13 +34,15 @@ OPTIMIZER_CLASSES = {name: getattr(pion_hf.optim, kind) for name, kind in pion_h
 # What a name says, and no option of its own.
 FIXED_OPTIONS = {"pion_ambient": {"preset": "ambient"}}
 
-# By optimizer, the options of its groups, which `pion_hf.param_groups` makes, rather than of the constructor.
+# By optimizer, the options that no constructor has: of its groups, which `pion_hf.param_groups` makes, and of Trainers.
 ROUTED = {
-    **dict.fromkeys(OPTIMIZER_CLASSES, (Routed,)),
-    **dict.fromkeys(("teon", "teon_lora"), (Routed, Stacked)),
-    "pion_lora": (Routed, Factors),
+    **dict.fromkeys(OPTIMIZER_CLASSES, (Routed, Shown)),
+    **dict.fromkeys(("teon", "teon_lora"), (Routed, Shown, Stacked)),
+    "pion_lora": (Routed, Shown, Factors),
 }
-GROUP_OPTIONS = tuple(dict.fromkeys(name for kinds in ROUTED.values() for kind in kinds for name in types_of(kind)))
+NO_CONSTRUCTORS = tuple(dict.fromkeys(name for kinds in ROUTED.values() for kind in kinds for name in types_of(kind)))
+# Those of them that `pion_hf.param_groups` takes.
+GROUP_OPTIONS = tuple(name for name in NO_CONSTRUCTORS if name not in types_of(Shown))
 
 # What TrainingArguments already has a field for.
 TRAINER_FIELDS = {"lr": "learning_rate", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}
@@ -60,6 +62,12 @@ def options_of(optim: str, *, by_trainer: bool = True) -> dict[str, Any]:
 def default_rate(optim: str) -> float:
     """The learning rate of an optimizer where nobody says one."""
     return OPTIMIZER_CLASSES[optim].options.lr
+
+
+def default_of(optim: str, option: str) -> Any:
+    """The value of an option where nobody says one: None where other arguments decide."""
+    preset = PRESETS.get(FIXED_OPTIONS.get(optim, {}).get("preset"), {})
+    return preset.get(option, options_of(optim, by_trainer=False)[option].default)
 
 
 def option_types(optim: str, *, by_trainer: bool = True) -> dict[str, Any]:
@@ -111,16 +119,23 @@ def _field_type(wanted: list[Any]) -> Any:
 def _field(option: str, by: dict[str, Any]) -> Any:
     """Its help says what it is, of which optimizers, and their defaults."""
     helps: dict[str, list[str]] = {}
-    defaults: dict[str, list[str]] = {}
+    defaults = {}
     for optim, field in by.items():
-        fixed = PRESETS.get(FIXED_OPTIONS.get(optim, {}).get("preset"), {})
         helps.setdefault(field.metadata["help"], []).append(optim)
-        defaults.setdefault(str(fixed.get(option, field.default)), []).append(optim)
+        defaults[optim] = str(default_of(optim, option))
     everyone = len(by) == len(OPTIMIZER_CLASSES)
     said = [help if everyone else f"{', '.join(optims)}: {help}" for help, optims in helps.items()]
-    usual = [value if len(defaults) == 1 else f"{value} ({', '.join(optims)})" for value, optims in defaults.items()]
-    unset = "" if list(defaults) == ["None"] else f" Unset: {', '.join(usual)}."
-    return dataclasses.field(default=None, metadata={"help": " ".join(said) + unset})
+    if {*defaults.values()} != {"None"}:  # else the help says what None means
+        said.append(f"(default: {by_optimizer(defaults)})")
+    return dataclasses.field(default=None, metadata={"help": " ".join(said)})
+
+
+def by_optimizer(values: Mapping[str, str]) -> str:
+    """A value of every optimizer in words: one if they are equal, else each with the names that have it."""
+    names: dict[str, list[str]] = {}
+    for optim, value in values.items():
+        names.setdefault(value, []).append(optim)
+    return "; ".join(value if len(names) == 1 else f"{value} of {', '.join(of)}" for value, of in names.items())
 
 
 _Fields = dataclasses.make_dataclass("_Fields", _typed_fields(), namespace={"__module__": __name__})
@@ -155,6 +170,9 @@ class OptimizerFields(_Fields):
             instead = " (optim='adamw_routed' is AdamW with keep)" if "keep" in given else ""
             logger.warning(f"optim={optim!r} ignores options that only {owners} have: {', '.join(given)}{instead}.")
         self._choose_precision()
+        # TRL turns it on by the old name, of which transformers 5.23 warns, whoever chose it.
+        if getattr(self, "activation_checkpointing", True) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
         try:
             super().__post_init__()
         except json.JSONDecodeError as error:
@@ -244,7 +262,11 @@ def resolve_options(
     merged |= FIXED_OPTIONS.get(optim, {})
     if merged.get("preset") is not None:
         check_preset(merged["preset"], merged)
-    groups = {key: merged.pop(key) for key in GROUP_OPTIONS if key in merged}
+    if merged.get("keep_data") is not None and not merged.get("keep"):
+        raise ValueError(
+            f"keep_data={merged['keep_data']!r} says what is kept, and keep=0 keeps nothing: set keep, 96 for example"
+        )
+    groups = {key: merged.pop(key) for key in NO_CONSTRUCTORS if key in merged}
     return merged, groups
 
 

@@ -6,16 +6,29 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from pion_hf.integrations.arguments import OPTIMIZER_CLASSES, OptimizerFields, default_rate
+from pion_hf.integrations.arguments import OPTIMIZER_CLASSES, OptimizerFields, by_optimizer, default_rate
 from pion_hf.optim.checks import check_range
-from pion_hf.optim.options import USUAL_RATES, usual_rates
+from pion_hf.optim.options import usual_rates
+
+RATE = (
+    "Learning rate of the hidden matrices, and of all else where optim_adamw_lr is unset. Usual in fine-tuning: "
+    f"{by_optimizer({name: usual_rates(name) for name in OPTIMIZER_CLASSES})}. The RMS of an update of pion, teon and "
+    "muon is a fifth of it; the others take what is right for AdamW."
+)
+DEFAULT_RATES = by_optimizer({name: f"{default_rate(name):g}" for name in OPTIMIZER_CLASSES})
 
 
 @dataclass
 class PionByDefault(OptimizerFields):
     """Mix into any `TrainingArguments`: `optim="pion"` by default, and the optimizer's options as `optim_*` fields."""
 
-    optim: str = field(default="pion", metadata={"help": "The optimizer: pion, or any name transformers knows."})
+    optim: str = field(
+        default="pion",
+        metadata={
+            "help": f"The optimizer: one of this package, {', '.join(OPTIMIZER_CLASSES)}, or any name of "
+            "transformers, as adamw_torch."
+        },
+    )
     max_skipped_steps: int = field(
         default=50,
         metadata={
@@ -35,10 +48,7 @@ class UsualRate(PionByDefault):
 
     learning_rate: float | None = field(
         default=None,
-        metadata={
-            "help": "The initial learning rate. Unset: the optimizer's own, of others the one of transformers or TRL. "
-            f"Usual in fine-tuning: {', '.join(f'{name} {usual_rates(name)}' for name in USUAL_RATES)}."
-        },
+        metadata={"help": f"{RATE} (default: {DEFAULT_RATES}; of others that of TRL or transformers)"},
     )
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ class Factory:
         routing, groups = groups_of(model, form, {**usual, **choices, **rates})
         if PartialState().is_main_process:
             print(summary(routing, {group["rule"]: group["lr"] for group in groups}), file=sys.stderr)
-        return OPTIMIZER_CLASSES[form](groups, **with_inputs(own, model))
+        return OPTIMIZER_CLASSES[form](groups, **with_inputs(own, model, choices.get("keep_data")))
 
 
 def factory(name: str, *, lr: float, **options: Any) -> tuple[type[Factory], dict[str, Any]]:

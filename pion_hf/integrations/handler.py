@@ -46,7 +46,8 @@ def optimizer_of(args: Any, model: nn.Module | None) -> tuple[type, dict[str, An
     say_what_it_is(args, optim, options)
     routing, groups = groups_from(args, model, optim, group_options)
     announce(routing, groups, args)
-    return OPTIMIZER_CLASSES[optim], {"params": groups, "lr": args.learning_rate, **with_inputs(options, model)}
+    options = with_inputs(options, model, group_options.get("keep_data"))
+    return OPTIMIZER_CLASSES[optim], {"params": groups, "lr": args.learning_rate, **options}
 
 
 def choose_form(args: Any, model: nn.Module) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -115,7 +116,7 @@ def groups_of(
     (zeros,) = of_first([routing.zeros])
     if zeros != routing.zeros:
         routing = routing_table(model, optim, **choices, zeros=zeros)
-    settings = {key: value for key, value in options.items() if key not in choices}
+    settings = {key: value for key, value in options.items() if key not in (*choices, "keep_data")}
     groups = param_groups(model, optim, routing=routing, **settings)
     measured = [group for group in groups if "unit_step" in group]
     for group, sizes in zip(measured, of_first([group["unit_step"] for group in measured]), strict=True):
@@ -123,9 +124,19 @@ def groups_of(
     return routing, groups
 
 
-def with_inputs(options: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """A constructor's options, with the inputs of the model's layers where some of their directions are kept."""
-    return {**options, "inputs": Inputs(model, kept_columns(options))} if options.get("keep") else options
+def with_inputs(options: dict[str, Any], model: nn.Module, data: str | None = None) -> dict[str, Any]:
+    """A constructor's options, with the inputs of the model's layers where some of their directions are kept.
+
+    data: see `kept_data.show`.
+    """
+    if not options.get("keep"):
+        return options
+    inputs = Inputs(model, kept_columns(options))
+    if data is not None:
+        from pion_hf.integrations import kept_data  # which brings datasets and evaluate
+
+        kept_data.show(inputs, model, data)
+    return {**options, "inputs": inputs}
 
 
 def _zeros_at_the_start(args: Any) -> list[str] | None:

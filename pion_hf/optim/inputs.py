@@ -5,8 +5,9 @@ few channels, the first token. A step that changes what a layer makes of these c
 `keep` it leaves it as it is.
 
 To project steps away from inputs is Adam-NSCL's idea (arXiv 2103.07113) and that of gradient projection memory (arXiv
-2103.09762), with inputs of earlier tasks; these are of the new one, and there is nothing to store. `keep_soft` is OWM's
-projector (arXiv 1810.01256), a ridge `gamma (K + gamma I)^-1` of the inputs' second moment `K`.
+2103.09762), with inputs of earlier tasks; these are of the new one, and there is nothing to store, or of texts that are
+shown (`Inputs.show`), such as the model's own answers. `keep_soft` is OWM's projector (arXiv 1810.01256), a ridge
+`gamma (K + gamma I)^-1` of the inputs' second moment `K`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ class Inputs:
         self._tests: dict[tuple[int, torch.device], Tensor] = {}
         self._unseen: list[str] = []
         self._running = _Running()
-        self._seen_calls = False
+        self._seen_calls = self._shows = False
         self._targets: Tensor | None = None  # which of a decoder's tokens count, where the model's call says so
         self._handles: list[RemovableHandle] = []
         # The model holds hooks, which must not hold this in turn: it goes with its optimizer, and they with it.
@@ -95,6 +96,27 @@ class Inputs:
                     for n in () if p.is_meta else set(p.shape):
                         self._test(n, p.device)
 
+    def show(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """See what the layers of `model` take in of these batches, and nothing of what trains.
+
+        What the model makes of such texts is then what `keep` keeps: its own answers to general questions, say, or any
+        text of what it must not forget.
+
+        batches: keyword arguments of `model`, a call for each, in evaluation mode and without gradients.
+        """
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        self._shows = True
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    model(**batch)
+        finally:
+            self._shows = False
+            for module in training:
+                module.training = True
+        _remove(self._handles)
+
     def _enter(self, given: dict[str, Any], *, outermost: bool, seq2seq: bool) -> None:
         """A call of the model begins, or of a part of it that has masks of its own."""
         if outermost:
@@ -104,7 +126,7 @@ class Inputs:
             targets = given.get("decoder_attention_mask")
             self._targets = labels != UNTRAINED if targets is None and isinstance(labels, Tensor) else targets
         running = self._running.passes
-        around = running[-1] if running else _Pass(torch.is_grad_enabled(), None)
+        around = running[-1] if running else _Pass(torch.is_grad_enabled() or self._shows, None)
         states, mask = given.get("encoder_hidden_states"), _flat(given.get("attention_mask"))
         states_mask = _flat(given.get("encoder_attention_mask"))
         begins = states is not None and around.states is None  # a decoder; the passes within are of its layers

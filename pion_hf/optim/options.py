@@ -2,7 +2,7 @@
 
 What needs to know them reads them here: the constructors' defaults (a test holds their signatures, which are written
 out for editors, equal to these), the checks of param groups, the fields of `TrainingArguments`, `--help`, `optim_args`
-and the tables of docs/optimizers.
+and the table of docs/options.md.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def option(default: Any, help: str, allowed: Range | None = None) -> Any:
 class Common:
     """Of every optimizer."""
 
-    lr: float = option(2e-4, "Learning rate of the matrices.", NOT_NEGATIVE)
+    lr: float = option(2e-4, "Learning rate of the matrices or factors.", NOT_NEGATIVE)
     weight_decay: float = option(0.0, "Decoupled weight decay; a matrix that rotates has none.", NOT_NEGATIVE)
     keep: int = option(
         0, "So many leading directions of every layer's inputs keep their outputs, against forgetting.", DIRECTIONS
@@ -80,18 +80,31 @@ class Common:
 class Routed:
     """Of the groups that `pion_hf.param_groups` makes for every optimizer, and of no constructor."""
 
-    targets: list[str] | None = option(None, "Regular expressions of the matrices; None: all of hidden layers.")
+    targets: list[str] | None = option(
+        None, "Regular expressions of the matrices that the rule takes. (default: all of hidden layers)"
+    )
     exclude: list[str] | None = option(
-        None, "Regular expressions of parameters that AdamW takes instead of the matrix rule."
+        None, "Regular expressions of parameters that AdamW takes instead of the matrix rule. (default: none)"
     )
     adamw_lr: float | None = option(
-        None, "Learning rate of AdamW's groups (embeddings, heads, norms). Unset: learning_rate.", NOT_NEGATIVE
+        None, "Learning rate of AdamW's groups: embeddings, heads, norms. (default: learning_rate)", NOT_NEGATIVE
     )
     adamw_betas: tuple[float, float] | None = option(
-        None, "Betas of AdamW's groups (adamw_routed: of all). Unset: adam_beta1 and adam_beta2.", DECAYS
+        None, "Betas of AdamW's groups (adamw_routed: of all). (default: adam_beta1 and adam_beta2)", DECAYS
     )
     adamw_eps: float | None = option(
-        None, "Epsilon of AdamW's groups (adamw_routed: of all). Unset: adam_epsilon.", NOT_NEGATIVE
+        None, "Epsilon of AdamW's groups (adamw_routed: of all). (default: adam_epsilon)", NOT_NEGATIVE
+    )
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Of Trainers and factories, which show it to the optimizer's `Inputs`."""
+
+    keep_data: str | None = option(
+        None,
+        "What keep is about: a file of chats or texts (.jsonl), or one text, such as the model's own answers. "
+        "Unset: the first batch trained on.",
     )
 
 
@@ -101,7 +114,9 @@ class Stacked:
 
     stack: int = option(2, "Consecutive layers whose matrices are orthogonalised together.", LAYERS)
     stack_targets: list[str] | None = option(
-        None, "Which matrices are stacked: q, k, v, or regular expressions over parameter names."
+        None,
+        "Which matrices are stacked: q, k, v, or regular expressions over parameter names. (default: q, k and v; of "
+        "adapters all)",
     )
 
 
@@ -137,8 +152,8 @@ class Executed:
 
     batch_elements: int | None = option(
         None,
-        "Elements of the equal matrices that are updated at once: bounds the extra memory of a step. Unset: what is "
-        "fastest on the device.",
+        "Elements of the equal matrices that are updated at once: bounds the extra memory of a step. (default: what is "
+        "fastest on the device)",
         COUNT,
     )
 
@@ -150,6 +165,12 @@ class Momentum:
     momentum: float = option(0.95, "Decay of the momentum.", DECAY)
     nesterov: bool = option(True, "Look ahead by a step of momentum.")
 
+
+DIRECTION = (
+    "The step without the constraint: the momentum (gradient), AdamW's (adam), over the second moment (natural), "
+    "orthogonalised (polar; msign: the generators)."
+)
+METRIC = "Which rotation stands for the direction: the steepest one (the paper's) or the nearest one."
 
 # -- the optimizers ---------------------------------------------------------------------------------------------------
 
@@ -166,16 +187,18 @@ class PionOptions(Executed, Orthogonalised, Common):
         "ambient", "Where the momentum lives: left where it is, carried along by the rotations, in the generators."
     )
     second_moment: bool = option(False, "Divide the gradient by the root of a second moment, as the paper's variant.")
-    direction: Direction = option("gradient", "The step without the constraint.")
-    metric: Literal["lie", "ambient"] = option("lie", "Which rotation stands for the direction.")
-    scale: Literal["rms", "none", "spectral"] = option("rms", "What the learning rate is: of a matrix's update.")
+    direction: Direction = option("gradient", DIRECTION)
+    metric: Literal["lie", "ambient"] = option("lie", METRIC)
+    scale: Literal["rms", "none", "spectral"] = option(
+        "rms", "What lr sets: the RMS of an update, lr * rms; its largest angle; with none the direction's own size."
+    )
     retraction: Literal["polar", "taylor"] = option("polar", "How a generator becomes a rotation: exact, the paper's.")
     degree: int = option(2, "Degree of retraction=taylor.", TERMS)
     generator_dtype: Precision = option("auto", "Precision of the products that form a generator.")
     state_dtype: Literal["float32", "bfloat16"] = option("float32", "Precision of the averages of gradients.")
     compile: bool = option(False, "A step's elementwise passes fused by torch.compile.")
     preset: Literal["paper", "ambient"] | None = option(
-        None, "'paper' sets the options of arXiv 2605.12492, 'ambient' our own rule."
+        None, "'paper' sets the options of arXiv 2605.12492, 'ambient' our own rule. (default: none)"
     )
 
 
@@ -183,9 +206,12 @@ class PionOptions(Executed, Orthogonalised, Common):
 class MuonOptions(AdamWDefaults, Executed, Orthogonalised, Momentum, Common):
     """Of `Muon`."""
 
-    lr: float = option(1e-3, "Learning rate of the matrices.", NOT_NEGATIVE)
+    lr: float = option(1e-3, "Learning rate of the matrices or factors.", NOT_NEGATIVE)
     polar_dtype: Precision = option("auto", "Precision of the orthogonalisation.")
-    scale: Literal["rms", "paper", "original"] = option("rms", "What the learning rate is: of a matrix's update.")
+    scale: Literal["rms", "paper", "original"] = option(
+        "rms",
+        "What lr sets: the RMS of an update, lr * rms; or its singular values, the paper's way or torch's Muon's.",
+    )
     rms: float = option(0.2, "RMS of a matrix's update at learning rate 1 (scale=rms).", POSITIVE)
     keep_soft: bool = option(False, "Keep more directions, each by the share that its inputs suggest.")
     compile: bool = option(False, "A step's elementwise passes fused by torch.compile.")
@@ -202,13 +228,13 @@ class TeonOptions(MuonOptions):
 class PionLoraOptions(Executed, Orthogonalised, Common):
     """Of `PionLora`."""
 
-    lr: float = option(1e-3, "Learning rate of the factors.", NOT_NEGATIVE)
+    lr: float = option(1e-3, "Learning rate of the matrices or factors.", NOT_NEGATIVE)
     betas: tuple[float, float] = option((0.9, 0.95), "Decay of the momentum and of the second moment.", DECAYS)
     eps: float = option(1e-8, "Added to the root of the second moment.", NOT_NEGATIVE)
-    direction: Literal["gradient", "adam", "natural", "polar"] = option("natural", "The step without the constraint.")
-    metric: Literal["lie", "ambient"] = option("lie", "Which rotation stands for the direction.")
+    direction: Literal["gradient", "adam", "natural", "polar"] = option("natural", DIRECTION)
+    metric: Literal["lie", "ambient"] = option("lie", METRIC)
     momentum_frame: Literal["transported", "ambient"] = option(
-        "transported", "Where the momentum lives: carried along by the rotations, left where it is."
+        "transported", "Where the momentum lives: left where it is, carried along by the rotations, in the generators."
     )
 
 
@@ -216,7 +242,7 @@ class PionLoraOptions(Executed, Orthogonalised, Common):
 class TeonLoraOptions(AdamWDefaults, Executed, Orthogonalised, Momentum, Common):
     """Of `TeonLora`."""
 
-    lr: float = option(1e-3, "Learning rate of the factors.", NOT_NEGATIVE)
+    lr: float = option(1e-3, "Learning rate of the matrices or factors.", NOT_NEGATIVE)
     stack: int = option(2, "Consecutive layers whose factors are orthogonalised together.", LAYERS)
 
 
