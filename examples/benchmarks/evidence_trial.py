@@ -19,13 +19,12 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from reasoning_gym import create_dataset
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import SFTTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, set_seed
 
-from pion_hf import Blend
+from pion_hf import Blend, PionTrainingArguments
 from pion_hf.integrations.evaluation import IGNORED, answer_tokens, evaluating, exact_match, generate_answers, text_loss
-from pion_hf.integrations.trl_config import PionSFTConfig
 from pion_hf.linalg.products import bfloat16_speedup
 
 MODEL, OTHER_TEXT = "models/smollm2-135m-instruct", "data/python_docs.txt"
@@ -97,6 +96,28 @@ def trained_on(task: str, steps: int, seed: int) -> list[dict[str, Any]]:
     return examples(task, BATCH * steps, TRAINED_FROM * (seed + 1))
 
 
+class AnswersTrainer(Trainer):
+    """Takes logits of the answers' tokens alone: of so short answers the others would be most of a step's time."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        labels = inputs["labels"][:, 1:]
+        wanted = labels != IGNORED
+        with self.accelerator.autocast():  # the Trainer's own is around the model's forward, which is not called here
+            logits = answer_logits(model, inputs["input_ids"], inputs["attention_mask"], wanted)
+        return cross_entropy(logits, labels[wanted])
+
+
+def answer_logits(model: nn.Module, ids: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
+    """Float32 logits `(count, vocabulary)` of the tokens behind those that are `wanted`, `(batch, length - 1)`."""
+    causal = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    return causal.lm_head(causal.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1][wanted]).float()
+
+
+@torch.no_grad()
+def log_probabilities(model: nn.Module, ids: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
+    return answer_logits(model, ids, mask, wanted).log_softmax(-1)
+
+
 class Bench:
     """The base model's measures, and what every trial needs."""
 
@@ -110,13 +131,12 @@ class Bench:
             self.sample_answers(base)
         answers = [json.loads(line) for line in ANSWERS.read_text(encoding="utf-8").splitlines()]
         self.own, self.replayed = answers[:INSTRUCTIONS], answers[INSTRUCTIONS:]
-        self.own_tokens = answer_tokens(self.tokenizer, self.own)
-        # Of the base model the last hidden states: its logits, of all the vocabulary, are one product away.
-        self.head = base.lm_head.weight.detach().clone()
-        self.hidden = [self.states(base, *batch) for batch in self.own_batches()]
+        self.own_tokens = sorted(answer_tokens(self.tokenizer, self.own), key=lambda pair: len(pair[0]))
+        self.before_logs = [log_probabilities(base, *batch) for batch in self.own_batches()]
 
     def base(self) -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+        # Eager attention is the fastest one for so short texts on a CPU.
+        return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="eager").eval()
 
     @torch.no_grad()
     def sample_answers(self, base: nn.Module) -> None:
@@ -149,33 +169,33 @@ class Bench:
         if replay:
             rows[REPLAY - 1 :: REPLAY] = itertools.islice(itertools.cycle(self.replayed), len(rows) // REPLAY)
         folder = Path("runs/evidence/trial")
-        args = PionSFTConfig(
+        args = PionTrainingArguments(
             output_dir=str(folder),
             learning_rate=lr,
             max_steps=steps,
             warmup_steps=int(WARMUP * steps),
             lr_scheduler_type="linear",
             per_device_train_batch_size=BATCH,
-            max_length=LONGEST,
+            train_sampling_strategy="group_by_length",
             max_grad_norm=1.0,
             bf16="auto",
             use_cpu=True,
-            activation_checkpointing=False,
             seed=seed,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
             logging_steps=10,
+            remove_unused_columns=False,
             **options,
         )
         set_seed(seed)
-        trainer = SFTTrainer(  # not PionSFTTrainer, which measures spectra meanwhile
-            self.base(),
-            args,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=self.tokenizer,
-            peft_config=ADAPTERS[adapter]() if adapter else None,
-        )
+        model = self.base()
+        if adapter:
+            model = peft.get_peft_model(model, ADAPTERS[adapter]())
+        tokens = answer_tokens(self.tokenizer, rows, max_length=LONGEST)
+        data = Dataset.from_list([{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in tokens])
+        collate = DataCollatorForSeq2Seq(self.tokenizer)
+        trainer = AnswersTrainer(model, args, data_collator=collate, train_dataset=data)
         blend = Blend(trainer.model)
         trainer.train()
         for share in SHARES:
@@ -212,31 +232,25 @@ class Bench:
     def capitals(self, model: nn.Module) -> float:
         """The share of countries whose own capital is likelier to follow than any other's, by its first token."""
         pairs = [pair.split(maxsplit=1) for pair in CAPITALS.replace("\n", " ").split(",")]
-        names = [self.tokenizer(f" {capital.strip()}").input_ids[0] for _, capital in pairs]
-        firsts = torch.tensor(names)
-        right = 0
-        for (country, _), name in zip(pairs, names, strict=True):
-            ids = self.tokenizer(f"The capital of {country} is", return_tensors="pt").input_ids
-            right += firsts[model(input_ids=ids).logits[0, -1, firsts].argmax()].item() == name
-        return right / len(pairs)
+        firsts = torch.tensor([self.tokenizer(f" {capital.strip()}").input_ids[0] for _, capital in pairs])
+        texts = [
+            self.tokenizer(f"The capital of {country} is", return_tensors="pt").input_ids[0] for country, _ in pairs
+        ]
+        ids, ends = pad_sequence(texts, batch_first=True), torch.tensor([len(text) - 1 for text in texts])
+        logits = model(input_ids=ids).logits[torch.arange(len(ids)), ends][:, firsts]
+        return (firsts[logits.argmax(-1)] == firsts).float().mean().item()
 
-    @torch.no_grad()
     def own_answers(self, model: nn.Module) -> dict[str, float]:
         """Of the base model's own answers, in float32: their loss, and the divergence of `model` from the base model,
         `KL(base || model)`, over all the vocabulary, nats per token."""
         loss = divergence = count = 0
-        for batch, before in zip(self.own_batches(), self.hidden, strict=True):
-            ids, mask, counts = batch
-            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1][counts].log_softmax(-1)
-            base = (before @ self.head.mT).log_softmax(-1)
-            divergence += (base.exp() * (base - logits)).sum().item()
-            loss -= logits.gather(-1, ids[:, 1:][counts].unsqueeze(-1)).sum().item()
-            count += len(before)
+        for batch, before in zip(self.own_batches(), self.before_logs, strict=True):
+            ids, _, counts = batch
+            after = log_probabilities(model, *batch)
+            divergence += kl_div(after, before, reduction="sum", log_target=True).item()
+            loss -= after.gather(-1, ids[:, 1:][counts].unsqueeze(-1)).sum().item()
+            count += len(after)
         return {"own_loss": loss / count, "own_kl": divergence / count}
-
-    @torch.no_grad()
-    def states(self, base: nn.Module, ids: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
-        return base.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1][counts]
 
     def own_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Tokens, their mask, and whether the next one is of an answer."""
