@@ -240,6 +240,15 @@ def picture(ledger: Ledger, stages: list[dict]) -> None:
     figure.savefig(RESULTS.with_suffix(".png"), dpi=150)
 
 
+def together(stages: list[dict]) -> list[dict]:
+    """Stages that differ in who is compared are one."""
+    found: dict[str, dict] = {}
+    for stage in stages:
+        key = str({name: value for name, value in stage.items() if name != "rates"})
+        found.setdefault(key, {**stage, "rates": {}})["rates"].update(stage["rates"])
+    return list(found.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true", help="run nothing, print the tables")
@@ -249,7 +258,7 @@ def main() -> None:
     if not (chosen.show or chosen.picture):
         for stage in ledger.stages:
             ledger.run(stage)
-    begun = [stage for stage in ledger.stages if ledger.pooled(stage, REFERENCE)]
+    begun = [stage for stage in together(ledger.stages) if ledger.pooled(stage, REFERENCE)]
     if not begun:
         raise SystemExit(f"no finished trials of {REFERENCE} to show")
     if chosen.picture:

@@ -9,6 +9,7 @@ import itertools
 import json
 import random
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +28,12 @@ from pion_hf import Blend, PionTrainingArguments
 from pion_hf.integrations.evaluation import IGNORED, answer_tokens, evaluating, exact_match, generate_answers, text_loss
 from pion_hf.linalg.products import bfloat16_speedup
 
+sys.path.append(str(Path(__file__).parents[1]))
+from prepare_own_answers import own_answers
+
 MODEL, OTHER_TEXT = "models/smollm2-135m-instruct", "data/python_docs.txt"
 ANSWERS = Path(__file__).parent / "results" / "evidence_answers.jsonl"
+REPLAYED = Path("runs/evidence/replayed.jsonl")  # those of them that are not measured, for contenders that use them
 BATCH, WARMUP, SHARES, LONGEST = 8, 0.1, (0.6, 0.8, 1.0), 256
 INSTRUCTIONS, SAMPLED_TOKENS = 100, 80
 REPLAY = 20  # one example of so many is replayed
@@ -131,6 +136,8 @@ class Bench:
             self.sample_answers(base)
         answers = [json.loads(line) for line in ANSWERS.read_text(encoding="utf-8").splitlines()]
         self.own, self.replayed = answers[:INSTRUCTIONS], answers[INSTRUCTIONS:]
+        REPLAYED.parent.mkdir(parents=True, exist_ok=True)
+        REPLAYED.write_text("".join(json.dumps(row) + "\n" for row in self.replayed), encoding="utf-8")
         self.own_tokens = sorted(answer_tokens(self.tokenizer, self.own), key=lambda pair: len(pair[0]))
         self.before_logs = [log_probabilities(base, *batch) for batch in self.own_batches()]
 
@@ -138,25 +145,11 @@ class Bench:
         # Eager attention is the fastest one for so short texts on a CPU.
         return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="eager").eval()
 
-    @torch.no_grad()
     def sample_answers(self, base: nn.Module) -> None:
-        """Of the base model, at temperature 1; those that do not end are cut behind their last full sentence."""
         instructions = [form.format(topic) for form in FORMS for topic in TOPICS]
         random.Random(0).shuffle(instructions)
         set_seed(0)
-        self.tokenizer.padding_side = "left"
-        rows = []
-        for start in range(0, len(instructions), 50):
-            some = instructions[start : start + 50]
-            chats = [[{"role": "user", "content": text}] for text in some]
-            inputs = self.tokenizer.apply_chat_template(
-                chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
-            )
-            made = base.generate(**inputs, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=SAMPLED_TOKENS)
-            made = self.tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            ends = [max(map(text.rfind, ".!?\n")) for text in made]
-            answers = [text[: end + 1].strip() or text for text, end in zip(made, ends, strict=True)]
-            rows += map(chat, some, answers)
+        rows = own_answers(base, self.tokenizer, instructions, SAMPLED_TOKENS)
         ANSWERS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     # -- training -----------------------------------------------------------------------------------------------------
