@@ -35,8 +35,11 @@ def leading_directions(sketch: Tensor, test: Tensor, count: int, *, half: int | 
     core = t.mT @ y
     values, vectors = torch.linalg.eigh((core + core.mT) / 2)
     inverse_root = torch.where(values > rounding * values[-1].abs(), values.clamp_min(0).rsqrt(), 0)
-    # `C` is about `F F^T`.
-    u, s, _ = torch.linalg.svd(y @ (vectors * inverse_root), full_matrices=False)
+    # `C` is about `F F^T`, whose eigenvectors `F^T F` has; what it squares away is below the rounding of float32.
+    f = y @ (vectors * inverse_root)
+    values, vectors = (found.flip(-1) for found in torch.linalg.eigh(f.mT @ f))
+    s = values.clamp_min(0).sqrt()
+    u = f @ (vectors / s.clamp_min(torch.finfo(s.dtype).tiny))
     lengths = (s > rounding**0.5 * s[0]).to(s.dtype)
     if half is not None:
         values = s.square()
