@@ -15,14 +15,21 @@ from pion_hf.integrations.trl_config import PionSFTConfig
 from tests.field.page import markdown, write
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
-WORDS = {int: "whole number", float: "number", bool: "`True`, `False`", tuple: "two numbers", list: "expressions"}
+WORDS = {
+    int: "whole number",
+    float: "number",
+    bool: "`True`, `False`",
+    tuple: "two numbers",
+    list: "expressions",
+    str: "text",
+}
 
 
 def in_words(kind: Any) -> str:
     """A type: the words that an option may be, or what it holds."""
     kinds = [of for of in get_args(kind) if of is not type(None)] if type(None) in get_args(kind) else [kind]
-    words = [word for of in kinds if get_origin(of) is Literal for word in get_args(of)] or get_args(kind)
-    return WORDS.get(get_origin(kinds[0]) or kinds[0]) or ", ".join(f"`{word}`" for word in words)
+    words = [word for of in kinds if get_origin(of) is Literal for word in get_args(of)]
+    return ", ".join(f"`{word}`" for word in words) or WORDS[get_origin(kinds[0]) or kinds[0]]
 
 
 def option_rows() -> Iterator[tuple[str, ...]]:

@@ -104,7 +104,7 @@ class Shown:
     keep_data: str | None = option(
         None,
         "What keep is about: a file of chats or texts (.jsonl), or one text, such as the model's own answers. "
-        "Unset: the first batch trained on.",
+        "(default: the first batch trained on)",
     )
 
 
