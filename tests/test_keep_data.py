@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import pion_hf
@@ -141,9 +142,25 @@ def test_what_cannot_be_shown_is_named(tmp_path, checkpoint, token_rows):
     with pytest.raises(ValueError, match=r"keep_data='.*none.jsonl' is no file: name one of chats or texts"):
         trained(tmp_path, str(tmp_path / "none.jsonl"), checkpoint, token_rows)
     write_jsonl(tmp_path / "chats.jsonl", chat_rows(2))
-    model = toy_llama()
-    with pytest.raises(ValueError, match="needs the tokenizer of the model, and '' has none"):
-        with_inputs({"keep": 2}, model, str(tmp_path / "chats.jsonl"))
+    with pytest.raises(ValueError, match="cannot be read for '': "):
+        with_inputs({"keep": 2}, toy_llama(), str(tmp_path / "chats.jsonl"))
+    for name, text, said in (
+        ("rows.jsonl", '{"question": "1+1="}\n', "these are no chats with an answer"),
+        ("broken.jsonl", '{"text": \n', "cannot be read for"),
+        ("empty.jsonl", "", "it has no rows"),
+        ("list.jsonl", "[1]\n", "cannot be read for"),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"keep_data='.*{name}' cannot be read .*{said}|{said}"):
+            trained(tmp_path, str(tmp_path / name), checkpoint, token_rows)
+
+
+def test_adapters_are_shown_them_through_their_model(tmp_path, checkpoint):
+    write_jsonl(tmp_path / "chats.jsonl", chat_rows(6))
+    model = get_peft_model(toy_llama().from_pretrained(checkpoint), LoraConfig(r=2, target_modules="all-linear"))
+    inputs = with_inputs({"keep": 4}, model, str(tmp_path / "chats.jsonl"))["inputs"]
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight"
+    assert inputs.directions(name, 32, 4, torch.device("cpu")).norm() > 1
 
 
 def test_a_models_own_answers_are_rows_to_keep(tmp_path, checkpoint, token_rows):

@@ -133,7 +133,7 @@ def with_inputs(options: dict[str, Any], model: nn.Module, data: str | None = No
         return options
     inputs = Inputs(model, kept_columns(options))
     if data is not None:
-        from pion_hf.integrations import kept_data  # which brings datasets and evaluate
+        from pion_hf.integrations import kept_data  # which brings evaluate
 
         kept_data.show(inputs, model, data)
     return {**options, "inputs": inputs}

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from functools import partial
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import trange
 from transformers import AutoTokenizer
 
-from pion_hf.integrations.evaluation import answer_tokens, text_stretches
+from pion_hf.integrations.evaluation import answer_tokens
 from pion_hf.optim import Inputs
 
 LONGEST, MOST, BATCH = 512, 1000, 4  # tokens of a row, rows, and rows of which the logits are in memory at once
-READING = "Reading what is kept"
 
 
 def show(inputs: Inputs, model: nn.Module, path: str) -> None:
@@ -26,37 +25,35 @@ def show(inputs: Inputs, model: nn.Module, path: str) -> None:
     The tokenizer is that of the model's name; at most `MOST` rows of at most `LONGEST` tokens are read.
 
     Raises:
-        ValueError: there is no such file, no tokenizer of the model's name, or nothing to read in it.
+        ValueError: there is no such file, no tokenizer of the model's name, or nothing in the file that can be read.
     """
     if not Path(path).is_file():
         raise ValueError(f"keep_data={path!r} is no file: name one of chats or texts (.jsonl), or of one text")
-    name = model.config.name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"keep_data={path!r} needs the tokenizer of the model, and {name!r} has none: {error}"
-        ) from None
-    rows, device = _rows(tokenizer, path), next(model.parameters()).device
-    inputs.show(
-        model, map(partial(_batch, rows, device=device), trange(0, len(rows), BATCH, desc=READING, leave=False))
-    )
+        rows = _rows(AutoTokenizer.from_pretrained(model.config.name_or_path), path)
+    except (OSError, ValueError, KeyError) as error:  # of the tokenizer, or of the rows
+        raise ValueError(f"keep_data={path!r} cannot be read for {model.config.name_or_path!r}: {error}") from None
+    inputs.show(model, _batches(rows, next(model.parameters()).device))
 
 
 def _rows(tokenizer: Any, path: str) -> list[Tensor]:
     """Token ids of every row, the shortest first."""
-    if Path(path).suffix not in (".json", ".jsonl"):
-        return text_stretches(tokenizer, Path(path).read_text(encoding="utf-8"), window=LONGEST, windows=MOST)
-    table = load_dataset("json", data_files=path, split="train")
-    table = table.select(range(min(MOST, len(table))))
-    if "text" in table.column_names:
-        found = [tokenizer(row, return_tensors="pt").input_ids[0][:LONGEST] for row in table["text"]]
+    text = Path(path).read_text(encoding="utf-8")
+    if not path.endswith(".jsonl"):
+        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+        return list(ids.split(LONGEST)[:MOST])
+    rows = [json.loads(line) for line in text.splitlines() if line.strip()][:MOST]
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("it has no rows, or some are no objects")
+    if "text" in rows[0]:
+        found = [tokenizer(row["text"], return_tensors="pt").input_ids[0][:LONGEST] for row in rows]
     else:
-        found = [ids for ids, _ in answer_tokens(tokenizer, list(table), max_length=LONGEST)]
+        found = [ids for ids, _ in answer_tokens(tokenizer, rows, max_length=LONGEST)]
     return sorted(found, key=len)
 
 
-def _batch(rows: list[Tensor], start: int, *, device: torch.device) -> dict[str, Tensor]:
-    some = rows[start : start + BATCH]
-    mask = pad_sequence([torch.ones_like(ids) for ids in some], batch_first=True)
-    return {"input_ids": pad_sequence(some, batch_first=True).to(device), "attention_mask": mask.to(device)}
+def _batches(rows: list[Tensor], device: torch.device) -> Iterator[dict[str, Tensor]]:
+    for start in trange(0, len(rows), BATCH, desc="Reading what is kept", leave=False):
+        some = rows[start : start + BATCH]
+        mask = pad_sequence([torch.ones_like(ids) for ids in some], batch_first=True)
+        yield {"input_ids": pad_sequence(some, batch_first=True).to(device), "attention_mask": mask.to(device)}
