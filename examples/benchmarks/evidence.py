@@ -98,7 +98,8 @@ class Ledger:
 
     def todo(self, stage: dict) -> Iterator[tuple[str, float, int]]:
         """Trials that have not been run: the stage's own, then what the sweeps still want."""
-        own = [(name, lr) for name, rates in stage["rates"].items() for lr in rates]
+        turns = itertools.zip_longest(*([(name, lr) for lr in rates] for name, rates in stage["rates"].items()))
+        own = [trial for turn in turns for trial in turn if trial]  # everybody's first rate first
         for (name, lr), seed in itertools.product(own, stage["seeds"]):
             if (lr, "1") not in self.of(stage, name, seed):
                 yield name, lr, seed
