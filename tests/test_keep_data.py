@@ -147,12 +147,26 @@ def test_what_cannot_be_shown_is_named(tmp_path, checkpoint, token_rows):
     for name, text, said in (
         ("rows.jsonl", '{"question": "1+1="}\n', "these are no chats with an answer"),
         ("broken.jsonl", '{"text": \n', "cannot be read for"),
-        ("empty.jsonl", "", "it has no rows"),
+        ("empty.jsonl", "", "there is no text in it"),
+        ("nothing.txt", "", "there is no text in it"),
+        ("blank.jsonl", '{"text": ""}\n', "there is no text in it"),
+        ("number.jsonl", '{"text": 1}\n', "cannot be read for"),
+        ("other.jsonl", '{"text": "a"}\n{"words": "b"}\n', "cannot be read for"),
         ("list.jsonl", "[1]\n", "cannot be read for"),
     ):
         (tmp_path / name).write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=rf"keep_data='.*{name}' cannot be read .*{said}|{said}"):
             trained(tmp_path, str(tmp_path / name), checkpoint, token_rows)
+
+
+def test_a_model_with_an_encoder_is_shown_batches_instead(tmp_path):
+    write_jsonl(tmp_path / "chats.jsonl", chat_rows(2))
+    config = transformers.T5Config(vocab_size=110, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    with pytest.raises(
+        ValueError,
+        match=r"is for causal models, and this one has an encoder: show them batches by pion_hf\.Inputs\.show",
+    ):
+        with_inputs({"keep": 2}, transformers.T5ForConditionalGeneration(config), str(tmp_path / "chats.jsonl"))
 
 
 def test_adapters_are_shown_them_through_their_model(tmp_path, checkpoint):

@@ -22,34 +22,40 @@ LONGEST, MOST, BATCH = 512, 1000, 4  # tokens of a row, rows, and rows of which 
 def show(inputs: Inputs, model: nn.Module, path: str) -> None:
     """Show a file to `inputs`: rows of chats (`messages`, or `prompt` and `completion`) or of `text`, or one text.
 
-    The tokenizer is that of the model's name; at most `MOST` rows of at most `LONGEST` tokens are read.
+    The tokenizer is that of the model's name; `MOST` parts of `LONGEST` tokens are read at most.
 
     Raises:
         ValueError: there is no such file, no tokenizer of the model's name, or nothing in the file that can be read.
     """
     if not Path(path).is_file():
         raise ValueError(f"keep_data={path!r} is no file: name one of chats or texts (.jsonl), or of one text")
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"keep_data={path!r} is for causal models, and this one has an encoder: show them batches by pion_hf.Inputs.show"
+        )
     try:
         rows = _rows(AutoTokenizer.from_pretrained(model.config.name_or_path), path)
-    except (OSError, ValueError, KeyError) as error:  # of the tokenizer, or of the rows
+    except (OSError, ValueError, KeyError, TypeError) as error:  # of the tokenizer, or of the rows
         raise ValueError(f"keep_data={path!r} cannot be read for {model.config.name_or_path!r}: {error}") from None
     inputs.show(model, _batches(rows, next(model.parameters()).device))
 
 
 def _rows(tokenizer: Any, path: str) -> list[Tensor]:
-    """Token ids of every row, the shortest first."""
+    """Token ids of every row that has some, the shortest first."""
     text = Path(path).read_text(encoding="utf-8")
-    if not path.endswith(".jsonl"):
-        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-        return list(ids.split(LONGEST)[:MOST])
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()][:MOST]
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("it has no rows, or some are no objects")
-    if "text" in rows[0]:
-        found = [tokenizer(row["text"], return_tensors="pt").input_ids[0][:LONGEST] for row in rows]
-    else:
+    rows = [{"text": text}]
+    if path.endswith(".jsonl"):
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()][:MOST]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("some of its rows are no objects")
+    if rows and "text" not in rows[0]:
         found = [ids for ids, _ in answer_tokens(tokenizer, rows, max_length=LONGEST)]
-    return sorted(found, key=len)
+    else:
+        tokens = [torch.tensor(tokenizer(row["text"], verbose=False).input_ids, dtype=torch.long) for row in rows]
+        found = [part for ids in tokens for part in ids.split(LONGEST)][:MOST]
+    if not any(map(len, found)):
+        raise ValueError("there is no text in it")
+    return sorted(filter(len, found), key=len)
 
 
 def _batches(rows: list[Tensor], device: torch.device) -> Iterator[dict[str, Tensor]]:
