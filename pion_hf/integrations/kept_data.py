@@ -31,7 +31,8 @@ def show(inputs: Inputs, model: nn.Module, path: str) -> None:
         raise ValueError(f"keep_data={path!r} is no file: name one of chats or texts (.jsonl), or of one text")
     if model.config.is_encoder_decoder:
         raise ValueError(
-            f"keep_data={path!r} is for causal models, and this one has an encoder: show them batches by pion_hf.Inputs.show"
+            f"keep_data={path!r} is for causal models, and this one has an encoder: show them batches by "
+            "pion_hf.Inputs.show"
         )
     try:
         rows = _rows(AutoTokenizer.from_pretrained(model.config.name_or_path), path)
