@@ -5,6 +5,7 @@ reasoning-gym, and 200 general instructions, to which the base model's own sampl
 results/evidence_answers.jsonl. The first hundred are measured, the others are what a contender may replay.
 """
 
+import inspect
 import itertools
 import json
 import random
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
@@ -24,7 +26,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, set_seed
 
-from pion_hf import Blend, PionTrainingArguments
+from pion_hf import Blend, Inputs, PionTrainingArguments
 from pion_hf.integrations.evaluation import IGNORED, answer_tokens, evaluating, exact_match, generate_answers, text_loss
 from pion_hf.linalg.products import bfloat16_speedup
 
@@ -34,6 +36,8 @@ from prepare_own_answers import own_answers
 MODEL, OTHER_TEXT = "models/smollm2-135m-instruct", "data/python_docs.txt"
 ANSWERS = Path(__file__).parent / "results" / "evidence_answers.jsonl"
 REPLAYED = Path("runs/evidence/replayed.jsonl")  # those of them that are not measured, for contenders that use them
+GENERAL = Path("runs/evidence/general.txt")  # docstrings of torch: neither the task nor anything that is measured
+GENERAL_LENGTH = 40_000  # characters, as all of what is replayed
 BATCH, WARMUP, SHARES, LONGEST = 8, 0.1, (0.6, 0.8, 1.0), 256
 INSTRUCTIONS, SAMPLED_TOKENS = 100, 80
 REPLAY = 20  # one example of so many is replayed
@@ -123,6 +127,18 @@ def log_probabilities(model: nn.Module, ids: Tensor, mask: Tensor, wanted: Tenso
     return answer_logits(model, ids, mask, wanted).log_softmax(-1)
 
 
+def directions_of(kind: str, model: nn.Module) -> Any:
+    """In place of `Inputs.directions`: as many, but `random` ones, or the `weights`' leading right singular vectors."""
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()} if kind == "weights" else {}
+
+    def directions(_: Inputs, name: str, n: int, count: int, *__: Any, **___: Any) -> Tensor:
+        if kind == "random":
+            return torch.linalg.qr(torch.randn(n, count)).Q
+        return torch.linalg.svd(weights[name], full_matrices=False).Vh[:count].mT
+
+    return directions
+
+
 class Bench:
     """The base model's measures, and what every trial needs."""
 
@@ -138,6 +154,8 @@ class Bench:
         self.own, self.replayed = answers[:INSTRUCTIONS], answers[INSTRUCTIONS:]
         REPLAYED.parent.mkdir(parents=True, exist_ok=True)
         REPLAYED.write_text("".join(json.dumps(row) + "\n" for row in self.replayed), encoding="utf-8")
+        documented = (text for _, made in sorted(vars(nn).items()) if (text := inspect.getdoc(made)))
+        GENERAL.write_text("\n\n".join(documented)[:GENERAL_LENGTH], encoding="utf-8")
         self.own_tokens = sorted(answer_tokens(self.tokenizer, self.own), key=lambda pair: len(pair[0]))
         self.before_logs = [log_probabilities(base, *batch) for batch in self.own_batches()]
 
@@ -157,7 +175,7 @@ class Bench:
     def train(self, contender: dict, task: str, lr: float, seed: int, steps: int) -> Iterator[tuple[float, nn.Module]]:
         """The model at every share of the way, the last 1, after training as `contender` says."""
         options = dict(contender)
-        adapter, replay = options.pop("adapter", None), options.pop("replay", False)
+        adapter, replay, kept = options.pop("adapter", None), options.pop("replay", False), options.pop("kept", None)
         rows = trained_on(task, steps, seed)
         if replay:
             rows[REPLAY - 1 :: REPLAY] = itertools.islice(itertools.cycle(self.replayed), len(rows) // REPLAY)
@@ -190,7 +208,9 @@ class Bench:
         collate = DataCollatorForSeq2Seq(self.tokenizer)
         trainer = AnswersTrainer(model, args, data_collator=collate, train_dataset=data)
         blend = Blend(trainer.model)
-        trainer.train()
+        directions = directions_of(kept, model) if kept else Inputs.directions
+        with mock.patch.object(Inputs, "directions", directions):
+            trainer.train()
         for share in SHARES:
             blend.apply(share, trainer.optimizer)
             yield share, trainer.model
