@@ -77,11 +77,7 @@ def check_benchmarks(report: ReportArguments) -> None:
 
 
 def _load(report: ReportArguments) -> tuple[Any, list[Any]]:
-    """lm_eval's manager of tasks; tasks and groups, with their data.
-
-    Raises:
-        ValueError: a name that is none, or data that cannot be read.
-    """
+    """lm_eval's manager of tasks; tasks and groups, with their data."""
     from lm_eval.tasks import TaskManager
 
     names = [name.strip() for words in report.lm_eval_tasks for name in words.split(",") if name.strip()]

@@ -70,11 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Flags of a comparison.
-
-    Raises:
-        ValueError: an unknown flag, with the nearest, or flags that do not go together.
-    """
+    """Flags of a comparison."""
     flags = parser()
     args, rest = flags.parse_known_args(argv)
     if rest:

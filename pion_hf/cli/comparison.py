@@ -81,11 +81,7 @@ def make_record(path: Path, recipe: dict, grid: list[Trial], output_dir: Path, s
 
 
 def show(record: dict[str, Any], output_dir: Path, console: Console) -> None:
-    """Write `compare.json`, the picture and the page; print the table, and where they are.
-
-    Raises:
-        ValueError: no run is over, or the folder cannot be written to.
-    """
+    """Write `compare.json`, the picture and the page; print the table, and where they are."""
     if all(run["status"] == standings.MISSING for run in record["runs"]):
         raise ValueError(f"no run in {str(output_dir)!r} is over yet: there is nothing to show")
     if not os.access(output_dir, os.W_OK | os.X_OK):

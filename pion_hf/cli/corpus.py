@@ -48,11 +48,7 @@ UNREADABLE = (DatasetsError, pyarrow.ArrowInvalid, CastError, UnicodeDecodeError
 
 
 def set_budget(args: TrainingArguments, corpus_args: CorpusArguments) -> None:
-    """Turn `max_tokens` into `args.max_steps`, and say so.
-
-    Raises:
-        ValueError: less than the tokens of one step, or `max_steps` is set too.
-    """
+    """Turn `max_tokens` into `args.max_steps`, and say so."""
     if corpus_args.max_tokens is None:
         return
     rows, step = _step_of_budget(args, corpus_args.max_tokens)
@@ -119,11 +115,7 @@ def load_corpus(
     dataset_args: trl.DatasetMixtureConfig,
     corpus_args: CorpusArguments,
 ) -> dict[str, Corpus]:
-    """The splits to train and, if any, to evaluate on, by their names: rows of one column of text, or of tokens.
-
-    Raises:
-        ValueError: data that cannot be loaded, a missing or empty split, no such column, one that holds no text.
-    """
+    """The splits to train and, if any, to evaluate on, by their names: rows of one column of text, or of tokens."""
     streaming = _streaming(script_args, dataset_args)
     splits = get_dataset(dataset_args) if dataset_args.datasets else _load(script_args, corpus_args)
     train_name, test_name = script_args.dataset_train_split, script_args.dataset_test_split
@@ -151,9 +143,6 @@ def rows_to_train(dataset: Corpus, tokenizer: PreTrainedTokenizerBase, args: Pio
     So every batch is full, all processes have as many of them, and the position in the stream is the number of batches
     since its beginning, which is what `resume_from_checkpoint` skips. (Trainer would count the passes as epochs, and
     resumes in the first.)
-
-    Raises:
-        ValueError: there are fewer tokens than one packed row.
     """
     if args.packing and args.max_length is not None:
         tokens = 0
@@ -178,11 +167,7 @@ def check_tokens(dataset: Corpus) -> None:
 
 
 def text_only(dataset: Corpus, column: str) -> Corpus:
-    """`dataset` without its other columns, which TRL might take for chats or prompts; tokenised rows as they are.
-
-    Raises:
-        ValueError: there is no such column, or it holds anything else than text.
-    """
+    """`dataset` without its other columns, which TRL might take for chats or prompts; tokenised rows as they are."""
     columns = get_dataset_column_names(dataset)
     if "input_ids" in columns:
         check_tokens(dataset)
@@ -199,11 +184,7 @@ def text_only(dataset: Corpus, column: str) -> Corpus:
 
 
 def is_held_out(text: str | None, fraction: float) -> bool:
-    """Whether a document is for evaluation: so is `fraction` of all texts, by hash.
-
-    Raises:
-        NoText: there is none.
-    """
+    """Whether a document is for evaluation: so is `fraction` of all texts, by hash."""
     if text is None:
         raise NoText("dataset_text_field: a row of the dataset has no text")
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()

@@ -40,11 +40,7 @@ def check_plot(args: TrainingArguments, path: str) -> None:
 
 
 def learning_rate_curves(args: TrainingArguments, optimizer: torch.optim.Optimizer, routing: Routing) -> list[Curve]:
-    """The distinct learning rates of the groups over `args.max_steps` steps, by transformers' own scheduler.
-
-    Raises:
-        ValueError: options that the scheduler does not take.
-    """
+    """The distinct learning rates of the groups over `args.max_steps` steps, by transformers' own scheduler."""
     groups = optimizer.param_groups
     stand_in = _stand_in(groups)
     try:
@@ -96,11 +92,7 @@ def picture(args: TrainingArguments, curves: list[Curve]) -> Any:
 
 
 def save_plot(args: TrainingArguments, curves: list[Curve], path: str) -> None:
-    """Write the picture of the curves to `path`, whose folder is made if need be.
-
-    Raises:
-        ValueError: the file cannot be written.
-    """
+    """Write the picture of the curves to `path`, whose folder is made if need be."""
     try:
         with new_file(path) as file:
             picture(args, curves).savefig(file, format=Path(path).suffix.removeprefix("."), dpi=150)

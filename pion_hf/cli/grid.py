@@ -81,11 +81,7 @@ class Trial:
 
 
 def command_of(recipe: Path, named: str | None) -> str:
-    """The command that a recipe is for: `named`, or its folder's name (recipes/<model>/<task>/).
-
-    Raises:
-        ValueError: neither says.
-    """
+    """The command that a recipe is for: `named`, or its folder's name (recipes/<model>/<task>/)."""
     found = named or recipe.absolute().parent.name
     if found not in TRAINING:
         raise ValueError(
@@ -96,22 +92,14 @@ def command_of(recipe: Path, named: str | None) -> str:
 
 
 def contenders_from_flags(recipe: Mapping[str, Any], optims: str | None, rates: str | None) -> list[Contender]:
-    """A contender for every optimizer of `optims`, each at all `rates`; what is None is the recipe's.
-
-    Raises:
-        ValueError: a list that is empty or has an entry twice, or a learning rate that is none.
-    """
+    """A contender for every optimizer of `optims`, each at all `rates`; what is None is the recipe's."""
     names = [recipe.get("optim", "pion")] if optims is None else listed("--optim", optims)
     tried = recipe.get("learning_rate") if rates is None else listed("--learning_rate", rates)
     return [Contender(str(name), {"optim": name}, _rates("--learning_rate", tried)) for name in names]
 
 
 def read_contenders(path: Path, recipe: Mapping[str, Any]) -> list[Contender]:
-    """The contenders of a YAML file: name -> keys of the recipe, where `learning_rate` is one or a list.
-
-    Raises:
-        ValueError, FileNotFoundError: no such file, or no mapping of mappings, or a key that is not a contender's.
-    """
+    """The contenders of a YAML file: name -> keys of the recipe, where `learning_rate` is one or a list."""
     if not path.is_file():
         raise FileNotFoundError(f"--contenders: there is no file {str(path)!r}")
     contenders = []
@@ -130,11 +118,7 @@ def read_contenders(path: Path, recipe: Mapping[str, Any]) -> list[Contender]:
 
 
 def parse_axes(settings: Iterable[str]) -> dict[str, list[Any]]:
-    """`["key=v1,v2"]` as values by key. A scalar stays text, as on a command line; `[a, b]` and `{a: b}` are YAML.
-
-    Raises:
-        ValueError: an entry of another form, a key given twice, or one that a comparison sets itself.
-    """
+    """`["key=v1,v2"]` as values by key. A scalar stays text, as on a command line; `[a, b]` and `{a: b}` are YAML."""
     axes: dict[str, list[Any]] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -150,11 +134,7 @@ def parse_axes(settings: Iterable[str]) -> dict[str, list[Any]]:
 
 
 def listed(where: str, text: str) -> list[Any]:
-    """`"a,b"` as a list of distinct values: text, or what YAML makes of brackets.
-
-    Raises:
-        ValueError: no list, an empty one, or a value twice.
-    """
+    """`"a,b"` as a list of distinct values: text, or what YAML makes of brackets."""
     try:
         words = yaml.load(f"[{text}]", yaml.BaseLoader)
         values = yaml.safe_load(f"[{text}]")
@@ -182,9 +162,6 @@ def make_grid(
 
     An option of an optimizer (`optim_*`, `optim_args`) that comes from the recipe or an axis is left out for contenders
     whose optimizer does not take it; axes that say nothing to a contender do not multiply it.
-
-    Raises:
-        ValueError: runs that would not be comparable, or an axis that no contender has.
     """
     contenders = list(contenders)
     for key, contender in itertools.product(axes, contenders):

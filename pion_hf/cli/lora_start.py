@@ -17,11 +17,7 @@ from pion_hf.integrations.trl import PionSFTTrainer
 
 
 def initialisation(word: str | bool) -> str | bool:
-    """`init_lora_weights` as peft takes it.
-
-    Raises:
-        ValueError: no such way, with the nearest that there is.
-    """
+    """`init_lora_weights` as peft takes it."""
     word = str(word).lower()
     if word in ("default", "true"):
         return True

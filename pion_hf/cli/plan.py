@@ -81,11 +81,7 @@ def main(argv: list[str]) -> None:
 
 
 def make_plan(args: TrainingArguments, model_args: trl.ModelConfig, *, on_cpu: bool = False) -> Plan:
-    """What training with these arguments would do. on_cpu: of the memory that the loss takes.
-
-    Raises:
-        ValueError: no optimizer of this package, no config, or what the optimizer could not train.
-    """
+    """What training with these arguments would do. on_cpu: of the memory that the loss takes."""
     optim = args.optim.value
     if optim not in OPTIMIZER_CLASSES:
         raise ValueError(f"plan shows this package's optimizers ({', '.join(OPTIMIZER_CLASSES)}), not optim={optim!r}")
@@ -110,9 +106,6 @@ def model_without_weights(
     """The model of a checkpoint folder or hub id on the meta device: all shapes, no memory.
 
     `dtype` is as in `from_pretrained`: `"auto"` or None is the checkpoint's own.
-
-    Raises:
-        ValueError: no config in the folder, the hub's cache or this package, and no hub at hand either.
     """
     remote = {"revision": revision, "trust_remote_code": trust_remote_code}
     source = local_config(name, **remote)
@@ -131,11 +124,7 @@ def model_without_weights(
 
 
 def parse(argv: list[str]) -> tuple[TrainingArguments, trl.ModelConfig, PlanArguments, bool]:
-    """What `argv` says, by the flags of `grpo` if it names one that only `grpo` has; the last: whether it is for a CPU.
-
-    Raises:
-        ValueError, FileNotFoundError: as `RecipeParser.parse_recipe`.
-    """
+    """What `argv` says, by the flags of `grpo` if it names one that only `grpo` has; the last: whether it is for a CPU."""
     of = "grpo" if named_keys(argv) & (_flags(FLAGS["grpo"]) - _flags(FLAGS["cpt"])) else "cpt"
     parser = flags.parser("plan", (*FLAGS[of], PlanArguments))
     # Nothing runs: a recipe for a GPU (bf16) can be planned where there is none.

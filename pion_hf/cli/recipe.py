@@ -173,11 +173,6 @@ class RecipeParser(TrlParser):
             named: a recipe, by what errors call it, instead of that file.
             trains: whether the recipe is to be carried out. A model's own Python then runs if its `trust_remote_code`
                 says so, else only if `argv` does.
-
-        Raises:
-            ValueError: an unknown, outdated or repeated key or flag, a value of the wrong type or not among the
-                choices, an option of another optimizer, or a recipe that is no YAML mapping. FileNotFoundError: no
-                such recipe.
         """
         argv = _split_config_flag(argv)
         argv, (path, recipe) = (argv, named) if named else _named_recipe(argv)

@@ -106,11 +106,7 @@ def run_all(
 
 
 def open_study(grid: list[Trial], output_dir: Path, storage: str | None) -> optuna.Study:
-    """The study of these runs, with a trial for each, and again one for what failed or was removed since.
-
-    Raises:
-        ValueError: its journal is damaged, its database cannot be used, or the folder cannot be written to.
-    """
+    """The study of these runs, with a trial for each, and again one for what failed or was removed since."""
     axes = {axis: CategoricalDistribution(sorted({getattr(trial, axis) for trial in grid})) for axis in AXES}
     with _locked(output_dir), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

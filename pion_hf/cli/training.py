@@ -60,9 +60,6 @@ def train(
     """Run TRL's `script` with what `make_trainer` makes of its trainer's arguments, then report.
 
     trainer_name: what the script imports from `trl` as its trainer.
-
-    Raises:
-        ValueError, FileNotFoundError: input that cannot be trained on; where possible before anything is loaded.
     """
     quiet_without_terminal(training_args)
     warn_of_slow_bfloat16(training_args)
@@ -253,9 +250,6 @@ def model_from_config(
     """A model of the config in a checkpoint folder or hub id, with fresh weights on the current device.
 
     `dtype` is as in `from_pretrained`: `"auto"` or None is the checkpoint's own. The other options too.
-
-    Raises:
-        ValueError: there is no config.
     """
     remote = options.get("trust_remote_code", False)
     try:

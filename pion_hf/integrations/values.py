@@ -81,11 +81,7 @@ def check_ranges(values: Mapping[str, Any], where: Callable[[str], str] = str) -
 
 
 def fit_fields(args: Any) -> None:
-    """Convert the fields of a dataclass instance to their types (see `fit`); not options, which their optimizer knows.
-
-    Raises:
-        ValueError: a value that its field cannot hold.
-    """
+    """Convert the fields of a dataclass instance to their types (see `fit`); not options, which their optimizer knows."""
     try:
         hints = typing.get_type_hints(type(args))
     except NameError:  # of a class of somebody else's, made where its names are no longer
@@ -102,9 +98,6 @@ def fit(key: str, value: Any, wanted: Any) -> Any:
     """`value` as the type of a field has it: numbers from text, whole ones from `4.0`, words from yes and no.
 
     What no rule is for stays as it is: this is no check of types.
-
-    Raises:
-        ValueError: a number, a flag or a word was wanted, and this is none.
     """
     kinds = _kinds(wanted)
     plain = [kind for kind in kinds if kind in (bool, int, float)]

@@ -26,9 +26,6 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A file to write to that takes the place of `path` when all is written; its folder is made if need be.
 
     It keeps the permissions of the file that it replaces.
-
-    Raises:
-        OSError: a folder or a device is in its place, or it cannot be written; nothing is left behind.
     """
     path = _with_folder(path)
     mode = _mode(path)
@@ -53,11 +50,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def append_text(path: str | os.PathLike, text: str) -> None:
-    """Append UTF-8 text to a file that grows; its folder is made if need be.
-
-    Raises:
-        OSError: it is a link or no regular file, or cannot be written to.
-    """
+    """Append UTF-8 text to a file that grows; its folder is made if need be."""
     path = _with_folder(path)
     with open(path, "ab", opener=_opener) as file:
         _check_regular(file.fileno(), path)
@@ -65,11 +58,7 @@ def append_text(path: str | os.PathLike, text: str) -> None:
 
 
 def make_folder(path: str | os.PathLike) -> None:
-    """Make a folder for files of ours, if it is not there yet.
-
-    Raises:
-        OSError: it is a link, or something else than a folder.
-    """
+    """Make a folder for files of ours, if it is not there yet."""
     path = _with_folder(path)
     if path.is_symlink():
         raise OSError(errno.ELOOP, "is a link, remove it", str(path))
@@ -77,11 +66,7 @@ def make_folder(path: str | os.PathLike) -> None:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """What a regular file holds; nothing else is waited for.
-
-    Raises:
-        OSError: it cannot be read, or is a folder, a pipe or a device.
-    """
+    """What a regular file holds; nothing else is waited for."""
     with open(path, "rb", opener=lambda p, flags: os.open(p, flags | getattr(os, "O_NONBLOCK", 0))) as file:
         _check_regular(file.fileno(), path)
         return file.read()
@@ -113,11 +98,7 @@ def _check_regular(file: int, path: str | os.PathLike) -> None:
 
 
 def _mode(path: Path) -> int | None:
-    """The permissions of the file at `path`; None of none, or a link.
-
-    Raises:
-        OSError: something else is there, which a file must not replace.
-    """
+    """The permissions of the file at `path`; None of none, or a link."""
     try:
         found = os.lstat(path)
         if stat.S_ISLNK(found.st_mode):

@@ -122,22 +122,14 @@ class Run:
         return self.record.get("matrices", [])
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a quantity of the logs.
-
-        Raises:
-            ValueError: a value is no number.
-        """
+        """Steps and values of a quantity of the logs."""
         found = [(entry["step"], entry[key]) for entry in self.logs if key in entry]
         for step, value in found:
             check_fields(f"{str(self.folder / LOG)!r} is damaged: step {step}: {key}", value, NUMBER)
         return [step for step, _ in found], [float(value) for _, value in found]
 
     def history(self, quantity: str) -> tuple[list[int], list[list[float]]]:
-        """Steps of the snapshots that have a quantity, and its values in the order of the matrices.
-
-        Raises:
-            ValueError: there are more values than matrices, or fewer.
-        """
+        """Steps of the snapshots that have a quantity, and its values in the order of the matrices."""
         found = [(taken.step, taken.values[quantity]) for taken in self.snapshots if quantity in taken.values]
         for step, values in found:
             if len(values) != len(self.matrices):
@@ -157,12 +149,7 @@ class Run:
 
 
 def read_run(folder: str | os.PathLike) -> Run:
-    """Read a run's folder; a last line that was cut off is left out.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is no run's, or a file is damaged or cannot be read.
-    """
+    """Read a run's folder; a last line that was cut off is left out."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {str(folder)!r}.")
@@ -187,11 +174,7 @@ def read_run(folder: str | os.PathLike) -> Run:
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
-    """What `eval.json` of a run's folder says; None if there is none.
-
-    Raises:
-        ValueError: it is damaged, or cannot be read.
-    """
+    """What `eval.json` of a run's folder says; None if there is none."""
     evaluation = read_json(folder / EVALUATION)
     if evaluation is not None:
         check_fields(f"{str(folder)!r} is damaged: {EVALUATION}", evaluation, EVALUATION_FIELDS)
@@ -201,11 +184,7 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
 
 
 def read_spectra(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Singular values before and after, `(E, k)`, of every matrix whose both are known.
-
-    Raises:
-        OSError: there are none, or they cannot be read. ValueError: they are damaged.
-    """
+    """Singular values before and after, `(E, k)`, of every matrix whose both are known."""
     try:
         tensors = load(read_bytes(folder / SPECTRA))
     except SafetensorError as error:
@@ -290,11 +269,7 @@ def _nan(value: Any) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; None if there is none.
-
-    Raises:
-        ValueError: it is damaged, or cannot be read.
-    """
+    """What a JSON file holds; None if there is none."""
     try:
         found = _parse(read_bytes(path).decode("utf-8"))
     except FileNotFoundError:
@@ -309,11 +284,7 @@ def read_json(path: Path) -> Any:
 
 
 def _parse(text: str) -> Any:
-    """JSON of which no number is too large to reckon with.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """JSON of which no number is too large to reckon with."""
     try:
         return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < MOST_DIGITS else float(digits))
     except RecursionError:
