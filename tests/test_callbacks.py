@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 
@@ -502,17 +501,6 @@ def test_nothing_stays_in_the_optimizer(train):
 def matrix(name: str, role: str, layer: int, *, keeps: bool = True) -> HiddenMatrix:
     p = torch.nn.Parameter(torch.eye(3))
     return HiddenMatrix(name, p, Layout(), 0, role, layer, "pion", keeps)
-
-
-def test_every_beginning_of_the_order_is_spread():
-    found = [matrix(f"{role}{layer}", role, layer) for layer in range(9) for role in "abc"]
-    order = spread(found)
-    assert sorted(m.name for m in order) == sorted(m.name for m in found)
-    assert {m.role for m in order[:3]} == set("abc")
-    layers = sorted(m.layer for m in order[:12] if m.role == "a")
-    assert layers[0] == 0
-    assert layers[-1] >= 6
-    assert min(b - a for a, b in itertools.pairwise(layers)) >= 1
 
 
 def test_rotated_matrices_come_first():

@@ -151,7 +151,7 @@ def test_papers_and_tags_are_of_what_was_used(optim, model, methods, trainer, tm
     for name, method in METHODS.items():
         assert (name in card.data.tags) == (name in methods)
         assert (PAPERS[name] in card.text) == (name in methods)
-        assert card.text.count(f"```bibtex\n{method.citation}\n```") == (name in methods)
+        assert card.text.count(f"```bibtex\n{method['citation']}\n```") == (name in methods)
     assert ("pion_hf" in card.data.tags) == bool(methods)
     assert f"1 steps of `{optim}`" in card.text
     assert card.text.count("## Citations") == bool(methods)

@@ -124,7 +124,7 @@ def model_without_weights(
 
 
 def parse(argv: list[str]) -> tuple[TrainingArguments, trl.ModelConfig, PlanArguments, bool]:
-    """What `argv` says, by the flags of `grpo` if it names one that only `grpo` has; the last: whether it is for a CPU."""
+    """What `argv` says, by the flags of `grpo` if it names one of its own; the last: whether it is for a CPU."""
     of = "grpo" if named_keys(argv) & (_flags(FLAGS["grpo"]) - _flags(FLAGS["cpt"])) else "cpt"
     parser = flags.parser("plan", (*FLAGS[of], PlanArguments))
     # Nothing runs: a recipe for a GPU (bf16) can be planned where there is none.

@@ -26,7 +26,7 @@ from pion_hf.integrations.hidden_matrices import (
 from pion_hf.integrations.model_card import describe
 from pion_hf.integrations.optimizers import learning_rates, unwrap
 from pion_hf.integrations.run_writer import RunFolder, recording
-from pion_hf.integrations.updates import Meter
+from pion_hf.integrations.updates import Meter, Stopwatch
 from pion_hf.integrations.values import fit_fields
 from pion_hf.linalg.spectrum import numerical_zero
 from pion_hf.runs.folder import FAILED, FINISHED
@@ -42,14 +42,8 @@ FREE_SECONDS = 0.4
 # A drift above this is not rounding of float32 (1e-8 a step at most), nor that of bfloat16 weights (1e-3).
 MOST_DRIFT = 1e-2
 SUMMARY = (
-    "optimizer_share",
-    "optimizer_seconds",
-    "logging_share",
-    "skipped_steps",
-    "clipped_steps",
-    "spectrum_drift",
-    "rotated_matrices",
-    "measured_spectra",
+    *("optimizer_share", "optimizer_seconds", "logging_share", "skipped_steps", "clipped_steps"),
+    *("spectrum_drift", "rotated_matrices", "measured_spectra"),
 )
 
 
@@ -60,13 +54,10 @@ class RunCallback(TrainerCallback):
     rotation angles, skipped steps, how many steps of rotated matrices were clipped since the last entry (`clipped`),
     and the optimizer's share of the time. Snapshots of every hidden matrix (spectral norm, stable rank) are taken at
     the start, at the end and at ten points between, whatever the optimizer; the change of the singular values of as
-    many as time allows joins them. Measuring takes a hundredth of the training time: where it would take more, fewer
-    steps and spectra are measured, and `run.json` says how many.
+    many as time allows joins them. Measuring takes a hundredth of the training time: where it would take more, less is
+    measured.
 
-    `summary` holds what is known at the end: `optimizer_share`, `optimizer_seconds`, `logging_share`, `skipped_steps`
-    and `clipped_steps` if there were any; of rotated matrices `spectrum_drift` (the largest change of a singular value
-    relative to its matrix's spectral norm), their number, and of how many the spectrum was measured. It joins the last
-    log entry.
+    `summary` holds what is known at the end, and joins the last log entry: the keys of `SUMMARY`, where they apply.
 
     Only the first process measures and writes.
     """
@@ -442,35 +433,3 @@ def _is_logged(step: int, args: Any, state: Any) -> bool:
         return True
     every = strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
     return every or (step == 1 and args.logging_first_step)
-
-
-class Stopwatch:
-    """Sums the time between `start` and `stop`; on a GPU by events, so that nothing waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._seconds = 0.0
-
-    def start(self) -> None:
-        self._begin = self._now()
-
-    def stop(self) -> None:
-        if self._on_gpu:
-            self._events.append((self._begin, self._now()))
-        else:
-            self._seconds += self._now() - self._begin
-
-    def seconds(self) -> float:
-        """So far; what the GPU has not yet finished will be counted later."""
-        while self._events and self._events[0][1].query():
-            begin, end = self._events.pop(0)
-            self._seconds += begin.elapsed_time(end) / 1000
-        return self._seconds
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event

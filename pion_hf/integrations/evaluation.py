@@ -44,7 +44,7 @@ def progress(before: dict[str, float], after: dict[str, float]) -> float | None:
 
 
 def prompts_and_answers(rows: Sequence[dict[str, Any]]) -> list[tuple[list[dict[str, str]], str]]:
-    """`(messages up to the last answer, answer)` of chat rows: `prompt`/`completion` or `messages`, as TRL takes them."""
+    """`(messages up to the last answer, answer)` of chat rows: `prompt`/`completion` or `messages`, as for TRL."""
     pairs = []
     for row in rows:
         parts = [row["messages"]] if "messages" in row else [row.get("prompt"), row.get("completion")]

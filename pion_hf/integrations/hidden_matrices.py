@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 import warnings
 from dataclasses import dataclass
@@ -139,27 +140,9 @@ class Norms:
 
 
 def spread(matrices: list[HiddenMatrix]) -> list[HiddenMatrix]:
-    """The same in an order of which every beginning is spread over roles and layers."""
-    by_role: dict[str, list[HiddenMatrix]] = {}
-    # Rotated ones first: of them a spectrum says whether the optimizer keeps its word.
-    for matrix in sorted(matrices, key=lambda m: not m.keeps_spectrum):
-        by_role.setdefault(matrix.role, []).append(matrix)
-    ranked = [
-        (place, number, matrix)
-        for number, of_role in enumerate(by_role.values())
-        for place, matrix in zip(_bit_reversed(len(of_role)), of_role, strict=True)
-    ]
-    return [matrix for *_, matrix in sorted(ranked, key=lambda entry: entry[:2])]
-
-
-def _bit_reversed(count: int) -> list[int]:
-    """The turn of each of `count` positions: the middle of what is left every time."""
-    bits = max(1, (count - 1).bit_length())
-    order = [i for i in (int(format(k, f"0{bits}b")[::-1], 2) for k in range(2**bits)) if i < count]
-    turns = [0] * count
-    for turn, position in enumerate(order):
-        turns[position] = turn
-    return turns
+    """The same, shuffled, rotated ones first: of them a spectrum says whether the optimizer keeps its word."""
+    shuffled = random.Random(0).sample(matrices, len(matrices))
+    return sorted(shuffled, key=lambda matrix: not matrix.keeps_spectrum)
 
 
 def _values(matrix: HiddenMatrix) -> Tensor:

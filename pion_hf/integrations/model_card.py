@@ -6,11 +6,12 @@ import inspect
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard
+from jinja2 import Environment
 from torch import nn
 from transformers import TrainingArguments
 from transformers.modelcard import make_markdown_table
@@ -24,70 +25,17 @@ from pion_hf.routing.structure import parameter_count
 from pion_hf.routing.table import LORA_FORMS
 from pion_hf.runs.files import write_text
 
-
-@dataclass(frozen=True)
-class Method:
-    """One of the algorithms, for people: where it is from, what it does, and how to cite it."""
-
-    name: str
-    source: str
-    what: str
-    citation: str
-
-
-METHODS = {
-    "pion": Method(
-        "Pion",
-        "[arXiv 2605.12492](https://arxiv.org/abs/2605.12492)",
-        "a matrix moves by rotations from the left and the right, and keeps its singular values",
-        """@article{shi2026pion,
-  title   = {{Pion: A Spectrum-Preserving Optimizer via Orthogonal Equivalence Transformation}},
-  author  = {Shi, Kexuan and Li, Hanxuan and Qiu, Zeju and Wen, Yandong and Buchholz, Simon and Liu, Weiyang},
-  journal = {arXiv preprint arXiv:2605.12492},
-  year    = {2026}
-}""",
-    ),
-    "teon": Method(
-        "TEON",
-        "[arXiv 2601.23261](https://arxiv.org/abs/2601.23261)",
-        "the momenta of the same matrices of consecutive layers are orthogonalised together",
-        """@article{zhang2026teon,
-  title   = {{TEON: Tensorized Orthonormalization Beyond Layer-Wise Muon for Large Language Model Pre-Training}},
-  author  = {Zhang, Ruijie and Zhao, Yequan and Liu, Ziyue and Wang, Zhengyang and Li, Dongyang and Su, Yupeng and
-             Liu, Sijia and Zhang, Zheng},
-  journal = {arXiv preprint arXiv:2601.23261},
-  year    = {2026}
-}""",
-    ),
-    "muon": Method(
-        "Muon",
-        "[Jordan et al., 2024](https://kellerjordan.github.io/posts/muon/)",
-        "the momentum of a matrix is orthogonalised",
-        """@misc{jordan2024muon,
-  title  = {{Muon: An optimizer for hidden layers in neural networks}},
-  author = {Jordan, Keller and Jin, Yuchen and Boza, Vlado and You, Jiacheng and Cesista, Franz and Newhouse, Laker and
-            Bernstein, Jeremy},
-  url    = {https://kellerjordan.github.io/posts/muon/},
-  year   = {2024}
-}""",
-    ),
-    "adamw_routed": Method(
-        "AdamW",
-        "[arXiv 1711.05101](https://arxiv.org/abs/1711.05101)",
-        "every entry moves by its momentum over the root of its second moment; hidden matrices have a learning rate of "
-        "their own",
-        """@inproceedings{loshchilov2019decoupled,
-  title     = {{Decoupled Weight Decay Regularization}},
-  author    = {Loshchilov, Ilya and Hutter, Frank},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2019}
-}""",
-    ),
-}
+TEMPLATES = Path(__file__).parent / "templates"
+METHODS: dict[str, dict[str, str]] = yaml.safe_load((TEMPLATES / "methods.yaml").read_text(encoding="utf-8"))
 
 STANDARD_ERROR = "_stderr"  # in the name of a metric, as lm_eval has it
 NUMBER_FORMATS = {"exact_match": "{:.1%}", "perplexity": "{:.2f}"}  # see `number_format`
 
+# Files beside the card, and what it says of them.
+FILES = {
+    "routing.json": "Every parameter and its rule: [routing.json](routing.json).",
+    "training_args.bin": "Reading training_args.bin takes the package pion_hf, the model itself transformers alone.",
+}
 HEADING = "### Framework versions"  # of transformers' cards and TRL's: what is added stands before it
 # What TRL's template makes of a base model from a folder, and of a model that is not pushed.
 NO_BASE, NO_ADDRESS = "[None](https://huggingface.co/None)", 'model="None"'
@@ -189,9 +137,9 @@ def extend(path: Path, summary: dict[str, Any], *, dataset_name: str | None = No
     text = card.text.replace(NO_BASE, "a model that is not on the Hub").replace(NO_ADDRESS, f'model="{name}"')
     for place in sorted(filter(None, places), key=len, reverse=True):
         text = text.replace(place, Path(place).name)
-    added = [*_optimizer(summary, path.parent), *_measurements(summary, path.parent)]
     beginning, heading, end = text.partition(HEADING)
-    parts = [beginning.rstrip(), *added, (heading + end).rstrip(), *_citations(methods)]
+    citations = [f"Cite {m['name']} as:\n\n```bibtex\n{m['citation']}\n```" for m in map(METHODS.get, methods)]
+    parts = [beginning.rstrip(), _sections(summary, methods, path.parent), (heading + end).rstrip(), *citations]
     if methods and "## Citations" not in text:
         parts.insert(-len(methods), "## Citations")
     card.text = "\n\n".join(filter(None, parts)) + "\n"
@@ -211,36 +159,31 @@ def _local_paths(card: ModelCard) -> set[str]:
     return found
 
 
-def _optimizer(summary: dict[str, Any], folder: Path) -> Iterator[str]:
+def _sections(summary: dict[str, Any], methods: list[str], folder: Path) -> str:
+    """What `templates/card.md` makes of a summary, and of the files that lie beside the card."""
     optimizer = summary["optimizer"]
-    methods = methods_of(optimizer)
-    of = f" of pion_hf {__version__}" if methods else ""
-    yield "### Optimizer"
-    yield (
-        f"{summary['steps']:,} steps of `{optimizer['name']}`{of} at a learning rate of "
-        f"{optimizer['learning_rate']:g} (schedule: `{optimizer['schedule']}`)."
-    )
-    if not methods:
-        return
-    yield "\n".join(f"- **{m.name}** ({m.source}): {m.what}." for m in map(METHODS.get, methods))
     counts = ["tensors", "matrices", *(["stacks"] if "teon" in methods else []), "parameters"]
-    yield make_markdown_table([_rule_row(row, counts) for row in optimizer["rules"]]).rstrip()
-    yield "Options: " + ", ".join(f"`{name}={value}`" for name, value in optimizer["options"].items()) + "."
-    if "spectrum_drift" in summary:
-        measured, rotated = summary["measured_spectra"], summary["rotated_matrices"]
-        some = f" ({measured:,} were measured)" if measured < rotated else ""
-        yield (
-            f"Singular values of the {rotated:,} rotated matrices changed by at most "
-            f"{summary['spectrum_drift']:.1e} of their matrix's largest{some}."
+    rules = make_markdown_table([_rule_row(row, counts) for row in optimizer.get("rules", ())]) if methods else ""
+    frozen = optimizer.get("frozen_parameters")
+    notes = [f"{frozen:,} parameters were frozen."] if frozen else []
+    notes += [words for name, words in FILES.items() if (folder / name).is_file()]
+    rows = table_rows(summary["before"], summary["after"]) if "after" in summary else []
+    # Lines of the template end in a backslash where the text goes on.
+    template = (TEMPLATES / "card.md").read_text(encoding="utf-8").replace("\\\n", "")
+    text = (
+        Environment(trim_blocks=True)
+        .from_string(template)
+        .render(
+            **summary,
+            methods=[METHODS[method] for method in methods],
+            version=__version__,
+            rules=rules.rstrip(),
+            notes=notes,
+            measurements=make_markdown_table(rows).rstrip() if rows else "",
+            has_figures=(folder / "eval.json").is_file(),
         )
-    frozen = optimizer["frozen_parameters"]
-    said = [f"{frozen:,} parameters were frozen."] if frozen else []
-    if (folder / "routing.json").is_file():
-        said.append("Every parameter and its rule: [routing.json](routing.json).")
-    if (folder / "training_args.bin").is_file():
-        said.append("To read training_args.bin takes the package pion_hf; the model itself needs transformers alone.")
-    if said:
-        yield " ".join(said)
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def _rule_row(row: dict[str, Any], counts: list[str]) -> dict[str, str]:
@@ -248,27 +191,6 @@ def _rule_row(row: dict[str, Any], counts: list[str]) -> dict[str, str]:
     name = ", ".join(filter(None, (row["rule"], row.get("method"))))
     rates = {"learning rate": f"{row['learning_rate']:g}", "weight decay": f"{row['weight_decay']:g}"}
     return {"rule": name, **{key: f"{row[key]:,}" for key in counts}, **rates}
-
-
-def _measurements(summary: dict[str, Any], folder: Path) -> Iterator[str]:
-    rows = table_rows(summary["before"], summary["after"]) if "after" in summary else []
-    if not rows:
-        return
-    yield "### Before and after training"
-    if summary.get("blend", 1) != 1:
-        yield f"The weights are those before training and {summary['blend']:g} of what it changed."
-    yield make_markdown_table(rows).rstrip()
-    if benchmarks := summary.get("lm_eval"):
-        limit, few = benchmarks["limit"], benchmarks["num_fewshot"]
-        said = [
-            "" if limit is None else f"the first {limit:,} questions of each task",
-            "" if few is None else f"{few} worked examples",
-            "in the chat template" if benchmarks["apply_chat_template"] else "",
-        ]
-        how = ", ".join(["± one standard error", *filter(None, said)])
-        yield f"`lm_eval/...` is what lm-evaluation-harness {benchmarks['version']} measured ({how})."
-    if (folder / "eval.json").is_file():
-        yield "All figures: [eval.json](eval.json)."
 
 
 def table_rows(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> list[dict[str, str]]:
@@ -314,7 +236,3 @@ def _results(summary: dict[str, Any], dataset_name: str) -> Iterator[EvalResult]
                 metric_type=metric,
                 metric_value=value,
             )
-
-
-def _citations(methods: list[str]) -> list[str]:
-    return [f"Cite {METHODS[m].name} as:\n\n```bibtex\n{METHODS[m].citation}\n```" for m in methods]

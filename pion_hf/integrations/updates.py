@@ -165,6 +165,38 @@ class Meter:
         return found
 
 
+class Stopwatch:
+    """Sums the time between `start` and `stop`; on a GPU by events, so that nothing waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds = 0.0
+
+    def start(self) -> None:
+        self._begin = self._now()
+
+    def stop(self) -> None:
+        if self._on_gpu:
+            self._events.append((self._begin, self._now()))
+        else:
+            self._seconds += self._now() - self._begin
+
+    def seconds(self) -> float:
+        """So far; what the GPU has not yet finished will be counted later."""
+        while self._events and self._events[0][1].query():
+            begin, end = self._events.pop(0)
+            self._seconds += begin.elapsed_time(end) / 1000
+        return self._seconds
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
 def _sample(weights: Tensor) -> Tensor:
     """Evenly spread rows of `(..., m, n)`."""
     return weights[..., :: max(1, math.prod(weights.shape[-2:]) // SAMPLE), :]

@@ -81,7 +81,7 @@ def check_ranges(values: Mapping[str, Any], where: Callable[[str], str] = str) -
 
 
 def fit_fields(args: Any) -> None:
-    """Convert the fields of a dataclass instance to their types (see `fit`); not options, which their optimizer knows."""
+    """Convert the fields of a dataclass instance to their types (see `fit`), but for options of an optimizer."""
     try:
         hints = typing.get_type_hints(type(args))
     except NameError:  # of a class of somebody else's, made where its names are no longer
