@@ -42,7 +42,8 @@ def check_plot(args: TrainingArguments, path: str) -> None:
 def learning_rate_curves(args: TrainingArguments, optimizer: torch.optim.Optimizer, routing: Routing) -> list[Curve]:
     """The distinct learning rates of the groups over `args.max_steps` steps, by transformers' own scheduler."""
     groups = optimizer.param_groups
-    stand_in = _stand_in(groups)
+    # An optimizer without weights, whose groups a scheduler sees as it would the real one's.
+    stand_in = torch.optim.SGD([{"params": [torch.zeros(())], "rule": g["rule"], "lr": g["lr"]} for g in groups])
     try:
         scheduler = get_scheduler(
             args.lr_scheduler_type,
@@ -70,19 +71,14 @@ def learning_rate_curves(args: TrainingArguments, optimizer: torch.optim.Optimiz
 
 def picture(args: TrainingArguments, curves: list[Curve]) -> Any:
     """Learning rate against optimizer step (the first is 1, as in the logs), as a `matplotlib.figure.Figure`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from pion_hf.report.style import COLOURS, STYLES, escaped, new_figure
 
-    from pion_hf.report.style import COLOURS, STYLES, escaped
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # without a display, and without touching pyplot's own state
+    figure = new_figure(4)
+    figure.set_figwidth(7)
     axes = figure.add_subplot()
     for i, curve in enumerate(curves):
-        steps = range(1, len(curve.rates) + 1)
-        axes.plot(
-            steps, curve.rates, STYLES[i % len(STYLES)], color=COLOURS[i % len(COLOURS)], label=escaped(curve.label)
-        )
+        look = {"linestyle": STYLES[i % len(STYLES)], "color": COLOURS[i % len(COLOURS)]}
+        axes.plot(range(1, len(curve.rates) + 1), curve.rates, label=escaped(curve.label), **look)
     axes.set_title(f"{args.optim.value}, {args.lr_scheduler_type.value}, {args.max_steps} steps")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("learning rate")
@@ -98,8 +94,3 @@ def save_plot(args: TrainingArguments, curves: list[Curve], path: str) -> None:
             picture(args, curves).savefig(file, format=Path(path).suffix.removeprefix("."), dpi=150)
     except OSError as error:
         raise ValueError(f"--plot: cannot write {path!r}: {error.strerror or error}") from error
-
-
-def _stand_in(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """An optimizer without weights whose groups a scheduler sees as it would the real one's."""
-    return torch.optim.SGD([{"params": [torch.zeros(())], "rule": g["rule"], "lr": g["lr"]} for g in groups])

@@ -55,7 +55,7 @@ SETTINGS = {
 
 
 class Look(NamedTuple):
-    """How the curves of a run are drawn. Runs of one group share a label and a colour."""
+    """How the curves of a run are drawn."""
 
     label: str
     colour: str
@@ -98,21 +98,12 @@ def numbered(runs: Sequence[Run]) -> list[str]:
 
 
 def looks(runs: Sequence[Run]) -> list[Look]:
-    """A look for every run: a colour each; of more runs than colours, one for each optimizer, or colours by turns."""
-    labels = [plain(label) for label in numbered(runs)]
-    optimizers = [str((run.record.get("optimizer") or {}).get("name", "unknown")) for run in runs]
-    groups = list(dict.fromkeys(optimizers))
-    if len(runs) > len(COLOURS) and 1 < len(groups) <= len(COLOURS):
-        found = []
-        for i, optimizer in enumerate(optimizers):
-            of = [str(k) for k, other in enumerate(optimizers, start=1) if other == optimizer]
-            label = plain(f"{optimizer} ({_and(of)})")
-            nth, colour = optimizers[:i].count(optimizer), groups.index(optimizer)
-            found.append(Look(label, COLOURS[colour], STYLES[nth % len(STYLES)], MARKERS[colour]))
-        return found
-    # With more runs than colours a colour comes again, in another style.
+    """A look for every run: a colour each; with more runs than colours one comes again, in another style."""
     turns = [(i % len(COLOURS), (i % len(COLOURS) + i // len(COLOURS)) % len(STYLES)) for i in range(len(runs))]
-    return [Look(label, COLOURS[c], STYLES[s], MARKERS[c]) for label, (c, s) in zip(labels, turns, strict=True)]
+    return [
+        Look(plain(label), COLOURS[c], STYLES[s], MARKERS[c])
+        for label, (c, s) in zip(numbered(runs), turns, strict=True)
+    ]
 
 
 def plain(label: str) -> str:
@@ -140,9 +131,8 @@ def add_legend(figure: Figure, handles: Iterable[Line2D]) -> None:
 
 
 def run_handles(shown: Sequence[Look], *, styles: bool = True) -> list[Line2D]:
-    """Legend entries of several runs; solid where the style says something else, or differs within a group."""
-    solid = not styles or len({look.label for look in shown}) < len(shown)
-    return [Line2D([], [], color=k.colour, linestyle="-" if solid else k.style, label=k.label) for k in shown]
+    """Legend entries of several runs; solid where the style says something else."""
+    return [Line2D([], [], color=k.colour, linestyle=k.style if styles else "-", label=k.label) for k in shown]
 
 
 def columns_for(count: int) -> int:
@@ -176,11 +166,3 @@ def log_scale(axes: Axes) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _and(numbers: list[str]) -> str:
-    """`3-6`, where they follow each other, or `1, 4, 7`."""
-    first, last = int(numbers[0]), int(numbers[-1])
-    if len(numbers) > 2 and last - first == len(numbers) - 1:
-        return f"{first}-{last}"
-    return ", ".join(numbers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pion_hf.integrations.model_card import figure, in_words, metrics, number_format
@@ -54,48 +54,45 @@ def drift_of(run: Run) -> float | None:
 
 def facts(run: Run) -> list[tuple[str, str]]:
     """Name and value of what there is to know of a run, in the order in which to read it."""
-    record, model, optimizer = run.record, _part(run, "model"), _part(run, "optimizer")
-    parameters = ", ".join(
-        f"{model[key]:,} {words}"
-        for key, words in (("parameters", "parameters"), ("trainable", "of them trained"))
-        if model.get(key)
-    )
+    record, model, optimizer, data = run.record, *(_part(run, key) for key in ("model", "optimizer", "data"))
     rate, schedule = optimizer.get("learning_rate"), optimizer.get("schedule")
     found = {
         "status": status_of(run),
-        "model": ", ".join(filter(None, (str(model.get("name") or ""), parameters))),
-        "data": _data(run),
-        "optimizer": ", ".join(
-            filter(
-                None,
-                (
-                    str(optimizer.get("name") or ""),
-                    "" if rate is None else f"learning rate {text(rate)}",
-                    "" if schedule is None else f"schedule {schedule}",
-                ),
+        "model": _listed(
+            str(model.get("name") or ""),
+            f"{model['parameters']:,} parameters" if model.get("parameters") else "",
+            f"{model['trainable']:,} of them trained" if model.get("trainable") else "",
+        ),
+        "data": _listed(
+            *(
+                f"{word} on {data[key]}"
+                for key, word in (("train", "trained"), ("evaluation", "evaluated"))
+                if data.get(key)
             )
+        ),
+        "optimizer": _listed(
+            str(optimizer.get("name") or ""),
+            "" if rate is None else f"learning rate {text(rate)}",
+            "" if schedule is None else f"schedule {schedule}",
         ),
         "steps": f"{steps_of(run):,}",
         "time": duration(record.get("seconds")),
         "peak memory": memory(record.get("peak_memory_bytes")),
         "device": str(record.get("device") or ""),
         "started": str(record.get("started") or ""),
-        "drift of the spectrum": _formatted(drift_of(run), "{:.1e}".format),
-        "optimizer's share of the time": _formatted(record.get("optimizer_share"), "{:.1%}".format),
-        "skipped steps": _formatted(record.get("skipped_steps"), "{:,}".format),
-        "clipped steps of a matrix": _formatted(record.get("clipped_steps"), "{:,}".format),
+        "drift of the spectrum": _formatted(drift_of(run), "{:.1e}"),
+        "optimizer's share of the time": _formatted(record.get("optimizer_share"), "{:.1%}"),
+        "skipped steps": _formatted(record.get("skipped_steps"), "{:,}"),
+        "clipped steps of a matrix": _formatted(record.get("clipped_steps"), "{:,}"),
     }
     return [(name, value) for name, value in found.items() if value]
 
 
 def settings(run: Run) -> list[tuple[str, str]]:
     """Optimizer options, the arguments that differ from their defaults, and versions, as one line each."""
-    options = _part(run, "optimizer").get("options") or {}
     groups = {
-        "optimizer options": options,
-        "arguments that differ from their defaults": {
-            key: value for key, value in _part(run, "arguments").items() if key not in PLACES
-        },
+        "optimizer options": _part(run, "optimizer").get("options") or {},
+        "arguments that differ from their defaults": _given(run),
         "versions": _part(run, "versions"),
     }
     return [(name, ", ".join(f"{k}={text(v)}" for k, v in of.items())) for name, of in groups.items() if of]
@@ -109,8 +106,8 @@ def rules_table(run: Run) -> Table | None:
     counts = ["tensors", "matrices", "parameters"]
     rows = [
         [
-            ", ".join(filter(None, (rule.get("rule"), rule.get("method")))),
-            *(_formatted(rule.get(count), "{:,}".format) for count in counts),
+            _listed(rule.get("rule"), rule.get("method")),
+            *(_formatted(rule.get(count), "{:,}") for count in counts),
             text(rule.get("learning_rate")),
             text(rule.get("weight_decay")),
         ]
@@ -131,8 +128,8 @@ def runs_table(runs: Sequence[Run]) -> Table:
             *(values[i] for values in differing.values()),
             duration(run.record.get("seconds")),
             memory(run.record.get("peak_memory_bytes")),
-            _formatted(drift_of(run), "{:.1e}".format),
-            _formatted(run.record.get("optimizer_share"), "{:.0%}".format),
+            _formatted(drift_of(run), "{:.1e}"),
+            _formatted(run.record.get("optimizer_share"), "{:.0%}"),
         ]
         for i, (name, run) in enumerate(zip(numbered(runs), runs, strict=True))
     ]
@@ -179,25 +176,22 @@ def has_results(run: Run) -> bool:
 
 def warnings(runs: Sequence[Run]) -> list[str]:
     """What a reader must know before comparing these runs, or believing them."""
-    running, failed, lost, unmeasured = [], [], [], []
+    kinds: dict[str, list[str]] = {
+        "Still running, or killed, and shown as far as it came": [],
+        "Failed": [],
+        "Diverged, the loss is NaN": [],
+        "Not measured before and after training, so without results": [],
+    }
+    running, failed, lost, unmeasured = kinds.values()
     for name, run in zip(numbered(runs), runs, strict=True):
-        at = f"{name} (step {steps_of(run):,})"
-        if run.status == RUNNING:
-            running.append(at)
-        elif run.status == FAILED:
-            failed.append(at)
+        for status, of in ((RUNNING, running), (FAILED, failed)):
+            of += [f"{name} (step {steps_of(run):,})"] if run.status == status else []
         if diverged(run) is not None:
             lost.append(f"{name} (step {diverged(run):,})")
         elif has_results(run) and any(_value(v) is None for d in run.evaluation["after"].values() for v in d.values()):
             lost.append(f"{name} (measured after training)")
         if run.status != RUNNING and not has_results(run) and any(map(has_results, runs)):
             unmeasured.append(name)
-    kinds = {
-        "Still running, or killed, and shown as far as it came": running,
-        "Failed": failed,
-        "Diverged, the loss is NaN": lost,
-        "Not measured before and after training, so without results": unmeasured,
-    }
     return [*_incomparable(runs), *(f"{kind}: {', '.join(which)}." for kind, which in kinds.items() if which)]
 
 
@@ -216,8 +210,8 @@ def duration(seconds: float | None) -> str:
         return ""
     if seconds < 120:
         return f"{seconds:.1f}\N{NO-BREAK SPACE}s"
-    hours = seconds >= 7200
-    return f"{seconds / 3600:.1f}\N{NO-BREAK SPACE}h" if hours else f"{seconds / 60:.1f}\N{NO-BREAK SPACE}min"
+    size, unit = (3600, "h") if seconds >= 7200 else (60, "min")
+    return f"{seconds / size:.1f}\N{NO-BREAK SPACE}{unit}"
 
 
 def memory(count: float | None) -> str:
@@ -232,14 +226,16 @@ def _part(run: Run, key: str) -> dict[str, Any]:
     return without_secrets(run.record.get(key) or {})  # an older version may have written some
 
 
-def _data(run: Run) -> str:
-    data = _part(run, "data")
-    told = {"trained on": data.get("train"), "evaluated on": data.get("evaluation")}
-    return ", ".join(f"{words} {name}" for words, name in told.items() if name)
+def _listed(*words: str | None) -> str:
+    return ", ".join(filter(None, words))
 
 
-def _formatted(value: Any, form: Callable[[float], str]) -> str:
-    return "" if _value(value) is None else form(value)
+def _given(run: Run) -> dict[str, Any]:
+    return {key: value for key, value in _part(run, "arguments").items() if key not in PLACES}
+
+
+def _formatted(value: Any, form: str) -> str:
+    return "" if _value(value) is None else form.format(value)
 
 
 def _value(value: Any) -> float | None:
@@ -249,26 +245,25 @@ def _value(value: Any) -> float | None:
 def _arguments(run: Run) -> dict[str, Any]:
     optimizer = _part(run, "optimizer")
     said = {argument: optimizer[key] for key, argument in OPTIMIZER_ARGUMENTS.items() if optimizer.get(key) is not None}
-    given = {key: value for key, value in _part(run, "arguments").items() if key not in PLACES}
     options = {f"optim_{key}" for key in optimizer.get("options") or {}}
-    return {**said, **{key: value for key, value in given.items() if key not in said and key not in options}}
+    return {**said, **{key: value for key, value in _given(run).items() if key not in said and key not in options}}
 
 
 def _incomparable(runs: Sequence[Run]) -> Iterator[str]:
     """Of which models, data and machines the runs are, where those differ."""
-    what = {
-        "models": (lambda run: _part(run, "model").get("name"), "their losses and spectra cannot be compared"),
-        "training data": (lambda run: _part(run, "data").get("train"), "they learnt different things"),
+    kinds = {
+        "models": ([_part(run, "model").get("name") for run in runs], "their losses and spectra cannot be compared"),
+        "training data": ([_part(run, "data").get("train") for run in runs], "they learnt different things"),
         "evaluation data": (
-            lambda run: _part(run, "data").get("evaluation"),
+            [_part(run, "data").get("evaluation") for run in runs],
             "their evaluation losses and results cannot be compared",
         ),
-        "devices": (lambda run: run.record.get("device"), "their times cannot be compared"),
+        "devices": ([run.record.get("device") for run in runs], "their times cannot be compared"),
     }
-    for kind, (of, consequence) in what.items():
+    for kind, (found, consequence) in kinds.items():
         values: dict[str, list[str]] = {}
-        for name, run in zip(numbered(runs), runs, strict=True):
-            values.setdefault(str(of(run) or "none"), []).append(name)
+        for name, value in zip(numbered(runs), found, strict=True):
+            values.setdefault(str(value or "none"), []).append(name)
         if len(values) > 1:
             said = "; ".join(f"{value} ({', '.join(of)})" for value, of in values.items())
             yield f"These runs are of different {kind}: {consequence}. {said}."
