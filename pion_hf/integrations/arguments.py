@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import json
 import math
@@ -303,24 +304,23 @@ def _not_an_option(key: str, optim: str, types: dict[str, Any]) -> ValueError:
 
 def _split_top_level(text: str) -> list[str]:
     """Split at commas outside brackets and quotes; empty parts (trailing commas) are dropped."""
-    parts, depth, quote, current = [], 0, "", ""
+    parts, depth, quote = [""], 0, ""
     for char in text:
         if quote:
             quote = "" if char == quote else quote
         elif char in "'\"":
             quote = char
-        elif char in "([{":
-            depth += 1
-        elif char in ")]}":
-            depth -= 1
-        if char == "," and depth == 0 and not quote:
-            parts.append(current)
-            current = ""
         else:
-            current += char
+            depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += char
+        if depth < 0:
+            break
     if depth or quote:
         raise ValueError(f"optim_args: unbalanced brackets or quotes in {text!r}")
-    return [p for p in [*parts, current] if p.strip()]
+    return [part for part in parts if part.strip()]
 
 
 def _literal(value: str) -> Any:
@@ -328,56 +328,43 @@ def _literal(value: str) -> Any:
         return {"true": True, "false": False, "none": None}[value.lower()]
     if value[0] in "'\"" and value.find(value[0], 1) == len(value) - 1:
         return value[1:-1]
-    if _closing_bracket(value) == len(value) - 1:
-        return [_literal(part.strip()) for part in _split_top_level(value[1:-1])]
+    if value[0] in "([" and value[-1] in ")]":
+        with contextlib.suppress(ValueError):  # `(q|k)_(proj|x)` is none
+            return [_literal(part.strip()) for part in _split_top_level(value[1:-1])]
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return value
 
 
-def _closing_bracket(value: str) -> int | None:
-    """Where the list or tuple that `value` begins with ends; `(q|k)_proj` begins with one and is none."""
-    if value[0] not in "([":
-        return None
-    depth = 0
-    for position, char in enumerate(value):
-        depth += (char in "([{") - (char in ")]}")
-        if depth == 0:
-            return position
-    return None
-
-
 def _convert(key: str, value: Any, wanted: Any) -> Any:
     """`value` as `wanted`, or a ValueError that names the option, the value and what it should be."""
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    arguments = typing.get_args(wanted)
     if type(None) in arguments:  # Optional
         wanted = _without_none(wanted)
-        if value is None and "none" not in typing.get_args(wanted):
-            return None
-        return _convert(key, value, wanted)
+        is_none = value is None and "none" not in typing.get_args(wanted)
+        return None if is_none else _convert(key, value, wanted)
     if value is None and "none" in arguments:
         return "none"  # scale=none: the option's own word, which also reads as a literal
+    origin = typing.get_origin(wanted)
     if origin is Literal:
         if value not in arguments:
             raise unknown(f"value of {key}", value, arguments)
         return value
-    if origin is tuple:
+    if origin in (tuple, list):
         values = list(value) if isinstance(value, (tuple, list)) else [value]
+        if origin is list:
+            return [_convert(key, v, arguments[0]) for v in values]
         if len(values) != len(arguments):
             raise ValueError(f"{key} must be {len(arguments)} numbers, as in {key}=(0.9,0.95), got {value!r}")
         return tuple(_convert(key, v, a) for v, a in zip(values, arguments, strict=True))
-    if origin is list:
-        values = list(value) if isinstance(value, (tuple, list)) else [value]
-        return [_convert(key, v, arguments[0]) for v in values]
     if wanted is bool and isinstance(value, bool):
         return value
     if wanted is str:
         return str(value)
     if wanted in (int, float) and isinstance(value, str) and value:
         value = _literal(value)  # a field that is a word for one optimizer and a number for another
-    if wanted in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        whole = math.isfinite(value) and int(value) == value
-        if wanted is float or whole:
-            return wanted(value)
+    is_number = wanted in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and (wanted is float or (math.isfinite(value) and int(value) == value)):
+        return wanted(value)
     raise ValueError(f"{key} must be of type {wanted.__name__}, got {value!r}")

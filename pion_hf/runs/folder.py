@@ -269,18 +269,25 @@ def _nan(value: Any) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; None if there is none."""
+    """What a JSON file holds; None if there is none, ValueError if it cannot be read."""
+    text = _read(path)
     try:
-        found = _parse(read_bytes(path).decode("utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ValueError(f"cannot read {str(path)!r}: {error.strerror}") from None
+        found = None if text is None else _parse(text)
     except ValueError as error:
         raise ValueError(f"cannot read {str(path)!r}: {error}") from None
-    if found is None:
+    if text is not None and found is None:
         raise ValueError(f"cannot read {str(path)!r}: it holds null")
     return found
+
+
+def _read(path: Path, errors: str = "strict") -> str | None:
+    """The text of a file; None if there is none, ValueError if it cannot be read."""
+    try:
+        return read_bytes(path).decode("utf-8", errors)
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', error)}") from None
 
 
 def _parse(text: str) -> Any:
@@ -293,14 +300,7 @@ def _parse(text: str) -> Any:
 
 def _read_lines(path: Path, fields: dict[str, Any] = LINE_FIELDS, *, skip: bool = False) -> list[dict[str, Any]]:
     """Entries of JSON lines, the last of which may have been cut off. skip: those that cannot be read, too."""
-    try:
-        *lines, last = read_bytes(path).decode("utf-8", errors="replace" if skip else "strict").split("\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise ValueError(f"cannot read {str(path)!r}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read {str(path)!r}: {error}") from None
+    *lines, last = (_read(path, "replace" if skip else "strict") or "").split("\n")
     if last:
         try:
             _parse(last)
