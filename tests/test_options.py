@@ -12,8 +12,7 @@ from torch import nn
 
 from pion_hf import Muon, Pion, PionLora, RoutedAdamW, Teon, TeonLora
 from pion_hf.integrations.arguments import OPTIMIZER_CLASSES, default_rate, option_types
-from pion_hf.optim.options import USUAL_RATES, ranges_of, types_of
-from pion_hf.optim.pion import PRESETS
+from pion_hf.optim.options import PRESETS, USUAL_RATES, ranges_of, types_of
 
 CLASSES = (Pion, Muon, Teon, PionLora, TeonLora, RoutedAdamW)
 

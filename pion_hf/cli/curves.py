@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 from pion_hf.errors import unknown
-from pion_hf.routing.table import Routing
+from pion_hf.routing.routes import Routing
 from pion_hf.runs.files import new_file
 
 # Their rates answer to the evaluation loss.

@@ -26,7 +26,7 @@ from pion_hf.integrations.arguments import OPTIMIZER_CLASSES
 from pion_hf.integrations.handler import choose_form, groups_from
 from pion_hf.optim.blocks import Layout, merge_rows, split
 from pion_hf.optim.lora import USUAL_RANK, rate_at
-from pion_hf.routing.table import Routing
+from pion_hf.routing.routes import Routing
 from pion_hf.runs.folder import write_json
 
 

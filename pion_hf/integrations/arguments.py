@@ -21,8 +21,7 @@ from pion_hf.integrations.values import OPTION, check_ranges, fit_fields
 from pion_hf.linalg.products import bfloat16_speedup
 from pion_hf.needs import needed
 from pion_hf.optim.checks import check_value
-from pion_hf.optim.options import Factors, Routed, Shown, Stacked, types_of
-from pion_hf.optim.pion import PRESETS, check_preset
+from pion_hf.optim.options import PRESETS, Factors, Routed, Shown, Stacked, check_preset, types_of
 
 with needed("transformers"):
     from transformers import TrainingArguments

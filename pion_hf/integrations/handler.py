@@ -28,7 +28,8 @@ from pion_hf.optim.groups import kept_columns
 from pion_hf.optim.options import usual_rates
 from pion_hf.optim.sharding import of_first
 from pion_hf.routing.adapters import has_adapters
-from pion_hf.routing.table import LORA_FORMS, Routing, param_groups, routing_table
+from pion_hf.routing.routes import Routing
+from pion_hf.routing.table import LORA_FORMS, param_groups, routing_table
 from pion_hf.runs.folder import write_json
 
 logger = logging.get_logger(__name__)

@@ -19,9 +19,10 @@ from pion_hf.optim import MatrixOptimizer, blocks
 from pion_hf.optim.blocks import Layout
 from pion_hf.optim.observing import to_host
 from pion_hf.routing.adapters import has_adapters
+from pion_hf.routing.routes import Route
 from pion_hf.routing.stacks import PROJECTIONS, projection_of
 from pion_hf.routing.structure import GATE_UP_NAMES
-from pion_hf.routing.table import Route, routing_table
+from pion_hf.routing.table import routing_table
 
 # What the projections of a layer are called, beside those of attention that `stacking` knows.
 ROLES = {

@@ -24,17 +24,17 @@ from pion_hf.optim.checks import (
     check_values,
 )
 from pion_hf.optim.dividing import DividedState
-from pion_hf.optim.fingerprints import FINGERPRINT, FINGERPRINT_BYTES
+from pion_hf.optim.fingerprints import FINGERPRINT_BYTES
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.observing import Observer, SelfCheck, Update
 from pion_hf.optim.options import Common
 from pion_hf.optim.rewritten import StateOfWeights, no_rest, working_dtype
-from pion_hf.optim.saved import ADAMW_OPTIONS, CALLED, OWN, check_saved, options_of_state, renewed
+from pion_hf.optim.saved import ADAMW_OPTIONS, SavedState, options_of_state
 
 PATIENCE = 5.0  # seconds of a step, after which it shows how far it is
 
 
-class MatrixOptimizer(DividedState, StateOfWeights, torch.optim.Optimizer):
+class MatrixOptimizer(SavedState, DividedState, StateOfWeights, torch.optim.Optimizer):
     """Updates matrices by a rule of its own and everything else by torch's AdamW.
 
     A subclass names its `options` and `matrix_rules`, refuses options that do not combine in `check_options`, and
@@ -267,87 +267,6 @@ class MatrixOptimizer(DividedState, StateOfWeights, torch.optim.Optimizer):
         """Called once per matrix, `(E, m, n)`, before its first step; raises ValueError if the rule cannot take it."""
         check_finite(name, matrix)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As `DividedState`'s, and `skipped_steps` and `clipped_steps`."""
-        return {**super().state_dict(), **{name: getattr(self, name) for name in ("skipped_steps", "clipped_steps")}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but state keeps its dtype: torch casts it to the parameter's, rounding that of half weights.
-
-        Raises:
-            ValueError: the state is of other parameters, or of another rule or option (see `check_saved`).
-        """
-        state_dict = renewed(state_dict)
-        groups.follow_zeros(state_dict["param_groups"], self.param_groups)
-        check_saved(state_dict, self.param_groups, self._options_of_groups(), self.elementwise_rules)
-        own = [{key: group[key] for key in (*OWN, *CALLED) if key in group} for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        self.skipped_steps = state_dict.get("skipped_steps", 0)
-        self._clipped = {torch.device("cpu"): torch.tensor(state_dict.get("clipped_steps", 0))}
-        for group, options in zip(self.param_groups, own, strict=True):
-            group.update(options)
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for index, p in zip(saved["params"], group["params"], strict=True):
-                for key, value in state_dict["state"].get(index, {}).items():
-                    if isinstance(value, Tensor):
-                        self.state[p][key] = sharding.placed(_loaded(key, value, self.state[p][key], p), p, key)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Of copying and pickling: who watches the model or the steps stays behind."""
-        if self.inputs is not None and self.inputs.open:
-            warnings.warn(
-                "The copy of an optimizer whose `keep` has not seen all inputs yet has none to see them by: give it "
-                "`inputs`, a pion_hf.Inputs of its model, or copy the optimizer after its first step.",
-                stacklevel=4,
-            )
-        own = ("divides_work", "skipped_steps", "skipped_in_a_row", "_clipped")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of loading, copying and unpickling: what is not state starts anew."""
-        super().__setstate__(state)
-        self._plans, self._divisions, self._consolidated, self._forms = {}, {}, None, {}
-        self._options, self._rewritten, self._formed = {}, Counter(), {}
-        self.__dict__.setdefault("skipped_steps", 0)
-        self.__dict__.setdefault("skipped_in_a_row", 0)
-        self.__dict__.setdefault("_clipped", {})
-        self.__dict__.setdefault("inputs", None)
-        self.__dict__.setdefault("observers", [])
-        self._rotations = None
-
-    def _is_asked_for_state(self) -> bool:
-        """Whether this step is not one of training: with zero gradients and rates, and before any other.
-
-        `torch.distributed.checkpoint` takes one before it saves or loads, to see what the state consists of.
-        """
-        if self.state or any(group["lr"] for group in self.param_groups):
-            return False
-        params = [p for group in self.param_groups for p in group["params"]]
-        still = not any(sharding.local(p.grad).any() for p in params if p.grad is not None)
-        (agreed,) = sharding.agree(torch.tensor([still], device=params[0].device), params, shared=self._is_divided())
-        return agreed
-
-    def _lay_out_state(self) -> None:
-        """State at step 0 for every parameter with a gradient: a form to load into; a first step makes its own."""
-        for index, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if group["rule"] in self.elementwise_rules:
-                    self.state[p].update(elementwise.begin(p))
-                else:
-                    forms = self._forms_of(index, p)
-                    self.state[p].update({key: sharding.zeros(form, p) for key, form in forms.items()}, step=0)
-                    if self._describes(forms):
-                        self.state[p][FINGERPRINT] = torch.zeros((), dtype=torch.int64, device=p.device)
-
-    def _forms_of(self, index: int, p: Tensor) -> dict[str, Tensor]:
-        """`_state_forms` of a parameter of a group."""
-        kind = index, p.shape, p.dtype
-        if kind not in self._forms:
-            self._forms[kind] = self._state_forms(p.shape, p.dtype, self.param_groups[index])
-        return self._forms[kind]
-
     def _look(self) -> tuple[bool, list[Tensor]]:
         """Whether the gradients are finite, and the parameters that others have written: a GPU is waited for once.
 
@@ -388,7 +307,7 @@ class MatrixOptimizer(DividedState, StateOfWeights, torch.optim.Optimizer):
         steps = {p: self.state[p]["step"] + 1 for p in group["params"] if p.grad is not None}
         kinds = {number: (number == 1, self.turn_of(group, number)) for number in set(steps.values())}
         plan.arrange({p: kinds[number] for p, number in steps.items()}, self.state)
-        plan.begun.update(plan.params)
+        plan.ready.update(plan.params)
 
     def _matrix_step(self, index: int) -> None:
         group, plan = self.param_groups[index], self._plans[index]
@@ -445,7 +364,7 @@ class MatrixOptimizer(DividedState, StateOfWeights, torch.optim.Optimizer):
         """State for the parameters with a gradient that have none, or none that fits them; their owners see to that."""
         group = self.param_groups[index]
         named = [(i, name, p) for i, (name, p) in enumerate(groups.named_parameters(group)) if p.grad is not None]
-        due = [(i, name, p) for i, name, p in named if not (p in plan.begun and p in self.state)]
+        due = [(i, name, p) for i, name, p in named if not (p in plan.ready and p in self.state)]
         if not due:
             return
         layout, division = blocks.Layout.parse(group["layout"]), self._division_of(group["params"][0])
@@ -514,15 +433,6 @@ class MatrixOptimizer(DividedState, StateOfWeights, torch.optim.Optimizer):
 
     def _elementwise_step(self, group: dict) -> None:
         elementwise.step(group, self.state)
-
-
-def _loaded(key: str, saved: Tensor, cast: Tensor, p: Tensor) -> Tensor:
-    """An entry of the state of `p` as it was saved, where torch has made `cast` of it.
-
-    torch leaves steps on the device they were saved from. Its AdamW wants averages in the parameter's dtype.
-    """
-    dtype = cast.dtype if key in elementwise.AVERAGES else saved.dtype
-    return cast if (cast.dtype, cast.device) == (dtype, p.device) else saved.to(p.device, dtype, copy=True)
 
 
 def buffer(state: dict[str, Tensor], key: str, like: Tensor) -> Tensor:

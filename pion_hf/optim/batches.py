@@ -97,7 +97,7 @@ class Plan:
         self._seen = _signature(params)
         self._arranged: list[tuple[int, int]] | None = None
         self._kept: dict[tuple, Batch] = {}
-        self.begun: set[Tensor] = set()
+        self.ready: set[Tensor] = set()
         """Parameters whose state is known to fit."""
         self.params: list[Tensor] = []
         """Those with a gradient, as far as arranged."""

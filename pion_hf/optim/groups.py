@@ -8,7 +8,10 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 # Keys that torch or the routing put into a group, besides the options of a rule.
-STRUCTURAL_KEYS = {"params", "param_names", "rule", "layout", "role", "stacks", "method", "unit_step", "begun", "zeros"}
+STRUCTURAL_KEYS = {
+    *("params", "param_names", "rule", "layout", "role", "stacks"),
+    *("method", "unit_step", "effective", "zeros"),
+}
 # Those that torch's schedulers keep there for themselves, and a group's label, as for loggers of learning rates.
 SCHEDULERS_KEYS = {"initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum", "swa_lr", "name"}
 # Those with which groups of torch's optimizers say how a step is to be made (see `checks.check_switches`).

@@ -68,7 +68,7 @@ class _Factors(MatrixOptimizer):
 
     def kept_inputs(self, name: str, matrix: Tensor, group: dict) -> Tensor:
         kept = super().kept_inputs(name, matrix, group)
-        if name in group.get("begun", ()) and kept.any():
+        if name in group.get("effective", ()) and kept.any():
             raise ValueError(
                 f"keep={group['keep']} is for adapters that begin without an effect, and the partner of {name} is not "
                 "zero: set keep=0, or init_lora_weights to true or gaussian."

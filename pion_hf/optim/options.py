@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from pion_hf.errors import unknown
 from pion_hf.linalg.polar import MOST_STEPS
 
 Direction = Literal["gradient", "adam", "natural", "polar", "msign"]
@@ -31,6 +32,26 @@ USUAL_RATES = {
     "adamw_routed": (2e-4, 4e-4),
     "pion_lora": (1e-3, 8e-3),
     "teon_lora": (1e-3, 8e-3),
+}
+# Of `PionOptions`. `paper`: all choices of arXiv 2605.12492. `ambient`: our own rule, with an RMS under which the best
+# learning rate is AdamW's, within a factor of two (examples/benchmarks/compare.py, of 12 and 48 steps).
+PRESETS = {
+    "paper": {
+        "momentum_frame": "lie",
+        "direction": "gradient",
+        "metric": "lie",
+        "scale": "rms",
+        "side": "alternate",
+        "retraction": "taylor",
+        "degree": 2,
+    },
+    "ambient": {
+        "momentum_frame": "transported",
+        "direction": "natural",
+        "metric": "ambient",
+        "scale": "rms",
+        "rms": 2.0,
+    },
 }
 
 
@@ -273,3 +294,22 @@ def ranges_of(options: type) -> dict[str, Range]:
 def given(options: type, arguments: Mapping[str, Any], *, without: Iterable[str] = ()) -> dict[str, Any]:
     """Those of a constructor's `arguments` that are options, without some: what its groups begin with."""
     return {name: arguments[name] for name in types_of(options) if name not in without}
+
+
+def preset_options(preset: str, options: dict) -> dict:
+    """The options of `preset`; a ValueError where another value than the default was given for one of them."""
+    usual = PionOptions()
+    check_preset(preset, {name: value for name, value in options.items() if value != getattr(usual, name)})
+    return PRESETS[preset]
+
+
+def check_preset(preset: str, given: dict) -> None:
+    """Raises ValueError for a preset that does not exist, or that sets one of the options `given` to another value."""
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    for option, value in PRESETS[preset].items():
+        if given.get(option, value) != value:
+            raise ValueError(
+                f"preset={preset!r} sets {option}={value!r}, but {option}={given[option]!r} was given: "
+                "leave out one of the two."
+            )

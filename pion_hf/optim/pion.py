@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pion_hf.errors import unknown
 from pion_hf.linalg.polar import polar_factor
 from pion_hf.linalg.products import product_dtype
 from pion_hf.linalg.rotation import (
@@ -36,28 +35,8 @@ from pion_hf.optim.checks import check_rotatable
 from pion_hf.optim.directions import direction_of, seen_from
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.masters import rounded_on_average
-from pion_hf.optim.options import PionOptions, given
+from pion_hf.optim.options import PionOptions, given, preset_options
 
-# `paper`: all choices of arXiv 2605.12492. `ambient`: our own rule, with an RMS under which the best learning rate is
-# AdamW's, within a factor of two (examples/benchmarks/compare.py, of 12 and 48 steps).
-PRESETS = {
-    "paper": {
-        "momentum_frame": "lie",
-        "direction": "gradient",
-        "metric": "lie",
-        "scale": "rms",
-        "side": "alternate",
-        "retraction": "taylor",
-        "degree": 2,
-    },
-    "ambient": {
-        "momentum_frame": "transported",
-        "direction": "natural",
-        "metric": "ambient",
-        "scale": "rms",
-        "rms": 2.0,
-    },
-}
 # Entries of state that average what gradients were.
 AVERAGES = ("momentum", "second", "lie_in", "lie_out", "lie_in_sq", "lie_out_sq")
 
@@ -155,7 +134,7 @@ class Pion(MatrixOptimizer):
     ) -> None:
         defaults = given(PionOptions, locals(), without=("preset",))
         if preset is not None:
-            defaults.update(_preset_options(preset, defaults))
+            defaults.update(preset_options(preset, defaults))
         super().__init__(params, defaults, inputs=inputs)
 
     def check_options(self, group: dict) -> None:
@@ -307,25 +286,6 @@ class Pion(MatrixOptimizer):
                 m.add_(taylor_change(m, x, group["degree"]))
             self.note_rotation(side, identity[side], a, alpha)
         return weight
-
-
-def _preset_options(preset: str, options: dict) -> dict:
-    """The options of `preset`; a ValueError where another value than the default was given for one of them."""
-    usual = PionOptions()
-    check_preset(preset, {name: value for name, value in options.items() if value != getattr(usual, name)})
-    return PRESETS[preset]
-
-
-def check_preset(preset: str, given: dict) -> None:
-    """Raises ValueError for a preset that does not exist, or that sets one of the options `given` to another value."""
-    if preset not in PRESETS:
-        raise unknown("preset", preset, PRESETS)
-    for option, value in PRESETS[preset].items():
-        if given.get(option, value) != value:
-            raise ValueError(
-                f"preset={preset!r} sets {option}={value!r}, but {option}={given[option]!r} was given: "
-                "leave out one of the two."
-            )
 
 
 def _sides(side: str, number: int) -> tuple[str, ...]:

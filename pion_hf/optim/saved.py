@@ -1,9 +1,10 @@
-"""Whether saved state belongs to an optimizer: the same parameters, in the same form, under the same rules."""
+"""State that is saved and loaded, and whether it belongs to an optimizer: the same parameters, form and rules."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Container, Iterable
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from pion_hf.errors import listing
+from pion_hf.optim import elementwise, groups, sharding
 from pion_hf.optim.checks import check_switches
+from pion_hf.optim.fingerprints import FINGERPRINT
 from pion_hf.optim.masters import REST_DTYPES
 
 # What state depends on, of what the routing puts into a group. (`unit_step` is measured anew; state has the first.)
@@ -33,11 +36,105 @@ FACTOR = "u.0"
 HALF_OF_REST = {**{rest: half for half, rest in REST_DTYPES.items()}, torch.bfloat16: torch.bfloat16}
 
 
-def renewed(saved: dict[str, Any]) -> dict[str, Any]:
-    """A state dict as this version would have saved it, of one that a version before 0.13 has.
+class SavedState:
+    """Mixed into `MatrixOptimizer`: its state in checkpoints, copies and pickles."""
 
-    Rotated matrices had `momentum` for `momentum_frame`, their averages in float32, a retraction of another name, and
-    options that are gone.
+    def state_dict(self) -> dict[str, Any]:
+        """As `DividedState`'s, and `skipped_steps` and `clipped_steps`."""
+        return {**super().state_dict(), **{name: getattr(self, name) for name in ("skipped_steps", "clipped_steps")}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but state keeps its dtype: torch casts it to the parameter's, rounding that of half weights.
+
+        Raises:
+            ValueError: the state is of other parameters, or of another rule or option (see `check_saved`).
+        """
+        state_dict = renewed(state_dict)
+        groups.follow_zeros(state_dict["param_groups"], self.param_groups)
+        check_saved(state_dict, self.param_groups, self._options_of_groups(), self.elementwise_rules)
+        own = [{key: group[key] for key in (*OWN, *CALLED) if key in group} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        self.skipped_steps = state_dict.get("skipped_steps", 0)
+        self._clipped = {torch.device("cpu"): torch.tensor(state_dict.get("clipped_steps", 0))}
+        for group, options in zip(self.param_groups, own, strict=True):
+            group.update(options)
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for index, p in zip(saved["params"], group["params"], strict=True):
+                for key, value in state_dict["state"].get(index, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[p][key] = sharding.placed(_loaded(key, value, self.state[p][key], p), p, key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copying and pickling: who watches the model or the steps stays behind."""
+        if self.inputs is not None and self.inputs.open:
+            warnings.warn(
+                "The copy of an optimizer whose `keep` has not seen all inputs yet has none to see them by: give it "
+                "`inputs`, a pion_hf.Inputs of its model, or copy the optimizer after its first step.",
+                stacklevel=4,
+            )
+        own = ("divides_work", "skipped_steps", "skipped_in_a_row", "_clipped")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of loading, copying and unpickling: what is not state starts anew."""
+        super().__setstate__(state)
+        self._plans, self._divisions, self._consolidated, self._forms = {}, {}, None, {}
+        self._options, self._rewritten, self._formed = {}, Counter(), {}
+        self.__dict__.setdefault("skipped_steps", 0)
+        self.__dict__.setdefault("skipped_in_a_row", 0)
+        self.__dict__.setdefault("_clipped", {})
+        self.__dict__.setdefault("inputs", None)
+        self.__dict__.setdefault("observers", [])
+        self._rotations = None
+
+    def _is_asked_for_state(self) -> bool:
+        """Whether this step is not one of training: with zero gradients and rates, and before any other.
+
+        `torch.distributed.checkpoint` takes one before it saves or loads, to see what the state consists of.
+        """
+        if self.state or any(group["lr"] for group in self.param_groups):
+            return False
+        params = [p for group in self.param_groups for p in group["params"]]
+        still = not any(sharding.local(p.grad).any() for p in params if p.grad is not None)
+        (agreed,) = sharding.agree(torch.tensor([still], device=params[0].device), params, shared=self._is_divided())
+        return agreed
+
+    def _lay_out_state(self) -> None:
+        """State at step 0 for every parameter with a gradient: a form to load into; a first step makes its own."""
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if group["rule"] in self.elementwise_rules:
+                    self.state[p].update(elementwise.begin(p))
+                else:
+                    forms = self._forms_of(index, p)
+                    self.state[p].update({key: sharding.zeros(form, p) for key, form in forms.items()}, step=0)
+                    if self._describes(forms):
+                        self.state[p][FINGERPRINT] = torch.zeros((), dtype=torch.int64, device=p.device)
+
+    def _forms_of(self, index: int, p: Tensor) -> dict[str, Tensor]:
+        """`_state_forms` of a parameter of a group."""
+        kind = index, p.shape, p.dtype
+        if kind not in self._forms:
+            self._forms[kind] = self._state_forms(p.shape, p.dtype, self.param_groups[index])
+        return self._forms[kind]
+
+
+def _loaded(key: str, saved: Tensor, cast: Tensor, p: Tensor) -> Tensor:
+    """An entry of the state of `p` as it was saved, where torch has made `cast` of it.
+
+    torch leaves steps on the device they were saved from. Its AdamW wants averages in the parameter's dtype.
+    """
+    dtype = cast.dtype if key in elementwise.AVERAGES else saved.dtype
+    return cast if (cast.dtype, cast.device) == (dtype, p.device) else saved.to(p.device, dtype, copy=True)
+
+
+def renewed(saved: dict[str, Any]) -> dict[str, Any]:
+    """A state dict as this version would have saved it, of one that an older version has.
+
+    Before 0.16 groups of factors had `begun` for `effective`. Before 0.13 rotated matrices had `momentum` for
+    `momentum_frame`, their averages in float32, a retraction of another name, and options that are gone.
 
     Raises:
         ValueError: it was saved with an option that is gone, or with learning rates of another scale.
@@ -53,6 +150,7 @@ def renewed(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _renewed(group: dict[str, Any]) -> dict[str, Any]:
+    group = {"effective" if key == "begun" else key: value for key, value in group.items()}
     if "rank_tolerance" not in group:
         return group
     if group["hold"]:

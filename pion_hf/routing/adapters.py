@@ -23,7 +23,7 @@ class Factor:
 
     grows: whether it is the one that starts at zero (`B`, but `A` of an embedding) by peft's default.
     growth: each singular value of an orthogonalised step, where a rotation turns by one radian; see `PionLora`.
-    begun: whether its partner is not zero any more, so that the adapter has an effect.
+    effective: whether its partner is not zero any more, so that the adapter has an effect.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Factor:
     grows: bool
     rank: int
     growth: float
-    begun: bool
+    effective: bool
 
 
 def lora_factors(model: nn.Module) -> list[Factor]:
@@ -96,12 +96,12 @@ def _factor(
     if experts > 1:  # rows of A expert by expert, columns of B rank by rank
         layout = Layout(rows=(rank,) * experts) if side == "A" else Layout(True, interleaved=(rank, experts))
     a, b = (own, partner) if side == "A" else (partner, own)
-    growth, begun = 1.0, False
+    growth, effective = 1.0, False
     if not own.is_meta and own.ndim == 2:
         size, other = _size(own, rank * experts), _size(partner, rank * experts)
         if not (size or other):
             raise ValueError(f"{name} and its partner are both zero: neither can move. Initialise one of them.")
-        begun = other > 0
+        effective = other > 0
         scale = abs(float(layer.scaling[adapter]))
         spread = math.sqrt(USUAL_RANK / rank * b.shape[0] / a.shape[1])  # over all directions of the product
         growth = spread / (scale * other) if other and scale else size
@@ -114,7 +114,7 @@ def _factor(
         grows=(side == "A") == embedding,
         rank=rank,
         growth=growth,
-        begun=begun,
+        effective=effective,
     )
 
 
