@@ -182,6 +182,24 @@ def test_factors_of_adapters_begin_afresh(others_first):
     assert "start with fresh state, at a rate that is right for AdamW" in said
 
 
+def test_adapters_of_0_15_go_on():
+    """Groups said `begun` of factors whose adapter has an effect."""
+
+    def build() -> PionLora:
+        return PionLora([{"params": named("a", (4, 9)), "rule": "pion_lora", "method": "rotate", "unit_step": [1.0]}])
+
+    before = build()
+    step(before, 0)
+    state = copy.deepcopy(before.state_dict())
+    state["param_groups"][0]["begun"] = ["a"]
+    after = resumed(build, state, weights(before))
+    assert after.param_groups[0]["effective"] == ["a"]
+    assert "begun" not in after.param_groups[0]
+    for optimizer in (before, after):
+        step(optimizer, 1)
+    assert all(torch.equal(p, q) for p, q in zip(weights(after), weights(before), strict=True))
+
+
 def test_a_run_of_muon_goes_on():
     """It was TEON with stacks of one."""
     groups = [param_groups(toy_llama(), "muon", lr=1e-2) for _ in range(2)]
