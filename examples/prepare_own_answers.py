@@ -3,7 +3,7 @@
 Answers are sampled from the model at temperature 1; those that do not end are cut behind their last full sentence.
 Instructions are lines of a text file, as general as what the model is used for; a hundred are enough for SmolLM2-135M.
 
-    python examples/prepare_own_answers.py --model models/smollm2-135m-instruct --instructions questions.txt
+    python examples/prepare_own_answers.py --model models/smollm2-135m-instruct --instructions examples/instructions.txt
     pion-hf sft --config ... --optim adamw_routed --optim_keep 96 --optim_keep_soft --optim_keep_data own_answers.jsonl
 """
 
