@@ -11,11 +11,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import Trainer
 
 from pion_hf import (
@@ -32,7 +29,6 @@ from pion_hf import (
 from pion_hf.linalg.spectrum import singular_values, spectral_drift
 from pion_hf.optim.base import MatrixOptimizer
 from tests.conftest import toy_llama
-from tests.distributed_worker import launch
 from tests.test_inputs import KEEP, Net, ids, inputs_of, leading, rows_of
 
 AMBIENT = {"direction": "natural", "metric": "ambient", "momentum_frame": "transported"}
@@ -422,25 +418,3 @@ def test_a_trainer_watches_adapters(optim, tmp_path):
     for _, ba, kept in products(trainer.model, optimizer):
         assert (ba @ kept).norm() < 1e-5 * ba.norm()
     assert_goes_on(trainer, PionTrainer(adapted(), args, train_dataset=rows), tmp_path)
-
-
-# -- several processes ------------------------------------------------------------------------------------------------
-
-
-def sharded_adamw() -> str:
-    """In a process: what a step of `adamw_routed` on sharded parameters says."""
-    model = Net()
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    groups = [{"params": [("up.weight", model.up.weight)], "rule": "adamw_routed"}]
-    optimizer = RoutedAdamW(groups, keep=KEEP, inputs=Inputs(model, KEEP))
-    model(ids()).square().mean().backward()
-    try:
-        optimizer.step()
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_sharded_adamw_is_refused():
-    for said in launch(sharded_adamw, 2):
-        assert said.startswith("keep=3 of optim='adamw_routed' is not for parameters sharded by FSDP2, as up.weight is")

@@ -104,11 +104,11 @@ def teon_lora(model: nn.Module, **options: Any) -> MatrixOptimizer:
     return TeonLora(with_tensors([a, {**b, "stacks": [["stack_0", "stack_1"]]}, OTHERS], model), lr=3e-2, **options)
 
 
-def adamw_routed(model: nn.Module) -> MatrixOptimizer:
+def adamw_routed(model: nn.Module, **options: Any) -> MatrixOptimizer:
     own = {"rule": "adamw_routed", "lr": 1e-2}
     groups = [{"params": [*LONE, "stack_0"], **own}, {**OTHERS, "lr": 1e-3}]
     groups += [{"params": [name], "layout": layout, **own} for name, layout in LAYOUTS.items()]
-    return RoutedAdamW(with_tensors(groups, model), weight_decay=0.1)
+    return RoutedAdamW(with_tensors(groups, model), weight_decay=0.1, **options)
 
 
 def watched(model: nn.Module) -> Inputs:
@@ -143,10 +143,11 @@ BUILDERS: dict[str, Callable[..., MatrixOptimizer]] = {
     "pion_lora": pion_lora,
     "teon_lora": teon_lora,
     "adamw_routed": adamw_routed,
+    "adamw_routed keep": lambda model, **options: adamw_routed(model, keep=2, inputs=watched(model), **options),
 }
 DTYPES = {"pion bfloat16": torch.bfloat16, "pion float16": torch.float16}
 CASES = [*BUILDERS, *DTYPES]
-DIVIDED = [case for case in CASES if case != "adamw_routed"]  # the rules that have work to divide
+DIVIDED = [case for case in CASES if "adamw" not in case]  # the rules that have work to divide
 FAST = ["pion", "pion ambient", "pion keep", "teon", "pion_lora"]
 
 
@@ -331,7 +332,7 @@ def check_sharded(cases: list[str], results: list[dict], subtests: Any) -> None:
                 assert_equal(weights, expected)
                 assert layouts
                 assert all(placements and isinstance(placements[-1], Shard) for _, placements in layouts)
-            for name in results[0][case][1] if case != "adamw_routed" else ():
+            for name in results[0][case][1] if "adamw" not in case else ():
                 count = sum(bool(result[case][1][name]) for result in results)
                 assert count == (WHOLE_EXPERTS.get(len(results), 1) if name == "experts" else 1), name
 
@@ -482,7 +483,7 @@ def check_placed(cases: list[str], names: list[str], results: list[dict], subtes
             for result in results:
                 assert_equal(result[name, case][0], alone(case))
                 assert result[name, case][2]
-            for matrix in results[0][name, case][1] if case != "adamw_routed" else ():
+            for matrix in results[0][name, case][1] if "adamw" not in case else ():
                 count = sum(bool(result[name, case][1][matrix]) for result in results)
                 assert count == 1 or matrix == "experts"
 

@@ -35,7 +35,7 @@ class RoutedAdamW(MatrixOptimizer):
         keep_soft: see `Teon`. inputs: `pion_hf.Inputs(model, keep)`; see `Pion`.
 
     Raises:
-        ValueError: an unknown option or a value out of range; `keep` on parameters sharded by FSDP2.
+        ValueError: an unknown option or a value out of range.
     """
 
     options = RoutedAdamWOptions
@@ -93,7 +93,7 @@ class RoutedAdamW(MatrixOptimizer):
                 if p.grad is not None:
                     w, columns = p.mT if transposed else p, kept_columns(group)
                     form = torch.zeros(1, w.shape[-1], columns, dtype=working_dtype(p.dtype), device=p.device)
-                    self.state[p][KEY] = form
+                    self.state[p][KEY] = sharding.copied(form, p)
                     self._laid_out.add(p)
 
     def __setstate__(self, state: dict) -> None:
@@ -111,14 +111,11 @@ class RoutedAdamW(MatrixOptimizer):
                 continue
             if not self.state[p]:
                 self.state[p].update(elementwise.begin(p))
-            if KEY not in self.state[p] or p in self._laid_out:
-                if sharding.is_sharded(p):
-                    raise ValueError(
-                        f"keep={group['keep']} of optim='adamw_routed' is not for parameters sharded by FSDP2, as "
-                        f"{name} is: set keep=0, use DDP, or a matrix rule (muon, teon, pion)."
-                    )
-                self.state[p][KEY] = self.kept_inputs(name, p.mT if transposed else p, group).unsqueeze(0)
+            kept = self.state[p].get(KEY)
+            if kept is None or p in self._laid_out:
+                kept = self.kept_inputs(name, p.mT if transposed else p, group).unsqueeze(0)
                 self._laid_out.discard(p)
+            self.state[p][KEY] = sharding.copied(kept, p)
             kept = self.state[p][KEY][0]
             outputs.append((p, kept, (p.mT if transposed else p).to(kept.dtype) @ kept))
         super()._elementwise_step(group)

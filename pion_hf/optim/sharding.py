@@ -220,6 +220,21 @@ def placed(value: Tensor, p: Tensor, key: str) -> Tensor:
     return value
 
 
+def copied(value: Tensor, p: Tensor) -> Tensor:
+    """`value`, an entry of a parameter's state that every process holds whole, so that checkpoints know it.
+
+    A DTensor that is cut, as an entry from elsewhere may be, is gathered: a collective.
+    """
+    if not is_sharded(p):
+        return whole(value)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = [Replicate()] * p.device_mesh.ndim
+    if is_sharded(value):
+        return value.redistribute(placements=everywhere)
+    return DTensor.from_local(value, p.device_mesh, everywhere, run_check=False)
+
+
 # -- what processes tell each other -----------------------------------------------------------------------------------
 
 
