@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> None:
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
         return
     if not os.path.isfile(argv[0]):
-        raise SystemExit(f"pion-hf run: there is no script {argv[0]!r} here ({os.getcwd()})")
+        own = f"; for our own commands: python -m pion_hf.cli {argv[0]}" if argv[0].isidentifier() else ""
+        raise SystemExit(f"pion-hf run: there is no script {argv[0]!r} here ({os.getcwd()}){own}")
     sys.argv = argv
     sys.path.insert(0, os.path.dirname(os.path.abspath(argv[0])))
     runpy.run_path(argv[0], run_name="__main__")

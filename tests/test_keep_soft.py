@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pion_hf import Inputs, Pion, PionTrainer, PionTrainingArguments, RoutedAdamW, Teon, TeonLora, param_groups
 from pion_hf.linalg.sketch import leading_directions, sketch_of
 from pion_hf.linalg.sketch import test_matrix as random_test_matrix
+from pion_hf.optim import base
 from pion_hf.optim.base import MatrixOptimizer
 from pion_hf.optim.groups import SOFT_DIRECTIONS
 from tests.conftest import toy_llama
@@ -49,8 +50,11 @@ def test_lengths_are_the_roots_of_the_shares():
     assert not leading_directions(torch.zeros(20, 20), test.float(), 8, half=3).any()
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-4), (torch.bfloat16, 2**-8)])
 @BOTH
-def test_a_step_is_the_free_one_less_these_shares(build):
+def test_a_step_is_the_free_one_less_these_shares(build, dtype, rounding, monkeypatch):
+    """Shares are taken out in bfloat16 where the hardware is faster in it, which rounds what is taken."""
+    monkeypatch.setattr(base, "product_dtype", lambda *_: dtype)
     model, free = toy_llama(), toy_llama()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = soft(build, model)
@@ -65,7 +69,7 @@ def test_a_step_is_the_free_one_less_these_shares(build):
         assert pytest.approx(shares[KEEP - 1].item(), abs=1e-5) == 0.5
         change = unkept[name].detach() - before[name]
         expected = change - change @ kept @ kept.mT
-        torch.testing.assert_close(p.detach() - before[name], expected, atol=1e-4 * change.norm().item(), rtol=0)
+        assert (p.detach() - before[name] - expected).norm() < rounding * change.norm()
 
 
 @BOTH

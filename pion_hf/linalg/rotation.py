@@ -79,7 +79,16 @@ def largest_entry(x: Tensor) -> Tensor:
 
 def without(x: Tensor, fixed: Tensor) -> Tensor:
     """Rows `x`, `(..., p, n)`, less their part along the orthonormal columns `fixed`, `(..., n, j)`."""
-    return x - (x @ fixed) @ fixed.mT
+    return x - along(x, fixed, x.dtype)
+
+
+def along(x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """The part of rows `x`, `(..., p, n)`, along orthogonal `columns`, `(..., n, j)`, by products in `dtype`.
+
+    Of a column that is shorter than 1, the square of its length is the share that counts.
+    """
+    columns = columns.to(dtype)
+    return ((x.to(dtype) @ columns) @ columns.mT).to(x.dtype)
 
 
 # -- a matrix and its factors -----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from pion_hf.linalg.rotation import along
 from pion_hf.optim import blocks, elementwise, sharding
 from pion_hf.optim.base import MatrixOptimizer
 from pion_hf.optim.batches import KEPT
@@ -105,7 +106,7 @@ class RoutedAdamW(MatrixOptimizer):
         if not (routed and group["keep"]):
             super()._elementwise_step(group)
             return
-        transposed, outputs = blocks.Layout.parse(group["layout"]).transposed, []
+        transposed = blocks.Layout.parse(group["layout"]).transposed
         for name, p in named_parameters(group):
             if p.grad is None:
                 continue
@@ -116,12 +117,10 @@ class RoutedAdamW(MatrixOptimizer):
                 kept = self.kept_inputs(name, p.mT if transposed else p, group).unsqueeze(0)
                 self._laid_out.discard(p)
             self.state[p][KEY] = sharding.copied(kept, p)
-            kept = self.state[p][KEY][0]
-            outputs.append((p, kept, (p.mT if transposed else p).to(kept.dtype) @ kept))
-        super()._elementwise_step(group)
-        for p, kept, before in outputs:
-            w = p.mT if transposed else p
-            w.add_(((before - w.to(kept.dtype) @ kept) @ kept.mT).to(p.dtype))
+            kept, old = self.state[p][KEY][0], p.to(kept.dtype, copy=True)
+            super()._elementwise_step({**group, "params": [p]})
+            w, back = (x.mT if transposed else x for x in (p, old.sub_(p)))
+            w.add_(along(back, kept, self.dtype_of_keep(group, back)).to(w.dtype))
 
 
 def _matrices(p: Tensor, layout: blocks.Layout) -> list[Tensor]:

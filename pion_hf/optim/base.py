@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pion_hf.errors import listing, unknown
-from pion_hf.linalg.products import full_float32
-from pion_hf.linalg.rotation import angles
+from pion_hf.linalg.products import full_float32, product_dtype
+from pion_hf.linalg.rotation import along, angles
 from pion_hf.optim import blocks, elementwise, gradients, groups, masters, sharding
 from pion_hf.optim.batches import KEPT, REST, Batch, Plan, Step, is_apart
 from pion_hf.optim.checks import (
@@ -331,10 +331,10 @@ class MatrixOptimizer(SavedState, DividedState, StateOfWeights, torch.optim.Opti
         watching = [(observer, observer.before(exact)) for observer in observers]
         self._rotations = {} if watching else None
         directions = None if self.keeps_by_itself else state.get(KEPT)
-        outputs = None if directions is None else weights @ directions
+        old = None if directions is None else weights.clone()
         new = self.update(weights, grad, state, group=group, step=step)
         if directions is not None:
-            new = new.add_((outputs - new @ directions) @ directions.mT)
+            new.add_(along(old.sub_(new), directions, self.dtype_of_keep(group, old)))
         for observer, old in watching:
             observer.see(Update(batch.names, group, old, new, grad, self._rotations))
         self._rotations = None
@@ -402,6 +402,10 @@ class MatrixOptimizer(SavedState, DividedState, StateOfWeights, torch.optim.Opti
     def keep_of(self, group: dict) -> int:
         """How many directions of the inputs of a group's matrices are kept."""
         return group["keep"]
+
+    def dtype_of_keep(self, group: dict, weight: Tensor) -> torch.dtype:
+        """Of the products that take kept directions out of a step: shares of them may be rounded, all of them not."""
+        return product_dtype(weight, "auto" if group.get("keep_soft") else "float32")
 
     def most_kept(self, m: int, n: int) -> int:
         """As many directions of the inputs of `(m, n)` matrices as can be kept while they train in the others."""

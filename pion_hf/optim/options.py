@@ -234,7 +234,7 @@ class MuonOptions(AdamWDefaults, Executed, Orthogonalised, Momentum, Common):
         "What lr sets: the RMS of an update, lr * rms; or its singular values, the paper's way or torch's Muon's.",
     )
     rms: float = option(0.2, "RMS of a matrix's update at learning rate 1 (scale=rms).", POSITIVE)
-    keep_soft: bool = option(False, "Keep more directions, each by the share that its inputs suggest.")
+    keep_soft: bool = option(False, "Keep four times as many directions: strong ones nearly whole, weak ones in part.")
     compile: bool = option(False, "A step's elementwise passes fused by torch.compile.")
 
 
@@ -271,7 +271,7 @@ class TeonLoraOptions(AdamWDefaults, Executed, Orthogonalised, Momentum, Common)
 class RoutedAdamWOptions(Common):
     """Of `RoutedAdamW`."""
 
-    keep_soft: bool = option(False, "Keep more directions, each by the share that its inputs suggest.")
+    keep_soft: bool = option(False, "Keep four times as many directions: strong ones nearly whole, weak ones in part.")
     adamw_betas: tuple[float, float] = option((0.9, 0.999), "Betas of all groups.", DECAYS)
     adamw_eps: float = option(1e-8, "Epsilon of all groups.", NOT_NEGATIVE)
 
