@@ -39,11 +39,11 @@ from pion_hf.runs.folder import read_json, write_json
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "evidence.json"
 REFERENCE = "AdamW"  # whose best exact match is the one to match
-KEPT = {
+KEPT = {  # losses and KL in nats per token
     "own_kl": "KL on own answers",
-    "own_loss": "loss of own answers",
-    "other_text": "other text",
-    "capitals": "capitals",
+    "own_loss": "change of their loss",
+    "other_text": "of other text's",
+    "capitals": "of capitals known",
 }
 AS_WELL = 0.03  # of exact match
 FURTHEST = 3  # rates that a sweep may add on either side
@@ -169,13 +169,13 @@ def at_seeds(ledger: Ledger, stage: dict, name: str, point: Point) -> list[Measu
 
 
 def table(ledger: Ledger, stage: dict) -> Table:
-    """A row for every contender; what is kept is told as the change from the base model."""
+    """A row for every contender: where it answers as wanted at the least KL, and what is kept there."""
     before, wanted = ledger.record["base"][stage["task"]], ledger.wanted(stage)
     where = f"{wanted:.1%} (before: {before['exact_match']:.1%})"
     title = f"{stage['task']}, {stage['steps']} steps, at an exact match of {where}"
     made = Table(title=title, box=box.MARKDOWN)
-    for heading in ("contender", "rates", "best match", "at", *KEPT.values()):
-        made.add_column(heading, justify="left" if heading in ("contender", "at") else "right", no_wrap=True)
+    for heading in ("contender", "rates tried", "best match", "rate x share", *KEPT.values()):
+        made.add_column(heading, justify="left" if heading in ("contender", "rate x share") else "right", no_wrap=True)
     rows = []
     for name in stage["rates"]:
         known = ledger.pooled(stage, name)
@@ -190,6 +190,29 @@ def table(ledger: Ledger, stage: dict) -> Table:
         measured = at_seeds(ledger, stage, name, point)
         kept = [spread([measures[key] - before[key] for measures in measured]) for key in KEPT]
         rows.append((point.measures(known)["own_kl"], [*row, str(point), *kept]))
+    for _, row in sorted(rows, key=lambda row: row[0]):
+        made.add_row(*row)
+    return made
+
+
+def side_by_side(ledger: Ledger, stages: list[dict]) -> Table:
+    """Every contender's KL and change of the loss of other text, at what each stage wants."""
+    titles = [f"{stage['task']}, {ledger.wanted(stage):.1%}" for stage in stages]
+    made = Table(title=f"{stages[0]['steps']} steps, at the same exact match", box=box.MARKDOWN)
+    for heading in ("contender", *(f"{title}: {word}" for title in titles for word in ("KL", "other text"))):
+        made.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
+    rows = []
+    for name in dict.fromkeys(name for stage in stages for name in stage["rates"]):
+        cells, kl = [], []
+        for stage in stages:
+            known, before = ledger.pooled(stage, name), ledger.record["base"][stage["task"]]
+            point = at(known, ledger.wanted(stage))
+            measured = [] if point is None else at_seeds(ledger, stage, name, point)
+            kl.append(statistics.fmean(m["own_kl"] for m in measured) if measured else math.inf)
+            found = [spread([m[key] - before[key] for m in measured]) for key in ("own_kl", "other_text") if measured]
+            cells += found or (["does not reach it", ""] if known else ["not run", ""])
+        if any(map(math.isfinite, kl)):
+            rows.append((math.prod(x for x in kl if math.isfinite(x)), [name, *cells]))
     for _, row in sorted(rows, key=lambda row: row[0]):
         made.add_row(*row)
     return made
@@ -264,6 +287,9 @@ def main() -> None:
         raise SystemExit(f"no finished trials of {REFERENCE} to show")
     if chosen.picture:
         picture(ledger, begun)
+    for length in {(stage["steps"], stage["questions"]): None for stage in begun}:
+        alike = [stage for stage in begun if (stage["steps"], stage["questions"]) == length]
+        Console(width=200).print(side_by_side(ledger, alike))
     for stage in begun:
         Console(width=200).print(table(ledger, stage))
         Console(width=200).print(every_trial(ledger, stage))
