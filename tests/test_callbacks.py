@@ -29,7 +29,7 @@ from pion_hf.integrations.callbacks import RunCallback, watch
 from pion_hf.integrations.hidden_matrices import HiddenMatrix, Norms, Spectra, hidden_matrices, spread
 from pion_hf.linalg.spectrum import spectral_drift
 from pion_hf.optim.blocks import Layout
-from pion_hf.report.summary import facts
+from pion_hf.report.summary import overview
 from pion_hf.runs.folder import LOG, MATRICES, RECORD, read_run
 from tests.conftest import toy_llama
 
@@ -447,7 +447,7 @@ def test_clipped_steps_are_counted(train):
     trainer, run = train(optim="pion", learning_rate=100.0)
     assert run.series("clipped")[1] == [28, 28, 28]
     assert {of["clipped_steps"] for of in (run.record, run.logs[-1], trainer.run_callback.summary)} == {84}
-    assert ("clipped steps of a matrix", "84") in facts(run)
+    assert ("clipped steps of a matrix", "84") in overview(run)
     again, run = train(optim="pion", learning_rate=1e-4)
     assert run.series("clipped")[1] == [0, 0, 0]
     assert "clipped_steps" not in again.run_callback.summary | run.record

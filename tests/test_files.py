@@ -197,10 +197,10 @@ def test_what_a_run_writes_goes_through_no_link(tmp_path, planted, monkeypatch):
         (run / name).unlink()
     write_run(run / "of-its-own")
     planted(run, ("report.html",))
-    planted(run / "report_files", ("outcome.png",))
+    planted(run / "report_files", ("learnt_and_forgotten.png",))
     write_report([run / "of-its-own"], run / "report.html")
     assert not any((run / name).is_symlink() for name in OF_A_RUN)
-    assert not (run / "report_files" / "outcome.png").is_symlink()
+    assert not (run / "report_files" / "learnt_and_forgotten.png").is_symlink()
 
 
 def test_a_folder_of_pictures_that_is_a_link_is_refused(tmp_path, monkeypatch):

@@ -383,7 +383,7 @@ def test_a_damaged_run_is_one_line_and_no_page(run, tmp_path, file, content, sai
 @pytest.mark.usefixtures("one_picture")
 def test_what_is_missing_is_left_out(run, tmp_path, file, fields, monkeypatch):
     write_json(run / file, {"format": 1, **fields})
-    for draw in (figures.outcome, figures.blends):
+    for draw in (figures.learnt_and_forgotten, figures.blends):
         draw([read_run(run)])
     assert written([run], tmp_path / "page.html").headings
 
@@ -463,11 +463,11 @@ def test_a_page_is_written_whole_or_not_at_all(run, tmp_path, monkeypatch):
 def test_the_command_writes_where_it_says(run, capsys, monkeypatch, tmp_path):
     main(["report", str(run)])
     assert capsys.readouterr().out.strip() == str(run / "report.html")
-    assert (run / "report_files" / "outcome.png").is_file()
+    assert (run / "report_files" / "learnt_and_forgotten.png").is_file()
     (run / EVALUATION).unlink()
     main(["report", str(run), "--title", "Mine", "--pictures", str(run / "report_files")])
     assert Page(run / "report.html").headings[0] == "Mine"
-    assert not (run / "report_files" / "outcome.png").exists(), "of an earlier report"
+    assert not (run / "report_files" / "learnt_and_forgotten.png").exists(), "of an earlier report"
     monkeypatch.chdir(tmp_path)
     main(["report", str(run), str(write_run(tmp_path / "other"))])
     assert (tmp_path / "report.html").is_file()
@@ -518,7 +518,7 @@ def test_shares_of_the_change_are_a_line_from_little_to_all_of_it(pair):
 
 def test_more_runs_than_colours_are_told_apart_by_style(tmp_path):
     folders = [write_run(tmp_path / str(i), steps=2, snapshots=0) for i in range(8)]
-    found = style.looks([read_run(folder) for folder in folders])
+    found = style.line_styles([read_run(folder) for folder in folders])
     assert len({(look.colour, look.style) for look in found}) == len({look.label for look in found}) == 8
 
 

@@ -120,11 +120,11 @@ def picture(runs: list[dict]) -> None:
     """Of every setting's first seed."""
     shown = [setting for setting in SETTINGS if any(run["setting"] == setting for run in runs)]
     figure = new_figure(3.6 * len(shown))
-    looks = dict(zip(CONTENDERS, zip(COLOURS, MARKERS, strict=False), strict=False))
+    styles = dict(zip(CONTENDERS, zip(COLOURS, MARKERS, strict=False), strict=False))
     handles = {}
     for axes, setting in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
         for run in (run for run in runs if run["setting"] == setting and run["seed"] == SEEDS[0]):
-            name, (colour, marker) = run["contender"], looks[run["contender"]]
+            name, (colour, marker) = run["contender"], styles[run["contender"]]
             points = {share: (losses["task"], forgotten(run, share)) for share, losses in run["shares"].items()}
             handles[name], *_ = axes.plot(*zip(*points.values(), strict=True), color=colour, marker=marker, label=name)
             for share, place in points.items():

@@ -1,6 +1,6 @@
 """What a checkpoint consists of: written down when it has been saved, and looked at before a run goes on from it.
 
-`manifest.json` is a checkpoint's last file: sizes and xxh3 digests of all others, and facts that no other file holds.
+`manifest.json` is a checkpoint's last file: sizes and xxh3 digests of all others, and what no other file holds.
 Digests are those of bytes just written, at a sixth of a second per GB. A checkpoint without one (of a plain Trainer, or
 of a process killed before it came to it) is opened instead: archives by their checksums, numbers by what they may be.
 """
@@ -52,14 +52,14 @@ class Damaged(ValueError):
     """What is wrong with a checkpoint, as the end of a sentence about it."""
 
 
-def write_manifest(checkpoint: Path, **facts: Any) -> None:
-    """Write down what a checkpoint consists of, and `facts` about it."""
+def write_manifest(checkpoint: Path, **known: Any) -> None:
+    """Write down what a checkpoint consists of, and what is `known` of it."""
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / MANIFEST)
     files = {
         path.relative_to(checkpoint).as_posix(): {"size": path.stat().st_size, "xxh3": digest}
         for path, digest in zip(paths, _digests(paths), strict=True)
     }
-    write_json(checkpoint / MANIFEST, {"format": FORMAT, **facts, "files": files})
+    write_json(checkpoint / MANIFEST, {"format": FORMAT, **known, "files": files})
 
 
 def read_manifest(checkpoint: str | os.PathLike) -> dict[str, Any] | None:

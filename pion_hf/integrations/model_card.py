@@ -120,7 +120,7 @@ def extend(path: Path, summary: dict[str, Any], *, dataset_name: str | None = No
     """Add to the card at `path`, as transformers or TRL wrote it, what `summary` says.
 
     Args:
-        summary: of `PionTrainerMixin.run_summary`; `before` and `after`, if there (see `cli.outcome`), become a table.
+        summary: of `PionTrainerMixin.run_summary`; `before` and `after`, if there, become a table.
         dataset_name: the evaluation data's name at the hub. With it the measurements are in the metadata as well, which
             has no place for those of data that nobody else can find.
     """

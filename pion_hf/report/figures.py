@@ -15,10 +15,10 @@ from pion_hf.integrations.evaluation import progress
 from pion_hf.report.style import (
     COLOURS,
     STYLES,
-    Look,
+    LineStyle,
     add_legend,
+    line_styles,
     log_scale,
-    looks,
     new_figure,
     numbered,
     plain,
@@ -74,12 +74,12 @@ def drift(runs: Sequence[Run]) -> Picture | None:
 
 
 @styled
-def outcome(runs: Sequence[Run]) -> Picture | None:
+def learnt_and_forgotten(runs: Sequence[Run]) -> Picture | None:
     """What was learnt beside what was forgotten: bars for a run, points for several."""
     known = [(i, run.evaluation) for i, run in enumerate(runs) if _number(run.evaluation, "learnt") is not None]
     if not known:
         return None
-    return _outcome_bars(known[0][1]) if len(runs) == 1 else _outcome_points(runs, known)
+    return _bars_of_one(known[0][1]) if len(runs) == 1 else _points_of_several(runs, known)
 
 
 @styled
@@ -89,14 +89,20 @@ def blends(runs: Sequence[Run]) -> Picture | None:
     known = {i: points for i, points in known.items() if points}
     if not known:
         return None
-    found, domains = looks(runs), list(dict.fromkeys(d for points in known.values() for _, _, d, _ in points))
+    found, domains = line_styles(runs), list(dict.fromkeys(d for points in known.values() for _, _, d, _ in points))
     figure = new_figure(0.7 + 2.6 * len(domains))
     grid = figure.subplots(len(domains), sharex=True, squeeze=False)[:, 0]
     for axes, domain in zip(grid, domains, strict=True):
         for i, points in known.items():
             of = [(share, learnt, forgotten) for share, learnt, d, forgotten in points if d == domain]
-            look = found[i]
-            axes.plot([p[1] for p in of], [p[2] for p in of], look.style, marker=look.marker, color=look.colour)
+            drawn = found[i]
+            axes.plot(
+                [p[1] for p in of],
+                [p[2] for p in of],
+                drawn.style,
+                marker=drawn.marker,
+                color=drawn.colour,
+            )
             for share, x, y in of:
                 axes.annotate(f"{share:g}", (x, y), (5, -9), textcoords="offset points", fontsize=8.5)
         axes.axhline(0, color="black", linewidth=0.8)
@@ -140,7 +146,7 @@ def _against_steps(runs: Sequence[Run], series: Mapping[str, list[Line]]) -> Pic
     series = {kind: lines for kind, lines in series.items() if lines}
     if not series:
         return None
-    alone, found, notes = len(runs) == 1, looks(runs), []
+    alone, found, notes = len(runs) == 1, line_styles(runs), []
     figure = new_figure(2.5 if len(series) == 1 else 0.6 + 1.8 * len(series))
     grid = figure.subplots(len(series), sharex=True, squeeze=False)[:, 0]
     name_handles: dict[str, Line2D] = {}
@@ -149,12 +155,12 @@ def _against_steps(runs: Sequence[Run], series: Mapping[str, list[Line]]) -> Pic
         quantities = list(dict.fromkeys(line.name for line in lines))
         for line in lines:
             k = quantities.index(line.name)
-            look = Look(line.name, COLOURS[k % len(COLOURS)], "-", "o") if alone else found[line.run]
+            drawn = LineStyle(line.name, COLOURS[k % len(COLOURS)], "-", "o") if alone else found[line.run]
             if by_name:
-                look = look._replace(style=STYLES[k % len(STYLES)])
-                colour = look.colour if alone else "#666666"
-                name_handles[line.name] = Line2D([], [], color=colour, linestyle=look.style, label=plain(line.name))
-            if _draw(axes, look, line):
+                drawn = drawn._replace(style=STYLES[k % len(STYLES)])
+                colour = drawn.colour if alone else "#666666"
+                name_handles[line.name] = Line2D([], [], color=colour, linestyle=drawn.style, label=plain(line.name))
+            if _draw(axes, drawn, line):
                 notes.append("A cross is the last number before NaN.")
         axes.set_ylabel(plain(kind))
         log_scale(axes)
@@ -170,14 +176,14 @@ def _against_steps(runs: Sequence[Run], series: Mapping[str, list[Line]]) -> Pic
     return Picture(figure, "", tuple(dict.fromkeys(notes)))
 
 
-def _draw(axes: Axes, look: Look, line: Line) -> bool:
+def _draw(axes: Axes, drawn: LineStyle, line: Line) -> bool:
     """Draw a line, and a cross where it ends because what follows is NaN; whether it does."""
-    marker = {"marker": look.marker} if len(line.steps) <= FEW else {}
-    axes.plot(line.steps, line.values, look.style, color=look.colour, **marker)
+    marker = {"marker": drawn.marker} if len(line.steps) <= FEW else {}
+    axes.plot(line.steps, line.values, drawn.style, color=drawn.colour, **marker)
     lost = next((i for i, value in enumerate(line.values) if not math.isfinite(value)), None)
     if lost:
         end = line.steps[lost - 1], line.values[lost - 1]
-        axes.plot(*end, "x", color=look.colour, markersize=9, markeredgewidth=2)
+        axes.plot(*end, "x", color=drawn.colour, markersize=9, markeredgewidth=2)
     return lost is not None
 
 
@@ -207,7 +213,7 @@ def _shares(evaluation: dict | None) -> list[tuple[float, float, str, float]]:
     return found
 
 
-def _outcome_bars(evaluation: dict) -> Picture:
+def _bars_of_one(evaluation: dict) -> Picture:
     learnt, forgotten = evaluation["learnt"], evaluation.get("forgotten") or {}
     rows = {f"learnt: task ({_unit(evaluation)}) {learnt:+.4f}": (learnt, COLOURS[0])}
     for domain in forgotten:
@@ -222,8 +228,8 @@ def _outcome_bars(evaluation: dict) -> Picture:
     return Picture(figure, f"Bars: {'; '.join(rows)}.")
 
 
-def _outcome_points(runs: Sequence[Run], known: list[tuple[int, dict]]) -> Picture | None:
-    found = looks(runs)
+def _points_of_several(runs: Sequence[Run], known: list[tuple[int, dict]]) -> Picture | None:
+    found = line_styles(runs)
     domains = list(dict.fromkeys(d for _, e in known for d in e.get("forgotten") or {}))
     if not domains:  # nothing but the task was measured: a bar for each
         figure = new_figure(0.9 + 0.4 * len(known))
@@ -241,8 +247,8 @@ def _outcome_points(runs: Sequence[Run], known: list[tuple[int, dict]]) -> Pictu
             y = _number(evaluation.get("forgotten"), domain)
             if y is None:
                 continue
-            look, x = found[i], evaluation["learnt"]
-            axes.plot(x, y, look.marker, color=look.colour, markersize=7, linestyle="none")
+            drawn, x = found[i], evaluation["learnt"]
+            axes.plot(x, y, drawn.marker, color=drawn.colour, markersize=7, linestyle="none")
             axes.annotate(str(i + 1), (x, y), (5, 4), textcoords="offset points", fontsize=8.5)
             said.append(f"{i + 1}: learnt {x:.3f}, forgotten {y:.3f} ({domain.replace('_', ' ')})")
         axes.axhline(0, color="black", linewidth=0.8)

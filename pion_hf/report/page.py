@@ -45,11 +45,11 @@ class Section(NamedTuple):
 LEARNING, STEPS, MATRICES = "Learning", "Steps", "Matrices"
 SECTIONS = (
     Section(
-        "outcome",
+        "learnt_and_forgotten",
         LEARNING,
         "Learnt and forgotten",
         "How far the loss of the task fell, or its reward rose, and how far the loss of other domains rose.",
-        figures.outcome,
+        figures.learnt_and_forgotten,
         "measurements before and after training of the task and of another domain",
     ),
     Section(
@@ -263,7 +263,7 @@ def _render(
             folders=[str(run.folder) for run in runs],
             warnings=warnings,
             extra=[_extra(*part) for part in extra],
-            facts=summary.facts(runs[0]) if alone else [],
+            overview=summary.overview(runs[0]) if alone else [],
             rules=summary.rules_table(runs[0]) if alone else None,
             runs=None if alone else summary.runs_table(runs),
             settings=summary.settings(runs[0]) if alone else [],

@@ -19,8 +19,8 @@ from pion_hf.report.style import (
     SEQUENTIAL,
     add_legend,
     columns_for,
+    line_styles,
     log_scale,
-    looks,
     new_figure,
     numbered,
     panels,
@@ -63,7 +63,7 @@ def spectra(runs: Sequence[Run]) -> Picture | None:
     roles, notes = _shown(_roles_with_spectra(run for _, run in known))
     if not roles:
         return None
-    found, alone = looks(runs), len(runs) == 1
+    found, alone = line_styles(runs), len(runs) == 1
     of_one_model = len({str((run.record.get("model") or {}).get("name")) for _, run in known}) == 1
     figure, grid = _role_figure(roles, sharex=True)
     for axes, role in zip(grid, roles, strict=True):
@@ -97,7 +97,7 @@ def spectrum_changes(runs: Sequence[Run]) -> Picture | None:
     roles, notes = _shown(_roles_with_spectra(run for _, run in known))
     if not roles:
         return None
-    found, alone, largest = looks(runs), len(runs) == 1, {}
+    found, alone, largest = line_styles(runs), len(runs) == 1, {}
     figure, grid = _role_figure(roles, sharex=True, sharey=True)
     for axes, role in zip(grid, roles, strict=True):
         for i, run in known:
@@ -172,7 +172,7 @@ def _over_time(runs: Sequence[Run], quantity: str, label: str, *, relative: bool
     )
     if not roles:
         return None
-    alone, found = len(runs) == 1, looks(runs)
+    alone, found = len(runs) == 1, line_styles(runs)
     layers = [m.get("layer") for _, run, *_ in known for m in run.matrices if m.get("layer") is not None]
     colours = ScalarMappable(Normalize(0, max(layers, default=0) or 1), matplotlib.colormaps[SEQUENTIAL])
     figure, grid = _role_figure(roles, sharex=True, sharey=relative)

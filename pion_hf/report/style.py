@@ -54,7 +54,7 @@ SETTINGS = {
 }
 
 
-class Look(NamedTuple):
+class LineStyle(NamedTuple):
     """How the curves of a run are drawn."""
 
     label: str
@@ -97,11 +97,11 @@ def numbered(runs: Sequence[Run]) -> list[str]:
     return names(runs) if len(runs) == 1 else [f"{i} {name}" for i, name in enumerate(names(runs), start=1)]
 
 
-def looks(runs: Sequence[Run]) -> list[Look]:
-    """A look for every run: a colour each; with more runs than colours one comes again, in another style."""
+def line_styles(runs: Sequence[Run]) -> list[LineStyle]:
+    """Of every run: a colour each; with more runs than colours one comes again, in another style."""
     turns = [(i % len(COLOURS), (i % len(COLOURS) + i // len(COLOURS)) % len(STYLES)) for i in range(len(runs))]
     return [
-        Look(plain(label), COLOURS[c], STYLES[s], MARKERS[c])
+        LineStyle(plain(label), COLOURS[c], STYLES[s], MARKERS[c])
         for label, (c, s) in zip(numbered(runs), turns, strict=True)
     ]
 
@@ -130,7 +130,7 @@ def add_legend(figure: Figure, handles: Iterable[Line2D]) -> None:
         figure.legend(list(unique.values()), list(unique), loc="outside upper left", ncols=columns)
 
 
-def run_handles(shown: Sequence[Look], *, styles: bool = True) -> list[Line2D]:
+def run_handles(shown: Sequence[LineStyle], *, styles: bool = True) -> list[Line2D]:
     """Legend entries of several runs; solid where the style says something else."""
     return [Line2D([], [], color=k.colour, linestyle=k.style if styles else "-", label=k.label) for k in shown]
 

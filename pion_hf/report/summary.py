@@ -52,7 +52,7 @@ def drift_of(run: Run) -> float | None:
     return max(drifts, default=None)
 
 
-def facts(run: Run) -> list[tuple[str, str]]:
+def overview(run: Run) -> list[tuple[str, str]]:
     """Name and value of what there is to know of a run, in the order in which to read it."""
     record, model, optimizer, data = run.record, *(_part(run, key) for key in ("model", "optimizer", "data"))
     rate, schedule = optimizer.get("learning_rate"), optimizer.get("schedule")
