@@ -537,6 +537,7 @@ def test_errors_of_a_script_are_its_own(tmp_path):
 
 def test_run_without_a_script(capsys):
     assert "there is no script 'nowhere.py'" in fails("run", "nowhere.py")
+    assert "for our own commands: python -m pion_hf.cli sft" in fails("run", "sft")
     assert "usage: pion-hf run SCRIPT" in fails("run", "-m")
     main(["run"])
     assert "usage: pion-hf run SCRIPT" in capsys.readouterr().out

@@ -496,7 +496,7 @@ def test_columns_and_copies_equal_one_process(subtests):
 
 @pytest.mark.distributed
 def test_every_way_of_sharding_equals_one_process(subtests, tried):
-    cases = ["pion", "pion bfloat16", "teon", "pion_lora"]
+    cases = ["pion", "pion bfloat16", "teon", "pion_lora", "adamw_routed keep"]
     for processes in (2, 4):
         names = [name for name, placements in PLACEMENTS.items() if 2 ** len(placements) == processes]
         check_placed(cases, names, launch(train_placed, processes, cases, names), subtests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -117,10 +118,11 @@ class RoutedAdamW(MatrixOptimizer):
                 kept = self.kept_inputs(name, p.mT if transposed else p, group).unsqueeze(0)
                 self._laid_out.discard(p)
             self.state[p][KEY] = sharding.copied(kept, p)
-            kept, old = self.state[p][KEY][0], p.to(kept.dtype, copy=True)
+            kept, old = sharding.local(self.state[p][KEY])[0], p.to(kept.dtype, copy=True)
             super()._elementwise_step({**group, "params": [p]})
-            w, back = (x.mT if transposed else x for x in (p, old.sub_(p)))
-            w.add_(along(back, kept, self.dtype_of_keep(group, back)).to(w.dtype))
+            of_rows = functools.partial(along, columns=kept, dtype=self.dtype_of_keep(group, kept))
+            back = sharding.by_rows(of_rows, old.sub_(p), transposed=transposed)
+            sharding.local(p).add_(back.to(p.dtype))
 
 
 def _matrices(p: Tensor, layout: blocks.Layout) -> list[Tensor]:

@@ -13,7 +13,7 @@ import math
 import operator
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -233,6 +233,24 @@ def copied(value: Tensor, p: Tensor) -> Tensor:
     if is_sharded(value):
         return value.redistribute(placements=everywhere)
     return DTensor.from_local(value, p.device_mesh, everywhere, run_check=False)
+
+
+def by_rows(of_rows: Callable[[Tensor], Tensor], x: Tensor, *, transposed: bool) -> Tensor:
+    """What this process holds of `of_rows(x)`, rows becoming others of their length, or columns where `transposed`.
+
+    A collective, where a DTensor's rows are cut.
+    """
+
+    def of(whole: Tensor) -> Tensor:
+        return of_rows(whole.mT).mT if transposed else of_rows(whole)
+
+    dim = x.ndim - (2 if transposed else 1)
+    if not is_sharded(x) or all(cut.is_replicate() or cut.dim != dim for cut in x.placements):
+        return of(local(x))
+    everything, held = of(whole(x)), torch.empty_like(local(x))
+    for piece in pieces(x)[dist.get_rank(group_of(x))]:
+        piece.of_held(held).copy_(piece.of(everything))
+    return held
 
 
 # -- what processes tell each other -----------------------------------------------------------------------------------
