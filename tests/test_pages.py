@@ -101,6 +101,8 @@ def test_files_that_a_page_names_are_there(page):
 def test_snippets_run(page, tmp_path, monkeypatch, token_rows, checkpoint):
     """In one interpreter, one after the other, on a toy model with and without adapters."""
     monkeypatch.chdir(tmp_path)
+    # TRL's own configs train in bfloat16, which transformers refuses on a CPU unless `use_cpu` is said.
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     toy_llama().save_pretrained("out/checkpoint-1000")
     adapted = get_peft_model(toy_llama(), LoraConfig(r=4, target_modules="all-linear"))
     model = toy_llama(num_key_value_heads=4)
