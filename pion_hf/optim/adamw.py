@@ -95,7 +95,7 @@ class RoutedAdamW(MatrixOptimizer):
                 if p.grad is not None:
                     w, columns = p.mT if transposed else p, kept_columns(group)
                     form = torch.zeros(1, w.shape[-1], columns, dtype=working_dtype(p.dtype), device=p.device)
-                    self.state[p][KEY] = sharding.copied(form, p)
+                    self.state[p][KEY] = sharding.placed(form, p, KEY)
                     self._laid_out.add(p)
 
     def __setstate__(self, state: dict) -> None:
@@ -117,8 +117,8 @@ class RoutedAdamW(MatrixOptimizer):
             if kept is None or p in self._laid_out:
                 kept = self.kept_inputs(name, p.mT if transposed else p, group).unsqueeze(0)
                 self._laid_out.discard(p)
-            self.state[p][KEY] = sharding.copied(kept, p)
-            kept, old = sharding.local(self.state[p][KEY])[0], p.to(kept.dtype, copy=True)
+            self.state[p][KEY] = sharding.placed(kept, p, KEY)  # sharded with it
+            kept, old = sharding.whole(kept)[0], p.to(kept.dtype, copy=True)
             super()._elementwise_step({**group, "params": [p]})
             of_rows = functools.partial(along, columns=kept, dtype=self.dtype_of_keep(group, kept))
             back = sharding.by_rows(of_rows, old.sub_(p), transposed=transposed)

@@ -220,21 +220,6 @@ def placed(value: Tensor, p: Tensor, key: str) -> Tensor:
     return value
 
 
-def copied(value: Tensor, p: Tensor) -> Tensor:
-    """`value`, an entry of a parameter's state that every process holds whole, so that checkpoints know it.
-
-    A DTensor that is cut, as an entry from elsewhere may be, is gathered: a collective.
-    """
-    if not is_sharded(p):
-        return whole(value)
-    from torch.distributed.tensor import DTensor, Replicate
-
-    everywhere = [Replicate()] * p.device_mesh.ndim
-    if is_sharded(value):
-        return value.redistribute(placements=everywhere)
-    return DTensor.from_local(value, p.device_mesh, everywhere, run_check=False)
-
-
 def by_rows(of_rows: Callable[[Tensor], Tensor], x: Tensor, *, transposed: bool) -> Tensor:
     """What this process holds of `of_rows(x)`, rows becoming others of their length, or columns where `transposed`.
 
