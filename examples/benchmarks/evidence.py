@@ -32,7 +32,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from pion_hf._version import __version__
-from pion_hf.cli.frontier import RING, unbeaten
+from pion_hf.cli.frontier import RING
 from pion_hf.report.style import COLOURS, MARKERS, STYLES, add_legend, new_figure, styled
 from pion_hf.runs.folder import read_json, write_json
 
@@ -238,30 +238,46 @@ def every_trial(ledger: Ledger, stage: dict) -> Table:
 
 @styled
 def picture(ledger: Ledger, stages: list[dict]) -> None:
-    """Exact match against KL: of every contender the points that none of its own beats, matched ones ringed."""
-    figure = new_figure(4.2 * len(stages))
+    """Exact match against KL, a line for every rate through its shares of the way; means and spread of the seeds.
+
+    Ringed is where each is compared. Of every task the stage with most seeds.
+    """
+    shown = {stage["task"]: stage for stage in sorted(stages, key=lambda stage: len(stage["seeds"]))}
+    names = [name for name in ledger.contenders if any(ledger.pooled(stage, name) for stage in shown.values())]
+    figure = new_figure(4.2)
+    figure.set_size_inches(4.8 * len(shown), 4.2)
     handles = {}
-    for axes, stage in zip(figure.subplots(len(stages), squeeze=False)[:, 0], stages, strict=True):
-        for i, name in enumerate(ledger.contenders):
+    for axes, stage in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.values(), strict=True):
+        for i, name in enumerate(names):
             known = ledger.pooled(stage, name)
-            if not known:
-                continue
             turn, nth = divmod(i, len(COLOURS))
-            look = {"color": COLOURS[nth], "marker": MARKERS[(nth + turn) % len(MARKERS)], "label": name}
-            places = [(measures["exact_match"], measures["own_kl"]) for measures in known.values()]
-            best = sorted(set(itertools.compress(places, unbeaten(places))))
-            handles[name], *_ = axes.plot(*zip(*best, strict=True), STYLES[turn], **look)
+            drawn = {"color": COLOURS[nth], "marker": MARKERS[(nth + turn) % len(MARKERS)]}
+            for rate in dict.fromkeys(rate for rate, _ in known):
+                points = [Point(place, place, 0.0) for place in known if place[0] == rate]
+                handles[name] = _errorbars(axes, ledger, stage, name, points, STYLES[turn], capsize=2, **drawn)
+                handles[name].set_label(name)
             point = at(known, ledger.wanted(stage))
             if point is not None:
-                kl = [measures["own_kl"] for measures in at_seeds(ledger, stage, name, point)]
-                bars = {"yerr": statistics.stdev(kl)} if len(kl) > 1 else {}
-                axes.errorbar(point.measures(known)["exact_match"], statistics.fmean(kl), fmt="o", **RING, **bars)
+                _errorbars(axes, ledger, stage, name, [point], "o", **RING)
+        axes.axvline(ledger.wanted(stage), color="black", linewidth=0.8, linestyle=":")
         axes.set_yscale("log")
-        axes.set_title(f"{stage['task']}, {stage['steps']} steps; ringed: at the same exact match")
+        axes.set_title(f"{stage['task']}, {stage['steps']} steps, seeds: {len(stage['seeds'])}")
         axes.set_xlabel("exact match")
-        axes.set_ylabel("KL to the base model on its own answers")
+    figure.axes[0].set_ylabel("KL to the base model on its own answers")
     add_legend(figure, list(handles.values()))
     figure.savefig(RESULTS.with_suffix(".png"), dpi=150)
+
+
+def _errorbars(axes: Any, ledger: Ledger, stage: dict, name: str, points: list[Point], form: str, **drawn: Any) -> Any:
+    """Means of the seeds at these points, and their standard deviations."""
+    found = [at_seeds(ledger, stage, name, point) for point in points]
+    means, spreads = (
+        {k: [of([m[k] for m in seeds]) for seeds in found] for k in ("exact_match", "own_kl")}
+        for of in (statistics.fmean, lambda values: statistics.stdev(values) if len(values) > 1 else 0.0)
+    )
+    bars = {"xerr": spreads["exact_match"], "yerr": spreads["own_kl"]}
+    line, *_ = axes.errorbar(means["exact_match"], means["own_kl"], fmt=form, **bars, **drawn)
+    return line
 
 
 def together(stages: list[dict]) -> list[dict]:
