@@ -195,10 +195,17 @@ def table(ledger: Ledger, stage: dict) -> Table:
     return made
 
 
+def alike(stage: dict) -> tuple[int, int, int]:
+    """Stages of which this is the same can stand side by side."""
+    return stage["steps"], stage["questions"], len(stage["seeds"])
+
+
 def side_by_side(ledger: Ledger, stages: list[dict]) -> Table:
     """Every contender's KL and change of the loss of other text, at what each stage wants."""
     titles = [f"{stage['task']}, {ledger.wanted(stage):.1%}" for stage in stages]
-    made = Table(title=f"{stages[0]['steps']} steps, at the same exact match", box=box.MARKDOWN)
+    steps, questions, seeds = alike(stages[0])
+    title = f"{steps} steps, {questions} questions, {seeds} seeds, at the same exact match"
+    made = Table(title=title, box=box.MARKDOWN)
     for heading in ("contender", *(f"{title}: {word}" for title in titles for word in ("KL", "other text"))):
         made.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
     rows = []
@@ -303,9 +310,8 @@ def main() -> None:
         raise SystemExit(f"no finished trials of {REFERENCE} to show")
     if chosen.picture:
         picture(ledger, begun)
-    for length in {(stage["steps"], stage["questions"]): None for stage in begun}:
-        alike = [stage for stage in begun if (stage["steps"], stage["questions"]) == length]
-        Console(width=200).print(side_by_side(ledger, alike))
+    for kind in dict.fromkeys(map(alike, begun)):
+        Console(width=200).print(side_by_side(ledger, [stage for stage in begun if alike(stage) == kind]))
     for stage in begun:
         Console(width=200).print(table(ledger, stage))
         Console(width=200).print(every_trial(ledger, stage))
