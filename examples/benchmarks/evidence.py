@@ -305,16 +305,18 @@ def main() -> None:
     if not (chosen.show or chosen.picture):
         for stage in ledger.stages:
             ledger.run(stage)
-    begun = [stage for stage in together(ledger.stages) if ledger.pooled(stage, REFERENCE)]
-    if not begun:
+    measured = [stage for stage in together(ledger.stages) if ledger.pooled(stage, REFERENCE)]
+    if not measured:
         raise SystemExit(f"no finished trials of {REFERENCE} to show")
     if chosen.picture:
-        picture(ledger, begun)
-    for kind in dict.fromkeys(map(alike, begun)):
-        Console(width=200).print(side_by_side(ledger, [stage for stage in begun if alike(stage) == kind]))
-    for stage in begun:
+        picture(ledger, measured)
+    for kind in dict.fromkeys(map(alike, measured)):
+        Console(width=200).print(side_by_side(ledger, [stage for stage in measured if alike(stage) == kind]))
+    for stage in measured:
         Console(width=200).print(table(ledger, stage))
         Console(width=200).print(every_trial(ledger, stage))
+    seconds = [trial["seconds"] for trial in ledger.record["trials"]]
+    print(f"{len(seconds)} trials, {sum(seconds) / 3600:.1f} hours")
 
 
 if __name__ == "__main__":

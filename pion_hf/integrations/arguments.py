@@ -217,6 +217,9 @@ def parse_optim_args(text: str | Mapping[str, Any] | None) -> dict[str, Any]:
 
     Values are Python literals where they look like one. Names in a list need no quotes (`targets=[q_proj, k_proj]`);
     what is quoted is taken as it stands, so that a regular expression keeps its backslashes.
+
+    Raises:
+        ValueError: an entry without `=`, unbalanced brackets or quotes, a key given twice.
     """
     if isinstance(text, Mapping):
         return dict(text)
@@ -238,6 +241,9 @@ def resolve_options(
     """Merge and check sources of options; later ones win. Returns the constructor's and the groups'.
 
     by_trainer: see `options_of`.
+
+    Raises:
+        ValueError: an option that does not exist (with the nearest that does) or a value of the wrong type.
     """
     types = option_types(optim, by_trainer=by_trainer)
     merged: dict[str, Any] = {}

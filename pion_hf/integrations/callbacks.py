@@ -54,10 +54,13 @@ class RunCallback(TrainerCallback):
     rotation angles, skipped steps, how many steps of rotated matrices were clipped since the last entry (`clipped`),
     and the optimizer's share of the time. Snapshots of every hidden matrix (spectral norm, stable rank) are taken at
     the start, at the end and at ten points between, whatever the optimizer; the change of the singular values of as
-    many as time allows joins them. Measuring takes a hundredth of the training time: where it would take more, less is
-    measured.
+    many as time allows joins them. Measuring takes a hundredth of the training time: where it would take more, fewer
+    steps and spectra are measured, and `run.json` says how many.
 
-    `summary` holds what is known at the end, and joins the last log entry: the keys of `SUMMARY`, where they apply.
+    `summary` holds what is known at the end: `optimizer_share`, `optimizer_seconds`, `logging_share`, `skipped_steps`
+    and `clipped_steps` if there were any; of rotated matrices `spectrum_drift` (the largest change of a singular value
+    relative to its matrix's spectral norm), their number, and of how many the spectrum was measured. It joins the last
+    log entry.
 
     Only the first process measures and writes.
     """

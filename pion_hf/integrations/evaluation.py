@@ -44,7 +44,11 @@ def progress(before: dict[str, float], after: dict[str, float]) -> float | None:
 
 
 def prompts_and_answers(rows: Sequence[dict[str, Any]]) -> list[tuple[list[dict[str, str]], str]]:
-    """`(messages up to the last answer, answer)` of chat rows: `prompt`/`completion` or `messages`, as for TRL."""
+    """`(messages up to the last answer, answer)` of chat rows: `prompt`/`completion` or `messages`, as for TRL.
+
+    Raises:
+        ValueError: rows of another form.
+    """
     pairs = []
     for row in rows:
         parts = [row["messages"]] if "messages" in row else [row.get("prompt"), row.get("completion")]
@@ -175,13 +179,21 @@ def exact_match(answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> float
 def text_loss(
     model: nn.Module, tokenizer: Any, text: str, *, window: int = 256, windows: int = 32, batch_size: int = 8
 ) -> float:
-    """Mean next-token loss (nats) over up to `windows` evenly spaced stretches of `window` tokens of `text`."""
+    """Mean next-token loss (nats) over up to `windows` evenly spaced stretches of `window` tokens of `text`.
+
+    Raises:
+        ValueError: the text is shorter than one window.
+    """
     stretches = text_stretches(tokenizer, text, window=window, windows=windows)
     return token_loss(model, [(ids, ids) for ids in stretches], batch_size=batch_size)
 
 
 def text_stretches(tokenizer: Any, text: str, *, window: int = 256, windows: int = 32) -> list[Tensor]:
-    """Token ids `(window,)` of up to `windows` evenly spaced stretches of `text`."""
+    """Token ids `(window,)` of up to `windows` evenly spaced stretches of `text`.
+
+    Raises:
+        ValueError: the text is shorter than one window.
+    """
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
     available = len(ids) // window
     if not available:
@@ -197,6 +209,9 @@ def answer_tokens(
     """Token ids and labels `(length,)` of chat rows: the last answer is labelled, what leads to it is not.
 
     Rows of more than `max_length` tokens are left out.
+
+    Raises:
+        ValueError: rows that are no chat (see `prompts_and_answers`), or all too long.
     """
     found = []
     for (prompt, answer), row in zip(prompts_and_answers(rows), rows, strict=True):

@@ -94,8 +94,8 @@ class RoutedAdamW(MatrixOptimizer):
             for p in group["params"] if group["rule"] in self.matrix_rules and group["keep"] else ():
                 if p.grad is not None:
                     w, columns = p.mT if transposed else p, kept_columns(group)
-                    form = torch.zeros(1, w.shape[-1], columns, dtype=working_dtype(p.dtype), device=p.device)
-                    self.state[p][KEY] = sharding.placed(form, p, KEY)
+                    form = torch.empty(1, w.shape[-1], columns, dtype=working_dtype(p.dtype), device="meta")
+                    self.state[p][KEY] = sharding.zeros(form, p)
                     self._laid_out.add(p)
 
     def __setstate__(self, state: dict) -> None:

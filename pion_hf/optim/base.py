@@ -16,13 +16,7 @@ from pion_hf.linalg.products import full_float32, product_dtype
 from pion_hf.linalg.rotation import along, angles
 from pion_hf.optim import blocks, elementwise, gradients, groups, masters, sharding
 from pion_hf.optim.batches import KEPT, REST, Batch, Plan, Step, is_apart
-from pion_hf.optim.checks import (
-    check_finite,
-    check_parameter,
-    check_size,
-    check_switches,
-    check_values,
-)
+from pion_hf.optim.checks import check_finite, check_parameter, check_size, check_switches, check_values
 from pion_hf.optim.dividing import DividedState
 from pion_hf.optim.fingerprints import FINGERPRINT_BYTES
 from pion_hf.optim.inputs import Inputs
@@ -331,10 +325,10 @@ class MatrixOptimizer(SavedState, DividedState, StateOfWeights, torch.optim.Opti
         watching = [(observer, observer.before(exact)) for observer in observers]
         self._rotations = {} if watching else None
         directions = None if self.keeps_by_itself else state.get(KEPT)
-        old = None if directions is None else weights.clone()
+        before = None if directions is None else weights.clone()
         new = self.update(weights, grad, state, group=group, step=step)
         if directions is not None:
-            new.add_(along(old.sub_(new), directions, self.dtype_of_keep(group, old)))
+            new.add_(along(before.sub_(new), directions, self.dtype_of_keep(group, before)))
         for observer, old in watching:
             observer.see(Update(batch.names, group, old, new, grad, self._rotations))
         self._rotations = None

@@ -149,6 +149,9 @@ def write_report(
         pictures: the folder of the PNGs. Default: `<name of the page>_files` beside it.
         extra: sections of the caller's own before all others: heading, and a figure or HTML, which is taken as it is
             (`table` makes it of text).
+
+    Raises:
+        FileNotFoundError, ValueError: a folder that is no run, a damaged file, or a place that cannot be written to.
     """
     path = Path(path)
     pictures = path.with_name(f"{path.stem}_files") if pictures is None else Path(pictures)

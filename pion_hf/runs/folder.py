@@ -149,7 +149,12 @@ class Run:
 
 
 def read_run(folder: str | os.PathLike) -> Run:
-    """Read a run's folder; a last line that was cut off is left out."""
+    """Read a run's folder; a last line that was cut off is left out.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is no run's, or a file is damaged or cannot be read.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {str(folder)!r}.")
@@ -174,7 +179,11 @@ def read_run(folder: str | os.PathLike) -> Run:
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
-    """What `eval.json` of a run's folder says; None if there is none."""
+    """What `eval.json` of a run's folder says; None if there is none.
+
+    Raises:
+        ValueError: it is damaged, or cannot be read.
+    """
     evaluation = read_json(folder / EVALUATION)
     if evaluation is not None:
         check_fields(f"{str(folder)!r} is damaged: {EVALUATION}", evaluation, EVALUATION_FIELDS)
@@ -184,7 +193,11 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
 
 
 def read_spectra(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Singular values before and after, `(E, k)`, of every matrix whose both are known."""
+    """Singular values before and after, `(E, k)`, of every matrix whose both are known.
+
+    Raises:
+        OSError: there are none, or they cannot be read. ValueError: they are damaged.
+    """
     try:
         tensors = load(read_bytes(folder / SPECTRA))
     except SafetensorError as error:
