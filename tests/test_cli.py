@@ -458,7 +458,7 @@ def test_help_names_every_command(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pion-hf", "--help"])
     runpy.run_module("pion_hf.cli", run_name="__main__")
     printed = capsys.readouterr().out
-    assert all(f"  {name} " in printed for name in ("sft", "cpt", "run", "plan", "report", "compare"))
+    assert all(f"  {name} " in printed for name in ("sft", "cpt", "run", "plan", "answers", "report", "compare"))
 
 
 def described(section: str) -> dict[str, str]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
@@ -15,9 +13,10 @@ from torch import Tensor, nn
 
 import pion_hf
 from pion_hf import Inputs, PionTrainer, PionTrainingArguments, RoutedAdamW, Teon, param_groups
+from pion_hf.cli import main
 from pion_hf.integrations.arguments import resolve_options
 from pion_hf.integrations.handler import with_inputs
-from tests.conftest import chat_rows, toy_llama, write_jsonl
+from tests.conftest import chat_rows, toy_llama, toy_tokenizer, write_jsonl
 from tests.test_keep import train
 
 KEEP = 12
@@ -177,12 +176,30 @@ def test_adapters_are_shown_them_through_their_model(tmp_path, checkpoint):
     assert inputs.directions(name, 32, 4, torch.device("cpu")).norm() > 1
 
 
-def test_a_models_own_answers_are_rows_to_keep(tmp_path, checkpoint, token_rows):
-    (tmp_path / "questions.txt").write_text("1+1=\n\n2+2=\n", encoding="utf-8")
-    script, output = Path(__file__).parents[1] / "examples" / "prepare_own_answers.py", tmp_path / "answers.jsonl"
-    arguments = ["--model", checkpoint, "--instructions", tmp_path / "questions.txt", "--output", output]
-    run = [sys.executable, script, *arguments, "--new_tokens", "6"]
-    subprocess.run(run, check=True, capture_output=True, timeout=120)
+@pytest.mark.parametrize("template", [True, False])
+def test_a_models_own_answers_are_rows_to_keep(template, tmp_path, checkpoint, token_rows):
+    questions, output = tmp_path / "questions.txt", tmp_path / "answers.jsonl"
+    questions.write_text("1+1=\n\n2+2=\n", encoding="utf-8")
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    if not template:  # nor a token to pad with, as many base models
+        tokenizer = toy_tokenizer()
+        tokenizer.chat_template = tokenizer.pad_token = None
+        tokenizer.save_pretrained(model)
+        (model / "chat_template.jinja").unlink(missing_ok=True)
+    arguments = ["--instructions", questions, "--output", output, "--new_tokens", 6]
+    main(["answers", "--model", *map(str, [model, *arguments])])
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    assert [row["prompt"][0]["content"] for row in rows] == ["1+1=", "2+2="]
-    assert trained(tmp_path / "run", str(output), checkpoint, token_rows).norm() > 1
+    asked = [row["prompt"][0]["content"] if template else row["text"].partition("\n")[0] for row in rows]
+    assert asked == ["1+1=", "2+2="]
+    assert trained(tmp_path / "run", str(output), model, token_rows).norm() > 1
+    said = output.read_text(encoding="utf-8")
+    main(["answers", "--model", *map(str, [model, *arguments])])
+    assert output.read_text(encoding="utf-8") == said
+
+
+def test_what_cannot_be_answered_is_named(tmp_path, checkpoint):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n", encoding="utf-8")
+    for path, said in ((empty, "is empty: write one instruction in every line"), (tmp_path, "cannot be read: ")):
+        with pytest.raises(SystemExit, match=f"pion-hf answers: instructions='{path}' {said}"):
+            main(["answers", "--model", str(checkpoint), "--instructions", str(path)])

@@ -128,7 +128,7 @@ def test_compiled_modules_are_not_the_users(tmp_path, monkeypatch):
     assert faults.is_of_user(within(lambda: runpy.run_path(str(script))))
 
 
-@pytest.mark.parametrize("name", ["sft", "cpt", "grpo", "run", "plan", "report", "compare"])
+@pytest.mark.parametrize("name", ["sft", "cpt", "grpo", "run", "plan", "answers", "report", "compare"])
 def test_an_interrupt_is_one_line_and_its_own_status(monkeypatch, capsys, name):
     monkeypatch.setattr(f"pion_hf.cli.{name}.main", raising(KeyboardInterrupt()))
     with pytest.raises(SystemExit) as raised:

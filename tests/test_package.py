@@ -64,7 +64,7 @@ def installed(tmp_path_factory) -> Path:
 def test_the_wheel_holds_the_package_and_nothing_else(installed):
     assert modules(installed / "pion_hf") == modules(ROOT / "pion_hf")
     assert {path.name.partition("-")[0] for path in installed.iterdir()} == {"pion_hf", "bin"}
-    assert {"py.typed", "report/templates/page.html"} <= modules(installed / "pion_hf")
+    assert {"py.typed", "cli/instructions.txt", "report/templates/page.html"} <= modules(installed / "pion_hf")
     assert any(file.startswith("configs/") for file in modules(installed / "pion_hf"))
 
 

@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from pion_hf.cli import compare, main, plan
+from pion_hf.cli import answers, compare, main, plan
 from pion_hf.integrations.arguments import OPTIMIZER_CLASSES
 from pion_hf.integrations.schedules import OPTIONS
 from pion_hf.report.page import SECTIONS
@@ -144,6 +144,8 @@ def test_commands_can_be_planned(words, toy_folder, monkeypatch, capsys):
     program, *rest = without_launcher(words)
     if program == "pion-hf" and rest[0] == "compare":
         assert compare.parse(rest[1:]).recipe.is_file()
+    elif program == "pion-hf" and rest[0] == "answers":
+        assert answers.parser().parse_args(rest[1:]).instructions.is_file()
     elif program == "pion-hf":
         flags = rest[2:] if rest[0] == "run" else rest[1:]  # a script comes before its flags
         narrow = ["--optim_keep", "4"] if "--optim_keep_data" in flags else []  # the toy has no 96 directions
@@ -179,6 +181,7 @@ OF_RECIPES = {
 }
 INSTEAD = {
     "plan": {"model_name_or_path": ("toy", "other commands are planned by their own configs elsewhere")},
+    "answers": {"model": ("toy", "two layers, instead of a real one"), "new_tokens": ("4", "short answers")},
     "run": TRAINS,
     "cpt": {**OF_RECIPES, "dataset_name": ("texts", "as other_text_file"), "max_length": ("64", "short rows")},
     "grpo": {
@@ -275,7 +278,7 @@ def test_commands_run(words, workplace, capsys):
         assert (workplace / folder / "compare.json").is_file()
         return
     main([kind, *rest, *(f"--{flag}={value}" for flag, value in stand_ins(kind, rest).items())])
-    if kind == "plan":
-        assert "Estimated peak memory" in capsys.readouterr().out
+    if kind in ("plan", "answers"):
+        assert ("Estimated peak memory" if kind == "plan" else "100 answers") in capsys.readouterr().out
     else:
         assert (workplace / "out" / ("routing.json" if kind == "run" else "eval.json")).is_file()

@@ -46,7 +46,8 @@ LIGHT_COMMANDS = f"""
 import contextlib, io, sys
 import pion_hf, pion_hf.optim, pion_hf.run
 from pion_hf.cli import main
-for argv in ([], ["--help"], ["--version"], ["spt"], ["run", "--help"], ["report", "--help"], ["compare", "--help"],
+for argv in ([], ["--help"], ["--version"], ["spt"], ["run", "--help"], ["report", "--help"], ["answers", "--help"],
+             ["compare", "--help"],
              ["report", "--titel", "x"], ["compare", "recipe.yaml", "--optims", "pion"]):
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):

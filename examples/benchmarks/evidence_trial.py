@@ -10,7 +10,6 @@ import itertools
 import json
 import random
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,10 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 from pion_hf import Blend, Inputs, PionTrainingArguments
 from pion_hf.integrations.evaluation import IGNORED, answer_tokens, evaluating, exact_match, generate_answers, text_loss
+from pion_hf.integrations.kept_data import own_answers
 from pion_hf.linalg.products import bfloat16_speedup
-
-sys.path.append(str(Path(__file__).parents[1]))
-from prepare_own_answers import own_answers
 
 MODEL, OTHER_TEXT = "models/smollm2-135m-instruct", "data/python_docs.txt"
 ANSWERS = Path(__file__).parent / "results" / "evidence_answers.jsonl"
@@ -167,7 +164,7 @@ class Bench:
         instructions = [form.format(topic) for form in FORMS for topic in TOPICS]
         random.Random(0).shuffle(instructions)
         set_seed(0)
-        rows = own_answers(base, self.tokenizer, instructions, SAMPLED_TOKENS)
+        rows = own_answers(base, self.tokenizer, instructions, new_tokens=SAMPLED_TOKENS)
         ANSWERS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     # -- training -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command `pion-hf`: sft, cpt, grpo, run, plan, report, compare."""
+"""The command `pion-hf`: sft, cpt, grpo, run, plan, answers, report, compare."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "grpo": "reinforcement learning from rewards of the model's own answers: every flag of trl grpo",
     "run": "run an unmodified Hugging Face script with --optim pion available",
     "plan": "show which rule would update what, and what it costs, without training",
+    "answers": "a model's own answers before it is trained, for --optim_keep_data: what must not be forgotten",
     "report": "a page of pictures about one run, or several side by side, from their folders",
     "compare": "the same recipe with every optimizer, learning rate and seed: a table of who learns and who forgets",
 }

@@ -114,12 +114,14 @@ def keeping_random_numbers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _padded_left(tokenizer: Any) -> Iterator[None]:
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+def padded_left(tokenizer: Any) -> Iterator[None]:
+    """`tokenizer` pads as generation needs it, on the left (with the end of a text, lacking a pad), then as before."""
+    side, token = tokenizer.padding_side, tokenizer.pad_token
+    tokenizer.padding_side, tokenizer.pad_token = "left", token or tokenizer.eos_token
     try:
         yield
     finally:
-        tokenizer.padding_side = side
+        tokenizer.padding_side, tokenizer.pad_token = side, token
 
 
 @torch.no_grad()
@@ -144,7 +146,7 @@ def generate_answers(
     around = [around_answer(tokenizer, prompt, **own) for prompt, own in zip(prompts, options, strict=True)]
     ends = ends_of_answers(model, tokenizer, around[0][1]) if prompts else []
     answers = [""] * len(prompts)
-    with evaluating(model), _padded_left(tokenizer):
+    with evaluating(model), padded_left(tokenizer):
         order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])))
         for start in tqdm(range(0, len(order), batch_size), desc="Answering", leave=False):
             batch = order[start : start + batch_size]

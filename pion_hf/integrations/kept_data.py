@@ -1,22 +1,23 @@
-"""What a model must not forget, from a file: texts whose inputs an optimizer with `keep` leaves as they are."""
+"""What a model must not forget: texts whose inputs an optimizer with `keep` leaves as they are; its own answers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import trange
+from tqdm.auto import tqdm, trange
 from transformers import AutoTokenizer
 
-from pion_hf.integrations.evaluation import answer_tokens
+from pion_hf.integrations.evaluation import answer_tokens, evaluating, padded_left
 from pion_hf.optim import Inputs
 
 LONGEST, MOST, BATCH = 512, 1000, 4  # tokens of a row, rows, and rows of which the logits are in memory at once
+ANSWERED = 50  # instructions that are answered at once
 
 
 def show(inputs: Inputs, model: nn.Module, path: str) -> None:
@@ -64,3 +65,51 @@ def _batches(rows: list[Tensor], device: torch.device) -> Iterator[dict[str, Ten
         some = rows[start : start + BATCH]
         mask = pad_sequence([torch.ones_like(ids) for ids in some], batch_first=True)
         yield {"input_ids": pad_sequence(some, batch_first=True).to(device), "attention_mask": mask.to(device)}
+
+
+@torch.no_grad()
+def own_answers(
+    model: nn.Module, tokenizer: Any, instructions: Sequence[str], *, new_tokens: int
+) -> list[dict[str, Any]]:
+    """What `model` answers to each of `instructions`, as rows that `show` reads: chats, or texts if it has no template.
+
+    Answers are sampled at temperature 1 from all tokens, at most `new_tokens` of them, and cut behind their last whole
+    sentence.
+    """
+    chats = tokenizer.chat_template is not None
+    rows = []
+    with evaluating(model), padded_left(tokenizer):
+        for start in tqdm(range(0, len(instructions), ANSWERED), desc="Answering"):
+            asked = instructions[start : start + ANSWERED]
+            texts = [_prompt(tokenizer, text) if chats else f"{text}\n" for text in asked]
+            inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chats).to(model.device)
+            made = model.generate(
+                **inputs,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            answers = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            rows += [_row(text, _whole_sentences(answer), chats) for text, answer in zip(asked, answers, strict=True)]
+    return rows
+
+
+def _prompt(tokenizer: Any, text: str) -> str:
+    chat = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
+def _whole_sentences(text: str) -> str:
+    return text[: max(map(text.rfind, ".!?\n")) + 1].strip() or text
+
+
+def _row(instruction: str, answer: str, chat: bool) -> dict[str, Any]:
+    if not chat:
+        return {"text": f"{instruction}\n{answer}"}
+    return {
+        "prompt": [{"role": "user", "content": instruction}],
+        "completion": [{"role": "assistant", "content": answer}],
+    }

@@ -124,8 +124,8 @@ class Shown:
 
     keep_data: str | None = option(
         None,
-        "What keep is about: a file of chats or texts (.jsonl), or one text, such as the model's own answers. "
-        "(default: the first batch trained on)",
+        "What keep is about: a file of chats or texts (.jsonl), or one text, such as the model's own answers, which "
+        "pion-hf answers writes. (default: the first batch trained on)",
     )
 
 
