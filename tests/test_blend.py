@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pion_hf import Blend, param_groups
+from pion_hf import Blend, Inputs, PionLora, param_groups
 from pion_hf.cli import main
 from pion_hf.cli.before_after import ReportArguments, ReportMixin
 from pion_hf.integrations.hidden_matrices import hidden_matrices
@@ -105,6 +107,53 @@ def test_what_does_not_rotate_is_a_mean():
     mean = weights(model)
     blend.apply(0.5, optimizer)
     assert all(torch.equal(p, mean[name]) for name, p in model.named_parameters())
+
+
+def adapted(**options):
+    torch.manual_seed(0)
+    return get_peft_model(toy_llama(), LoraConfig(r=4, target_modules="all-linear", **options))
+
+
+def effects(model) -> dict[str, torch.Tensor]:
+    """What each adapter adds to its layer's weight."""
+    layers = (m for m in model.modules() if isinstance(m, LoraLayer))
+    return {id(layer): layer.get_delta_weight("default").detach().clone() for layer in layers}
+
+
+def test_an_adapter_that_began_at_zero_goes_back_by_its_effect():
+    model = adapted()
+    start, blend = weights(model), Blend(model)
+    inputs = Inputs(model, 2)
+    optimizer = PionLora(param_groups(model, "pion_lora", lr=0.05), keep=2, inputs=inputs)
+    for step in range(3):
+        ids = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(step))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    end, whole = weights(model), effects(model)
+    names = {p: name for name, p in model.named_parameters()}
+    kept = {p: state["kept.0"] for p, state in optimizer.state.items() if "lora_A" in names[p]}
+    assert len(kept) == 14
+    blend.apply(0.6, optimizer)
+    for layer, effect in effects(model).items():
+        torch.testing.assert_close(effect, 0.6 * whole[layer])
+    for p, directions in kept.items():  # and so nothing of what was kept comes back
+        assert (p @ directions[0]).norm() < 1e-5 * p.norm()
+    for share, expected in ((1.0, end), (0.0, start)):
+        blend.apply(share, optimizer)
+        assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+
+
+def test_an_adapter_that_began_with_an_effect_goes_back_factor_by_factor():
+    model = adapted(init_lora_weights="orthogonal")
+    start, blend = weights(model), Blend(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * p.requires_grad)
+    end = weights(model)
+    blend.apply(0.25)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), 0.75 * start[name] + 0.25 * end[name])
 
 
 def test_half_precision_is_rounded_once():
