@@ -10,9 +10,9 @@ of two until the lowest rate that answers as well as any (within 3 points) has a
 a neighbour above. Finished trials are kept in results/evidence.json and not repeated, so that a run that was killed
 goes on by the same command. `--show` prints the tables, `--picture` draws results/evidence.png; neither runs anything.
 
-Shown is for every contender what is kept at AdamW's best exact match, less the standard error of a difference of two:
-of its points that answer as well, and of the lines from one rate or blend to the next where they cross that exact
-match, the one with the least KL.
+Shown is for every contender what is kept at the best exact match of AdamW (of a stage's `reference`, if it names one),
+less the standard error of a difference of two: of its points that answer as well, and of the lines from one rate or
+blend to the next where they cross that exact match, the one with the least KL.
 
 Needs examples/prepare_smollm2.py and data/python_docs.txt (examples/prepare_reasoning.py).
 """
@@ -38,7 +38,7 @@ from pion_hf.runs.folder import read_json, write_json
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "evidence.json"
-REFERENCE = "AdamW"  # whose best exact match is the one to match
+REFERENCE = "AdamW"  # whose best exact match is the one to match, where a stage names no other
 KEPT = {  # losses and KL in nats per token
     "own_kl": "KL on own answers",
     "own_loss": "change of their loss",
@@ -93,7 +93,7 @@ class Ledger:
 
     def wanted(self, stage: dict) -> float:
         """The reference's best exact match, less the standard error of a difference."""
-        best = max(of_trained(self.pooled(stage, REFERENCE)).values(), default=math.nan)
+        best = max(of_trained(self.pooled(stage, reference(stage))).values(), default=math.nan)
         return best - math.sqrt(2 * best * (1 - best) / stage["questions"] / len(stage["seeds"]))
 
     def todo(self, stage: dict) -> Iterator[tuple[str, float, int]]:
@@ -121,6 +121,10 @@ class Ledger:
             self.record["trials"].append({**key, **measured})
             write_json(RESULTS, self.record)
             tqdm.write(f"{key}: {measured['shares']['1']}, {measured['seconds']:.0f} s")
+
+
+def reference(stage: dict) -> str:
+    return stage.get("reference", REFERENCE)
 
 
 def of_trained(known: dict[Place, Measures]) -> dict[float, float]:
@@ -195,16 +199,16 @@ def table(ledger: Ledger, stage: dict) -> Table:
     return made
 
 
-def alike(stage: dict) -> tuple[int, int, int]:
+def alike(stage: dict) -> tuple[int, int, int, str]:
     """Stages of which this is the same can stand side by side."""
-    return stage["steps"], stage["questions"], len(stage["seeds"])
+    return stage["steps"], stage["questions"], len(stage["seeds"]), reference(stage)
 
 
 def side_by_side(ledger: Ledger, stages: list[dict]) -> Table:
     """Every contender's KL and change of the loss of other text, at what each stage wants."""
     titles = [f"{stage['task']}, {ledger.wanted(stage):.1%}" for stage in stages]
-    steps, questions, seeds = alike(stages[0])
-    title = f"{steps} steps, {questions} questions, {seeds} seeds, at the same exact match"
+    steps, questions, seeds, whose = alike(stages[0])
+    title = f"{steps} steps, {questions} questions, {seeds} seeds, at the same exact match, that of {whose}"
     made = Table(title=title, box=box.MARKDOWN)
     for heading in ("contender", *(f"{title}: {word}" for title in titles for word in ("KL", "other text"))):
         made.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
@@ -247,16 +251,20 @@ def every_trial(ledger: Ledger, stage: dict) -> Table:
 def picture(ledger: Ledger, stages: list[dict]) -> None:
     """Exact match against KL, a line for every rate through its shares of the way; means and spread of the seeds.
 
-    Ringed is where each is compared. Of every task the stage with most seeds.
+    Ringed is where each is compared. Of every task the stage with most seeds; a row of panels for every reference.
     """
-    shown = {stage["task"]: stage for stage in sorted(stages, key=lambda stage: len(stage["seeds"]))}
+    ranked = sorted(stages, key=lambda stage: (stage["questions"], len(stage["seeds"]), -stage["steps"]))
+    shown = {(reference(stage), stage["task"]): stage for stage in ranked}
+    rows = len({whose for whose, _ in shown})
+    shown = dict(sorted(shown.items(), key=lambda item: item[0][0] != REFERENCE))
     names = [name for name in ledger.contenders if any(ledger.pooled(stage, name) for stage in shown.values())]
     figure = new_figure(4.2)
-    figure.set_size_inches(4.8 * len(shown), 4.2)
+    figure.set_size_inches(4.8 * len(shown) / rows, 3.6 * rows)
     handles = {}
-    for axes, stage in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.values(), strict=True):
+    panels = figure.subplots(rows, len(shown) // rows, squeeze=False)
+    for axes, stage in zip(panels.flat, shown.values(), strict=True):
         for i, name in enumerate(names):
-            known = ledger.pooled(stage, name)
+            known = ledger.pooled(stage, name) if name in stage["rates"] else {}
             turn, nth = divmod(i, len(COLOURS))
             drawn = {"color": COLOURS[nth], "marker": MARKERS[(nth + turn) % len(MARKERS)]}
             for rate in dict.fromkeys(rate for rate, _ in known):
@@ -270,7 +278,8 @@ def picture(ledger: Ledger, stages: list[dict]) -> None:
         axes.set_yscale("log")
         axes.set_title(f"{stage['task']}, {stage['steps']} steps, seeds: {len(stage['seeds'])}")
         axes.set_xlabel("exact match")
-    figure.axes[0].set_ylabel("KL to the base model on its own answers")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("KL to the base model on its own answers")
     add_legend(figure, list(handles.values()))
     figure.savefig(RESULTS.with_suffix(".png"), dpi=150)
 
@@ -305,9 +314,9 @@ def main() -> None:
     if not (chosen.show or chosen.picture):
         for stage in ledger.stages:
             ledger.run(stage)
-    measured = [stage for stage in together(ledger.stages) if ledger.pooled(stage, REFERENCE)]
+    measured = [stage for stage in together(ledger.stages) if ledger.pooled(stage, reference(stage))]
     if not measured:
-        raise SystemExit(f"no finished trials of {REFERENCE} to show")
+        raise SystemExit("no finished trials of a reference to show")
     if chosen.picture:
         picture(ledger, measured)
     for kind in dict.fromkeys(map(alike, measured)):
