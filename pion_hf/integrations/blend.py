@@ -16,7 +16,7 @@ from pion_hf.integrations.optimizers import unwrap
 from pion_hf.linalg.spectrum import singular_values, with_singular_values
 from pion_hf.optim import blocks
 from pion_hf.optim.checks import check_range
-from pion_hf.routing.adapters import lora_factors
+from pion_hf.routing.adapters import idle_factors
 
 
 class Blend:
@@ -36,9 +36,7 @@ class Blend:
         self._model = model
         self._start = _copies(model)
         self._trained: dict[str, Tensor] | None = None
-        self._stays = {
-            factor.name for factor in lora_factors(model) if not factor.effective
-        }  # beside one that was zero
+        self._stay = idle_factors(model)  # their partners alone take the effect back
 
     @torch.no_grad()
     def apply(self, share: float, optimizer: Any = None) -> None:
@@ -61,7 +59,7 @@ class Blend:
         for name, p in _trainable(self._model).items():
             start, end = (end_of[name].to(p.device) for end_of in (self._start, self._trained))
             precise = torch.promote_types(p.dtype, torch.float32)
-            own = 1.0 if share > 0 and name in self._stays else share
+            own = 1.0 if share > 0 and p in self._stay else share
             p.copy_(torch.lerp(start.to(precise), end.to(precise), own))
         ours = unwrap(optimizer)
         if ours is not None and 0 < share < 1:
@@ -70,10 +68,9 @@ class Blend:
     def _restore_spectra(self, optimizer: Any, ours: Any) -> None:
         names = {id(p): name for name, p in _trainable(self._model).items()}
         for matrix in hidden_matrices(self._model, optimizer, ours):
-            name = names[id(matrix.parameter)]
-            if not matrix.keeps_spectrum or name in self._stays:
+            if not matrix.keeps_spectrum or matrix.parameter in self._stay:
                 continue
-            began = blocks.split(self._start[name], matrix.layout)[matrix.index]
+            began = blocks.split(self._start[names[id(matrix.parameter)]], matrix.layout)[matrix.index]
             now = matrix.weights()
             spectrum = singular_values(blocks.merge_rows(began)).to(now.device)
             view = blocks.split(matrix.parameter.detach(), matrix.layout)[matrix.index]

@@ -46,14 +46,9 @@ def lora_factors(model: nn.Module) -> list[Factor]:
     Raises:
         ValueError: an adapter with two zero factors, neither of which can move.
     """
-    if "peft" not in sys.modules:  # and so no model of peft's
-        return []
-    from peft.tuners.lora import LoraLayer
-
     names = {id(p): name for name, p in model.named_parameters()}
     factors, frozen = [], []
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if layers:
+    if layers := _lora_layers(model):
         require("peft")
     for layer in layers:
         for adapter, a, b, embedding in _pairs(layer):
@@ -72,12 +67,21 @@ def lora_factors(model: nn.Module) -> list[Factor]:
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether a LoRA factor of `model` is trainable."""
-    if "peft" not in sys.modules:
-        return False
+    return any(p.requires_grad for layer in _lora_layers(model) for _, *pair, _ in _pairs(layer) for p in pair)
+
+
+def idle_factors(model: nn.Module) -> set[nn.Parameter]:
+    """Factors beside a partner that is zero, so that they have no effect yet."""
+    pairs = [(a, b) for layer in _lora_layers(model) for _, a, b, _ in _pairs(layer)]
+    return {own for a, b in pairs for own, partner in ((a, b), (b, a)) if not partner.any()}
+
+
+def _lora_layers(model: nn.Module) -> list[Any]:
+    if "peft" not in sys.modules:  # and so no model of peft's
+        return []
     from peft.tuners.lora import LoraLayer
 
-    layers = (m for m in model.modules() if isinstance(m, LoraLayer))
-    return any(p.requires_grad for layer in layers for _, *pair, _ in _pairs(layer) for p in pair)
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def _pairs(layer: Any) -> list[tuple[str, nn.Parameter, nn.Parameter, bool]]:
