@@ -122,10 +122,16 @@ EXPLAINED = {
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults beside the help, but None: there the help says what it comes to."""
+    """Defaults beside the help, but None: there the help says what it comes to. And of two spellings of a flag one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        of_words = [
+            flag for flag in action.option_strings if "-" not in flag.lstrip("-")
+        ]  # not --of-words, taken as well
+        return super()._format_action_invocation(argparse.Namespace(**vars(action) | {"option_strings": of_words}))
 
 
 class RecipeParser(TrlParser):
