@@ -12,8 +12,7 @@ Writes what a model says before it is trained: its own sampled answers to genera
 shown them (--optim_keep_data) keeps what the model makes of them:
 
   pion-hf answers --model MODEL
-  pion-hf sft --model_name_or_path MODEL --optim adamw_routed --optim_keep 96 --optim_keep_soft \\
-      --optim_keep_data own_answers.jsonl ...
+  pion-hf sft --model_name_or_path MODEL --optim adamw_routed --optim_keep 96 --optim_keep_data own_answers.jsonl ...
 
 The hundred instructions of the package are of many kinds. Where a model is used for something else, write your own,
 one in every line, as it is asked. A model without a chat template goes on with every line.
