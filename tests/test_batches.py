@@ -237,8 +237,7 @@ def test_groups_may_differ():
     assert sizes == [256] * EACH + [EACH * 256]
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (24, 160)])
-@pytest.mark.parametrize("case", BUILDERS)
+@pytest.mark.parametrize(("case", "shape"), zip(BUILDERS, itertools.cycle([(64, 64), (24, 160)])), ids=str)
 def test_it_bounds_the_extra_memory_of_a_step(case, shape, tried):
     """Of 8 equal matrices, with the state there: less than half of what updating them all at once takes."""
 
