@@ -93,7 +93,7 @@ LITERAL = [
 @pytest.mark.parametrize("shape", [(9, 9), (14, 6), (6, 14), (5, 30)])
 def test_rules_follow_their_literal_reference(exact_rank, options, shape):
     draw = torch.Generator().manual_seed(3)
-    w, grads = (torch.randn(size, dtype=torch.float64, generator=draw) for size in (shape, (12, *shape)))
+    w, grads = (torch.randn(size, dtype=torch.float64, generator=draw) for size in (shape, (8, *shape)))
     options = {"lr": 3e-3, **options}
     expected = trajectory(w, grads, **options)
     # A polar factor of a generator of low rank depends on what counts as zero.
@@ -160,13 +160,13 @@ def test_taylor_of_degree_two_drifts_where_the_polar_retraction_does_not():
 
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
 def test_factors_that_moved_for_long_are_those_of_the_weight(exact_rank, shape):
-    """300 steps on carried factors equal 300 steps with a fresh decomposition in each."""
+    """150 steps on carried factors equal 150 steps with a fresh decomposition in each."""
     torch.manual_seed(0)
     w = torch.randn(shape, dtype=torch.float64) * 0.1
     options = {"direction": "adam", "metric": "ambient", "scale": "none", "lr": 1e-3}
     carried, fresh = nn.Parameter(w.clone()), nn.Parameter(w.clone())
     first, second = Pion([carried], **options), Pion([fresh], **options)
-    for _ in range(300):
+    for _ in range(150):
         carried.grad = fresh.grad = torch.randn(shape, dtype=torch.float64)
         first.step()
         second.step()
@@ -527,13 +527,14 @@ FORMS = [
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("size", [1e-9, 1e-6, 1e6, 1e14])
 def test_matrices_of_any_size_that_is_taken_stay_finite(form, size):
-    for shape, large in itertools.product([(8, 8), (6, 20), (20, 6)], (1e-6, 1.0, 1e6)):
-        w = nn.Parameter(torch.randn(shape) * size)
-        optimizer = Pion([w], lr=1e-3, **form)
-        for _ in range(4):
-            w.grad = torch.randn(shape) * large
-            optimizer.step()
-        assert w.isfinite().all()
+    cases = list(itertools.product([(8, 8), (6, 20), (20, 6)], (1e-6, 1.0, 1e6)))
+    weights = [nn.Parameter(torch.randn(shape) * size) for shape, _ in cases]
+    optimizer = Pion(weights, lr=1e-3, **form)
+    for _ in range(4):
+        for w, (_, large) in zip(weights, cases, strict=True):
+            w.grad = torch.randn_like(w) * large
+        optimizer.step()
+    assert all(w.isfinite().all() for w in weights)
 
 
 def test_adamw_in_float16_is_pointed_out():
