@@ -16,14 +16,20 @@ import torch
 import torch.distributed as dist
 
 
+def forkserver() -> Any:
+    """Makes new processes, which find imported what several of them need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_sharding", "tests.test_distributed", "tests.test_kills"])
+    return context
+
+
 def launch(target: Callable, processes: int, *args: Any, timeout: float = 600) -> list[Any]:
     """What `target(*args)` returns in each of so many processes of one group. `target` must be importable.
 
     Raises:
         AssertionError: a process failed, with its traceback, or the time ran out. The others are killed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_sharding", "tests.test_distributed"])  # one import for all of them
+    context = forkserver()
     with tempfile.TemporaryDirectory() as folder:
         workers = [
             context.Process(target=_work, args=(rank, processes, folder, target, args)) for rank in range(processes)

@@ -73,23 +73,12 @@ BUILDERS: dict[str, Callable[..., MatrixOptimizer]] = {
     "pion_lora orthogonal": functools.partial(pion_lora, method="orthogonal"),
 }
 
-# Rules of rotations that the matrices of a batch could have in common more than they should.
-NEIGHBOURS = {
-    "default": {},
-    "natural, ambient": {"direction": "natural", "metric": "ambient", "momentum_frame": "transported"},
-    "gradient, ambient": {"metric": "ambient"},
-    "adam, ambient": {"direction": "adam", "metric": "ambient"},
-    "polar, ambient": {"direction": "polar", "polar": "svd", "metric": "ambient"},
-    "both sides": {"side": "both"},
-    "spectral": {"scale": "spectral"},
-    "spectral, ambient": {"scale": "spectral", "metric": "ambient"},
-    "paper": {"preset": "paper"},
-}
 
-
-def weights(dtype: torch.dtype = torch.float32, shapes: list[tuple[int, ...]] = SHAPES) -> list[nn.Parameter]:
+def weights(
+    dtype: torch.dtype = torch.float32, shapes: list[tuple[int, ...]] = SHAPES, each: int = EACH
+) -> list[nn.Parameter]:
     draw = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(s, generator=draw, dtype=torch.float64).to(dtype)) for s in shapes * EACH]
+    return [nn.Parameter(torch.randn(s, generator=draw, dtype=torch.float64).to(dtype)) for s in shapes * each]
 
 
 def set_gradients(params: list[nn.Parameter], seed: int) -> None:
@@ -120,7 +109,7 @@ def test_results_do_not_depend_on_it(case, dtype, tried):
     for elements in (None, 1, 1000):
         params = weights(dtype)
         optimizer = BUILDERS[case](params, batch_elements=elements)
-        for seed in range(6):
+        for seed in range(3):
             set_gradients(params, seed)
             optimizer.step()
         found[elements] = params
@@ -128,41 +117,7 @@ def test_results_do_not_depend_on_it(case, dtype, tried):
         for p, usual, before in zip(found[elements], found[None], weights(dtype), strict=True):
             torch.testing.assert_close(p, usual, **TOLERANCE[dtype])
             assert not torch.equal(p, before)
-    tried("batch_elements 1 and 1000, 6 steps: weights of the usual batches", len(SHAPES) * EACH, "matrices")
-
-
-def among_others() -> list[Tensor]:
-    """A matrix of ordinary spectrum, and such as are hard: ill-conditioned, rank-deficient, a million times larger."""
-    draw = torch.Generator().manual_seed(0)
-    found = [torch.randn(16, 64, generator=draw, dtype=torch.float64) for _ in range(4)]
-    for i, values in ((1, torch.logspace(0, -5, 16)), (2, (torch.arange(16) < 8).float())):
-        u, _, vh = torch.linalg.svd(found[i], full_matrices=False)
-        found[i] = u * values.double() @ vh
-    return [x.float() for x in (*found[:3], 1e6 * found[3])]
-
-
-@pytest.mark.parametrize("lr", [1e-3, 5e-2])
-@pytest.mark.parametrize("rule", NEIGHBOURS)
-def test_neighbours_have_no_influence(rule, lr):
-    """With gradients that jump as well, each of a size of its own."""
-    start = among_others()
-    together = [nn.Parameter(x.clone()) for x in start]
-    alone = [nn.Parameter(x.clone()) for x in start]
-    options = {"lr": lr, "generator_dtype": "float32", **NEIGHBOURS[rule]}
-    optimizers = [Pion(params, **options) for params in (together, *([p] for p in alone))]
-    for seed in range(30):
-        for params in (together, alone):
-            set_gradients(params, seed)
-            for i, p in enumerate(params):
-                p.grad *= 1000.0 ** (i == seed % 7)
-        for optimizer in optimizers:
-            optimizer.step()
-    for p, q, before in zip(together, alone, start, strict=True):
-        apart, moved = (p - q).norm(), (q - before).norm()
-        assert apart <= 1e-6 * q.norm()
-        if before is not start[-1]:  # which hardly notices steps of such a size
-            assert moved > 0.1 * lr * before.norm()
-            assert apart <= 1e-4 * moved
+    tried("batch_elements 1 and 1000, 3 steps: weights of the usual batches", len(SHAPES) * EACH, "matrices")
 
 
 def test_state_does_not_say_it():
@@ -217,10 +172,10 @@ def test_experts_of_a_parameter_are_updated_some_at_a_time(elements, sizes):
 @pytest.mark.parametrize("case", BUILDERS)
 def test_some_experts_at_a_time_do_as_all_at_once(case, dtype):
     """Fused and transposed ones, and such as hold several matrices each; what is saved goes on in parts of any size."""
-    layouts = {(5, 12, 8): "rows=8,4", (5, 8, 12): "transposed", (4, 6, 10): ""}
+    layouts = {(3, 12, 8): "rows=8,4", (3, 8, 12): "transposed", (3, 6, 10): ""}
     found = {}
-    for sizes in ((2**30, 2**30), (1, 1), (200, 2**30), (2**30, 100)):
-        params, saved = weights(dtype, list(layouts)), None
+    for sizes in ((2**30, 2**30), (1, 1), (150, 2**30), (2**30, 100)):
+        params, saved = weights(dtype, list(layouts), each=2), None
         for part, elements in enumerate(sizes):
             with mock.patch.dict(LAYOUTS, layouts):
                 optimizer = BUILDERS[case](params, batch_elements=elements)
@@ -282,8 +237,7 @@ def test_groups_may_differ():
     assert sizes == [256] * EACH + [EACH * 256]
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (24, 160)])
-@pytest.mark.parametrize("case", BUILDERS)
+@pytest.mark.parametrize(("case", "shape"), zip(BUILDERS, itertools.cycle([(64, 64), (24, 160)])), ids=str)
 def test_it_bounds_the_extra_memory_of_a_step(case, shape, tried):
     """Of 8 equal matrices, with the state there: less than half of what updating them all at once takes."""
 
@@ -321,7 +275,7 @@ def one_by_one(cases: list[str]) -> dict[tuple[str, str], tuple[dict[str, Tensor
 
 
 def test_processes_update_as_many_at_once_as_they_are_told(subtests):
-    for result in launch(one_by_one, 2, test_sharding.FAST):
+    for result in launch(one_by_one, 2, ["pion", "teon"]):
         for (case, way), (found, most) in result.items():
             with subtests.test(f"{case}, {way}"):
                 test_sharding.assert_equal(found, test_sharding.alone(case))

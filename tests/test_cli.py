@@ -88,11 +88,13 @@ def test_run_trains_an_unmodified_script(tmp_path, checkpoint):
     assert_trained_by_rotations(out)
 
 
-def test_module_trains_with_trls_own_script(tmp_path, checkpoint, chat_data):
-    """As `accelerate launch -m pion_hf.run` starts it."""
+def test_module_trains_with_trls_own_script(tmp_path, checkpoint, chat_data, monkeypatch):
+    """As `accelerate launch -m pion_hf.run` starts it, in this process."""
     options = ["--model_name_or_path", str(checkpoint), "--dataset_name", str(chat_data), "--output_dir", str(tmp_path)]
     script = trl.scripts.sft.__file__
-    run_process([sys.executable, "-m", "pion_hf.run", script, *options, *TWO_STEPS, "--bf16", "false"])
+    monkeypatch.setattr(sys, "argv", ["pion_hf.run", script, *options, *TWO_STEPS, "--bf16", "false"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    runpy.run_module("pion_hf.run", run_name="__main__")
     assert (tmp_path / "routing.json").is_file()
     assert_trained_by_rotations(tmp_path)
 

@@ -73,15 +73,10 @@ def loaded(checkpoint: Path, folder: Path) -> PeftModel:
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "pion_lora", "teon_lora", "pion", "pion_ambient", "teon", "muon"])
 def test_every_optimizer_trains_adapters_and_reports(optim, recipe, tmp_path, checkpoint, trained, capsys):
-    other = tmp_path / "other.txt"
-    other.write_text("Sphinx of black quartz, judge my vow. " * 20, encoding="utf-8")
-    path = recipe(optim=optim, other_text_file=str(other), exact_match_samples=3, max_new_tokens=4)
-    main(["sft", "--config", path])
+    main(["sft", "--config", recipe(optim=optim)])
     folder = tmp_path / "run"
     report = json.loads((folder / "eval.json").read_text())
-    for moment in ("before", "after"):
-        assert set(report[moment]) == {"task", "other_text"}
-        assert all(math.isfinite(value) for values in report[moment].values() for value in values.values())
+    assert all(math.isfinite(value) for moment in ("before", "after") for value in report[moment]["task"].values())
     assert report["learnt"] > 0
     assert f"{optim}, 3 steps" in capsys.readouterr().out
     assert ("spectrum_drift" in report) == (optim in ("pion", "pion_ambient", "pion_lora"))
@@ -125,8 +120,29 @@ def test_every_initialisation_is_what_peft_makes_of_it(word, recipe, checkpoint,
                 torch.testing.assert_close(factor, expected[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "pion_lora"])
-@pytest.mark.parametrize("word", [*CHANGE_THE_BASE, "eva"])
+def test_adapters_are_measured_as_models_are(recipe, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("Sphinx of black quartz, judge my vow. " * 20, encoding="utf-8")
+    main(["sft", "--config", recipe(other_text_file=str(other), exact_match_samples=3, max_new_tokens=4)])
+    report = json.loads((tmp_path / "run" / "eval.json").read_text())
+    for moment in ("before", "after"):
+        assert {domain: set(values) for domain, values in report[moment].items()} == {
+            "task": {"loss", "perplexity", "exact_match"},
+            "other_text": {"loss", "perplexity"},
+        }
+        assert all(math.isfinite(value) for values in report[moment].values() for value in values.values())
+
+
+@pytest.mark.parametrize(
+    ("word", "optim"),
+    [
+        ("pissa", "adamw_torch"),
+        ("pissa", "pion_lora"),
+        ("pissa_niter_4", "pion_lora"),
+        ("olora", "pion_lora"),
+        ("eva", "adamw_torch"),
+    ],
+)
 def test_a_saved_adapter_loads_onto_the_untouched_base(word, optim, recipe, tmp_path, checkpoint, trained):
     main(["sft", "--config", recipe(optim=optim, init_lora_weights=word)])
     model = loaded(checkpoint, tmp_path / "run")

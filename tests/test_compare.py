@@ -48,7 +48,7 @@ def compared(tmp_path_factory, checkpoint, chat_data) -> Path:
     """A folder with a recipe, contenders, and a comparison of them in `runs`: killed in the middle of the first run,
     then gone on with by two processes at once. What they and the study said is in `said.json`.
     """
-    folder = tmp_path_factory.mktemp("compared")
+    folder, fork = tmp_path_factory.mktemp("compared"), get_context("fork")  # which has imported all that it needs
     (folder / "sft").mkdir()
     (folder / "other.txt").write_text("Another domain, of which nothing must be forgotten. " * 50, encoding="utf-8")
     recipe = {
@@ -71,20 +71,29 @@ def compared(tmp_path_factory, checkpoint, chat_data) -> Path:
     }
     (folder / "sft" / "toy.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     (folder / "contenders.yaml").write_text(yaml.safe_dump(CONTENDERS, sort_keys=False), encoding="utf-8")
-    killed = subprocess.Popen(command(folder, "runs"))
+    killed = fork.Process(target=compare, args=(folder,))
+    killed.start()
     until(lambda: list(folder.glob("runs/*/checkpoint-2")))
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.kill()
+    killed.join()
     until(lambda: not processes_of(folder))
     left = [trial.state.name for trial in trials_of(folder / "runs")]
-    other = subprocess.Popen(command(folder, "runs"), stdout=subprocess.PIPE, text=True)
+    other = fork.Process(target=compare, args=(folder,))
+    other.start()
     with contextlib.redirect_stdout(io.StringIO()) as stdout, pytest.MonkeyPatch.context() as patched:
         patched.setattr(page, "SECTIONS", page.SECTIONS[:1])  # the other one draws them all
         main(command(folder, "runs")[3:])
-    printed = [other.communicate()[0], stdout.getvalue()]
-    assert other.returncode == 0
+    other.join()
+    assert other.exitcode == 0
+    printed = [(folder / "printed.txt").read_text(encoding="utf-8"), stdout.getvalue()]
     (folder / "said.json").write_text(json.dumps({"left": left, "printed": printed}), encoding="utf-8")
     return folder
+
+
+def compare(folder: Path) -> None:
+    """In a process: the comparison of the folder, and what it says in `printed.txt`."""
+    with (folder / "printed.txt").open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        main(command(folder, "runs")[3:])
 
 
 def trials_of(output: Path) -> list[FrozenTrial]:

@@ -7,8 +7,8 @@ import inspect
 import itertools
 import json
 import logging
-import multiprocessing
 import random
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from pion_hf.cli import corpus, cpt, main
 from pion_hf.cli.corpus import check_corpus, is_held_out, load_corpus, set_budget
 from pion_hf.cli.training import ReportingSFTTrainer
 from tests.conftest import write_jsonl
+from tests.distributed_worker import forkserver
 from tests.test_cli import fails
 
 LENGTH = 32  # of a row
@@ -310,12 +311,13 @@ def train(argv: list[str]) -> dict[str, Any]:
 
 
 def resume_all(commands: dict[str, list[str]], folder: Path) -> None:
-    """In another process."""
+    """In another process, which does not tidy up."""
+    tempfile.tempdir = str(folder)
     for case, argv in commands.items():
         torch.save(train(argv), folder / f"{case}.pt")
 
 
-def test_a_new_process_goes_on_at_the_same_row(command, tmp_path, monkeypatch, subtests):
+def test_a_new_process_goes_on_at_the_same_row(command, tmp_path, subtests):
     source, straight, commands = write(tmp_path / "rows.jsonl", texts(10)), {}, {}
     options = {
         "optim": "teon",
@@ -333,8 +335,7 @@ def test_a_new_process_goes_on_at_the_same_row(command, tmp_path, monkeypatch, s
         straight[case] = train([*argv, str(folder)])
         checkpoint = str(folder / f"checkpoint-{INTERRUPTED}")
         commands[case] = [*argv, str(tmp_path / f"{case}-resumed"), "--resume_from_checkpoint", checkpoint]
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # of the other process, which ends without tidying up
-    other = multiprocessing.get_context("spawn").Process(target=resume_all, args=(commands, tmp_path))
+    other = forkserver().Process(target=resume_all, args=(commands, tmp_path))
     other.start()
     other.join()
     assert other.exitcode == 0

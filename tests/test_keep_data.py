@@ -111,18 +111,15 @@ def trained(path, data: str | None, checkpoint, rows, **options) -> dict[str, Te
     return trainer.optimizer.optimizer.state[weight]["kept.0"]
 
 
-@pytest.mark.parametrize("form", ["chats.jsonl", "texts.jsonl", "text.txt"])
-def test_a_trainer_shows_the_rows_of_a_file(form, tmp_path, checkpoint, token_rows):
-    path = tmp_path / form
-    if form == "chats.jsonl":
-        write_jsonl(path, chat_rows(6))
-    elif form == "texts.jsonl":
-        write_jsonl(path, [{"text": f"{i} and {2 * i} are numbers."} for i in range(6)])
-    else:
-        path.write_text("What a model must not forget. " * 40, encoding="utf-8")
-    of_file = trained(tmp_path / "run", str(path), checkpoint, token_rows)
-    assert not torch.allclose(of_file, trained(tmp_path / "run", None, checkpoint, token_rows))
-    assert torch.equal(of_file, trained(tmp_path / "run", str(path), checkpoint, token_rows, seed=1))
+def test_a_trainer_shows_the_rows_of_a_file(tmp_path, checkpoint, token_rows):
+    write_jsonl(tmp_path / "chats.jsonl", chat_rows(6))
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": f"{i} and {2 * i} are numbers."} for i in range(6)])
+    (tmp_path / "text.txt").write_text("What a model must not forget. " * 40, encoding="utf-8")
+    of_task = trained(tmp_path / "run", None, checkpoint, token_rows)
+    for form in ("chats.jsonl", "texts.jsonl", "text.txt"):
+        of_file = trained(tmp_path / "run", str(tmp_path / form), checkpoint, token_rows)
+        assert not torch.allclose(of_file, of_task), form
+        assert torch.equal(of_file, trained(tmp_path / "run", str(tmp_path / form), checkpoint, token_rows, seed=1))
 
 
 @pytest.mark.skipif(not hasattr(transformers.trainer, "is_optimizer_factory"), reason="transformers before 5.2")
@@ -143,6 +140,7 @@ def test_what_cannot_be_shown_is_named(tmp_path, checkpoint, token_rows):
     write_jsonl(tmp_path / "chats.jsonl", chat_rows(2))
     with pytest.raises(ValueError, match="cannot be read for '': "):
         with_inputs({"keep": 2}, toy_llama(), str(tmp_path / "chats.jsonl"))
+    model = toy_llama().from_pretrained(checkpoint)
     for name, text, said in (
         ("rows.jsonl", '{"question": "1+1="}\n', "these are no chats with an answer"),
         ("broken.jsonl", '{"text": \n', "cannot be read for"),
@@ -155,7 +153,7 @@ def test_what_cannot_be_shown_is_named(tmp_path, checkpoint, token_rows):
     ):
         (tmp_path / name).write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=rf"keep_data='.*{name}' cannot be read .*{said}|{said}"):
-            trained(tmp_path, str(tmp_path / name), checkpoint, token_rows)
+            with_inputs({"keep": 2}, model, str(tmp_path / name))
 
 
 def test_a_model_with_an_encoder_is_shown_batches_instead(tmp_path):

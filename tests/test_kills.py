@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import shutil
@@ -24,6 +23,7 @@ from pion_hf import PionTrainer
 from pion_hf.integrations.checkpoints import is_complete, last_complete_checkpoint
 from pion_hf.integrations.trl import PionGRPOConfig
 from tests.conftest import toy_llama, toy_tokenizer
+from tests.distributed_worker import forkserver
 from tests.test_faults import everything, same_bits, trainer_of
 
 
@@ -107,8 +107,7 @@ def run_once(kind: str, folder: Path, steps: int, *, messages: int, share: float
 
     Returns the last message, None if the process came to its end.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_kills"])  # one import for all of them
+    context = forkserver()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(kind, str(folder), steps, sender))
     process.start()
@@ -202,8 +201,7 @@ def hold(folder: str, connection: Any) -> None:
 
 def test_a_folder_is_one_runs_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr("pion_hf.integrations.checkpoints.PATIENCE", 0)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_kills"])
+    context = forkserver()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=hold, args=(str(tmp_path), sender))
     process.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 
@@ -17,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pion_hf import Pion, PionLora, PionTrainer, PionTrainingArguments, TeonLora, param_groups
 from tests.conftest import master, toy_llama
 from tests.reference import trajectory
-from tests.test_adapters import adapted, copies, factor_names, mixtral, train
+from tests.test_adapters import adapted, copies, factor_names, train
 
 EXACT = {"polar": "svd"}
 LAYOUTS = {"A": "", "B": "transposed"}
@@ -133,11 +132,11 @@ RULES = {
 
 @pytest.mark.parametrize("shape", [(4, 40), (6, 6), (8, 5)])
 @pytest.mark.parametrize("rule", RULES)
-def test_200_steps_keep_every_singular_value(rule, shape):
+def test_80_steps_keep_every_singular_value(rule, shape):
     w = (torch.linspace(0.5, 1.5, shape[0]).unsqueeze(1) * polar(draw(*shape))).float()
     p, target = nn.Parameter(w.clone()), draw(*shape, seed=1).float()
     optimizer = optimizer_of([p], lr=2e-2, **RULES[rule])
-    for t in range(200):
+    for t in range(80):
         step([p], [p.detach() - target + 0.3 * draw(*shape, seed=t).float()], optimizer)
     old, new = torch.linalg.svdvals(w.double()), torch.linalg.svdvals(p.detach().double())
     torch.testing.assert_close(new, old, rtol=1e-5, atol=0)
@@ -245,26 +244,6 @@ def test_a_stack_is_orthogonal_along_the_rank(side, r, n):
 # -- batches and state ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["", "transposed"])
-@pytest.mark.parametrize("method", ["rotate", "orthogonal"])
-@pytest.mark.parametrize("shape", [(3, 10), (6, 4)])
-def test_factors_updated_together_move_as_each_alone(method, shape, layout):
-    w, grads, unit = draw(4, *shape), draw(3, 4, *shape, seed=1), [0.1, 1.0, 3.0, 10.0]
-    if layout:
-        w, grads = w.mT.contiguous(), grads.mT.contiguous()
-    options = {"lr": 1e-2, "layout": layout, "metric": "ambient", "direction": "natural", "weight_decay": 0.1}
-    together = [nn.Parameter(x.clone()) for x in w]
-    alone = [nn.Parameter(x.clone()) for x in w]
-    whole = optimizer_of(together, method, unit=unit, **options)
-    single = [optimizer_of([p], method, unit=[own], **options) for p, own in zip(alone, unit, strict=True)]
-    for g in grads:
-        step(together, g, whole)
-        for p, grad, optimizer in zip(alone, g, single, strict=True):
-            step([p], [grad], optimizer)
-    for p, q in zip(together, alone, strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
-
-
 def assert_stays(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
     before = p.detach().clone()
     for _ in range(4):
@@ -289,19 +268,6 @@ def test_a_zero_gradient_leaves_a_wide_matrix_of_pion_as_it_is(options):
     w = draw(4, 64).float()
     p = nn.Parameter(w.clone())
     assert_stays(p, Pion([p], lr=1e-2, **options))
-
-
-@pytest.mark.parametrize("optim", ["pion_lora", "teon_lora"])
-def test_state_bytes_are_those_of_a_real_step(optim):
-    model = adapted(mixtral(), target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
-    options = {"metric": "ambient"} if optim == "pion_lora" else {}
-    optimizer = {"pion_lora": PionLora, "teon_lora": TeonLora}[optim](param_groups(model, optim), **options)
-    planned = optimizer.state_bytes()
-    assert not optimizer.state
-    train(model, optimizer, steps=1)
-    entries = [entry for state in optimizer.state.values() for entry in state.items()]
-    held = [v for key, v in entries if isinstance(v, torch.Tensor) and key != "step"]
-    assert planned == sum(v.numel() * v.element_size() for v in held)
 
 
 # -- what cannot rotate -----------------------------------------------------------------------------------------------
@@ -414,22 +380,6 @@ def test_both_factors_of_a_pissa_adapter_may_rotate():
         old, new = (torch.linalg.svdvals(p[name].detach().double()) for p in (before, dict(model.named_parameters())))
         torch.testing.assert_close(new, old, rtol=1e-5, atol=0)
         assert not torch.equal(before[name], dict(model.named_parameters())[name])
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_resumed_run_continues_bit_for_bit(form):
-    straight = adapted()
-    train(straight, build(straight, form), steps=6)
-    first = adapted()
-    optimizer = build(first, form)
-    train(first, optimizer, steps=3)
-    second = adapted()
-    second.load_state_dict(first.state_dict())
-    resumed = build(second, form)  # of factors that have grown: the unit step of before training comes with the state
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    train(second, resumed, steps=3)
-    for (name, p), q in zip(straight.named_parameters(), second.parameters(), strict=True):
-        assert torch.equal(p, q), name
 
 
 @pytest.mark.parametrize("optim", ["pion", "pion_ambient", "teon"])

@@ -93,7 +93,7 @@ LITERAL = [
 @pytest.mark.parametrize("shape", [(9, 9), (14, 6), (6, 14), (5, 30)])
 def test_rules_follow_their_literal_reference(exact_rank, options, shape):
     draw = torch.Generator().manual_seed(3)
-    w, grads = (torch.randn(size, dtype=torch.float64, generator=draw) for size in (shape, (12, *shape)))
+    w, grads = (torch.randn(size, dtype=torch.float64, generator=draw) for size in (shape, (8, *shape)))
     options = {"lr": 3e-3, **options}
     expected = trajectory(w, grads, **options)
     # A polar factor of a generator of low rank depends on what counts as zero.
@@ -121,48 +121,52 @@ def test_the_spectral_scale_turns_by_the_learning_rate(exact_rank, metric, side)
         assert (p - want).norm() <= 0.05 * (w - want).norm()  # the largest angle is estimated
 
 
-def train(p: nn.Parameter, optimizer: Pion, steps: int, seed: int = 7) -> None:
-    """Follow the gradient of a quadratic with noise: a direction that persists, as in training."""
-    draw = torch.Generator().manual_seed(seed)
-    target = torch.randn(p.shape, generator=draw) * p.std().item()
+def drifts(shapes: list[tuple[int, int]], steps: int, **options) -> list[float]:
+    """Of matrices that follow a quadratic with noise, all by one optimizer: directions persist, as in training."""
+    draw = torch.Generator().manual_seed(7)
+    starts = [torch.randn(shape, generator=draw) * 0.05 for shape in shapes]
+    targets = [torch.randn(shape, generator=draw) * 0.05 for shape in shapes]
+    params = [nn.Parameter(w.clone()) for w in starts]
+    optimizer = Pion(params, **options)
     for _ in range(steps):
-        p.grad = (p.detach() - target) + 0.3 * p.std() * torch.randn(p.shape, generator=draw)
+        for p, target in zip(params, targets, strict=True):
+            p.grad = p.detach() - target + 0.015 * torch.randn(p.shape, generator=draw)
         optimizer.step()
+    for p, w in zip(params, starts, strict=True):
+        assert (p - w).norm() > 0.5 * w.norm(), "the matrix hardly moved: this shows nothing"
+    return [
+        spectral_drift(singular_values(w), singular_values(p.detach())).item()
+        for p, w in zip(params, starts, strict=True)
+    ]
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (48, 20), (20, 48)])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_thousand_steps_keep_the_spectrum(rule, shape):
-    torch.manual_seed(0)
-    w = torch.randn(shape) * 0.05
-    p = nn.Parameter(w.clone())
-    train(p, Pion([p], lr=1e-2, **RULES[rule]), 1000)
-    drift = spectral_drift(singular_values(w), singular_values(p.detach())).item()
-    assert drift < 1e-5
-    assert (p - w).norm() > 0.5 * w.norm(), "the matrix hardly moved: this shows nothing"
+def test_a_hundred_steps_keep_the_spectrum(rule):
+    """What rounding does to it is there after fifty steps, and half of what a thousand may do."""
+    lr = 0.1 if "spectral" in rule else 1e-2  # which turns by so much
+    assert max(drifts([(32, 32), (30, 12), (12, 30)], 100, lr=lr, **RULES[rule])) < 5e-6
+
+
+@pytest.mark.parametrize("rule", ["default", "both sides", "natural, ambient"])
+def test_a_thousand_steps_keep_the_spectrum(rule):
+    assert max(drifts([(30, 12)], 1000, lr=1e-2, **RULES[rule])) < 1e-5
 
 
 def test_taylor_of_degree_two_drifts_where_the_polar_retraction_does_not():
-    torch.manual_seed(0)
-    w = torch.randn(32, 32) * 0.05
-    drifts = {}
-    for retraction in ("taylor", "polar"):
-        p = nn.Parameter(w.clone())
-        train(p, Pion([p], lr=5e-2, retraction=retraction), 1000)
-        drifts[retraction] = spectral_drift(singular_values(w), singular_values(p.detach())).item()
-    assert drifts["polar"] < 1e-4
-    assert drifts["taylor"] > 1e-2
+    (taylor,), (polar,) = (drifts([(32, 32)], 300, lr=5e-2, retraction=name) for name in ("taylor", "polar"))
+    assert polar < 1e-4
+    assert taylor > 1e-2
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
 def test_factors_that_moved_for_long_are_those_of_the_weight(exact_rank, shape):
-    """300 steps on carried factors equal 300 steps with a fresh decomposition in each."""
+    """150 steps on carried factors equal 150 steps with a fresh decomposition in each."""
     torch.manual_seed(0)
     w = torch.randn(shape, dtype=torch.float64) * 0.1
     options = {"direction": "adam", "metric": "ambient", "scale": "none", "lr": 1e-3}
     carried, fresh = nn.Parameter(w.clone()), nn.Parameter(w.clone())
     first, second = Pion([carried], **options), Pion([fresh], **options)
-    for _ in range(300):
+    for _ in range(150):
         carried.grad = fresh.grad = torch.randn(shape, dtype=torch.float64)
         first.step()
         second.step()
@@ -259,46 +263,6 @@ def test_state_is_lazy_and_in_parameter_shape():
         "v.0": (1, 4, 6),
         "fingerprint": (),
     }
-
-
-@pytest.mark.parametrize("rule", ["default", "natural, ambient", "lie momentum, second moment", "polar, ambient"])
-def test_state_bytes_are_those_of_a_real_step(rule):
-    torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(s)) for s in ((8, 8), (8, 8), (12, 5), (3, 6, 4))]
-    groups = [
-        {"params": params[:3], "rule": "pion"},
-        {"params": params[3:], "rule": "pion", "layout": "transposed;rows=1,3"},
-        {"params": [nn.Parameter(torch.randn(9))], "rule": "adamw"},
-    ]
-    optimizer = Pion(groups, **RULES[rule])
-    planned = optimizer.state_bytes()
-    assert not optimizer.state
-    for group in groups:
-        for p in group["params"]:
-            p.grad = torch.randn_like(p)
-    optimizer.step()
-    entries = [entry for state in optimizer.state.values() for entry in state.items()]
-    held = [v for key, v in entries if isinstance(v, torch.Tensor) and key != "step"]
-    assert planned == sum(v.numel() * v.element_size() for v in held)
-
-
-def test_a_resumed_run_continues_exactly():
-    torch.manual_seed(0)
-    grads = torch.randn(8, 6, 6)
-    straight, first = (nn.Parameter(torch.eye(6) + 0.1 * torch.ones(6, 6)) for _ in range(2))
-    whole, half = Pion([("w", straight)], lr=1e-2), Pion([("w", first)], lr=1e-2)
-    for t, grad in enumerate(grads):
-        straight.grad = grad
-        whole.step()
-        if t == 3:
-            second = nn.Parameter(first.detach().clone())
-            saved = half.state_dict()
-            half = Pion([("w", second)], lr=1e-2)
-            half.load_state_dict(saved)
-            first = second
-        first.grad = grad
-        half.step()
-    assert torch.equal(straight, first)
 
 
 def test_non_finite_gradients_skip_the_whole_step_and_are_counted():
@@ -563,13 +527,14 @@ FORMS = [
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("size", [1e-9, 1e-6, 1e6, 1e14])
 def test_matrices_of_any_size_that_is_taken_stay_finite(form, size):
-    for shape, large in itertools.product([(8, 8), (6, 20), (20, 6)], (1e-6, 1.0, 1e6)):
-        w = nn.Parameter(torch.randn(shape) * size)
-        optimizer = Pion([w], lr=1e-3, **form)
-        for _ in range(4):
-            w.grad = torch.randn(shape) * large
-            optimizer.step()
-        assert w.isfinite().all()
+    cases = list(itertools.product([(8, 8), (6, 20), (20, 6)], (1e-6, 1.0, 1e6)))
+    weights = [nn.Parameter(torch.randn(shape) * size) for shape, _ in cases]
+    optimizer = Pion(weights, lr=1e-3, **form)
+    for _ in range(4):
+        for w, (_, large) in zip(weights, cases, strict=True):
+            w.grad = torch.randn_like(w) * large
+        optimizer.step()
+    assert all(w.isfinite().all() for w in weights)
 
 
 def test_adamw_in_float16_is_pointed_out():

@@ -144,10 +144,15 @@ def fresh(build: Callable, pair: Pair, optimizer: MatrixOptimizer, written: set[
     return other, found
 
 
-@pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rule", RULES)
-def test_what_others_write_is_trained_as_if_it_were_new(rule, dtype, write):
+@pytest.mark.parametrize(
+    ("rule", "write", "dtype"),
+    [  # every two of them
+        pytest.param(rule, write, DTYPES[(i + j) % 3], id=f"{rule}-{write.__name__}-{DTYPES[(i + j) % 3]}")
+        for i, rule in enumerate(RULES)
+        for j, write in enumerate(WRITES)
+    ],
+)
+def test_what_others_write_is_trained_as_if_it_were_new(rule, write, dtype):
     pair = Pair(dtype)
     optimizer, first = RULES[rule](pair), copy.deepcopy(pair.state_dict())
     train(pair, optimizer, range(4))
@@ -157,8 +162,8 @@ def test_what_others_write_is_trained_as_if_it_were_new(rule, dtype, write):
     assert written
     spectra = [torch.linalg.svdvals(p.detach().double()) for p in pair.parameters()]
     other, expected = fresh(RULES[rule], pair, optimizer, written)
-    train(pair, optimizer, range(4, 24))
-    train(other, expected, range(4, 24))
+    train(pair, optimizer, range(4, 12))
+    train(other, expected, range(4, 12))
     for p, q in zip(pair.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
         assert p.isfinite().all()

@@ -171,31 +171,6 @@ def test_weight_decay_is_decoupled_and_acts_on_matrices():
     torch.testing.assert_close(decayed.detach(), plain.detach() - 1e-2 * 0.5 * w)
 
 
-def test_the_state_is_one_buffer_and_stated_before_the_first_step():
-    params, optimizer = stacked(torch.randn(2, 8, 6))
-    promised = optimizer.state_bytes()
-    step(params, torch.randn(2, 8, 6), optimizer)
-    held = sum(v.numel() * v.element_size() for p in params for v in optimizer.state[p].values() if torch.is_tensor(v))
-    assert promised == held == 2 * 8 * 6 * 4
-
-
-def test_resuming_continues_the_same_trajectory():
-    draw = torch.Generator().manual_seed(0)
-    start, grads = torch.randn(2, 6, 4, generator=draw), torch.randn(6, 2, 6, 4, generator=draw)
-    straight, optimizer = stacked(start, lr=1e-2)
-    for g in grads:
-        step(straight, g, optimizer)
-    first, optimizer = stacked(start, lr=1e-2)
-    for g in grads[:3]:
-        step(first, g, optimizer)
-    second, resumed = stacked([p.detach() for p in first], lr=1e-2)
-    resumed.load_state_dict(optimizer.state_dict())
-    for g in grads[3:]:
-        step(second, g, resumed)
-    for a, b in zip(straight, second, strict=True):
-        assert torch.equal(a, b)
-
-
 def test_vectors_beside_matrices_go_to_adamw():
     matrix, bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
     optimizer = Teon([("weight", matrix), ("bias", bias)], stack=1)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 
 import datasets
-import peft
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from pion_hf import Pion, PionLora, PionTrainer, PionTrainerMixin, PionTrainingArguments
+from pion_hf import Pion, PionTrainer, PionTrainerMixin, PionTrainingArguments
 from pion_hf.integrations.trl import PionSFTConfig, PionSFTTrainer
 from tests.conftest import chat_rows, toy_llama
 
@@ -151,18 +150,6 @@ def test_at_absurd_rates_spectra_stay_and_steps_are_clipped(model, token_rows, o
     assert metrics["spectrum_drift"] < 1e-4
     assert metrics["clipped_steps"] == 2 * metrics["rotated_matrices"]
     assert "is the learning rate" not in caplog.text
-
-
-def test_lora_adapters_get_the_form_for_adapters(model, token_rows, options):
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    before = {n: p.detach().clone() for n, p in adapted.named_parameters()}
-    trainer = PionTrainer(model=adapted, args=PionTrainingArguments(**options), train_dataset=token_rows)
-    metrics = trainer.train().metrics
-    assert type(inner(trainer)) is PionLora
-    assert metrics["rotated_matrices"] == 2
-    assert metrics["spectrum_drift"] < 1e-5
-    for name, p in adapted.named_parameters():
-        assert torch.equal(p, before[name]) != p.requires_grad, name
 
 
 class StopAfter(TrainerCallback):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import datasets
@@ -264,21 +262,3 @@ def test_sft_on_answers_alone(make, tokenizer):
     assert type(inner(trainer)) is Pion
     assert_rotated(before, copies(model), hidden(model))
     assert len(logged(trainer, "loss")) == 3
-
-
-# -- the module ------------------------------------------------------------------------------------
-
-
-def test_grpo_is_imported_when_it_is_asked_for():
-    """TRL's module of it imports vLLM, where that is installed, which no other command should wait for."""
-    program = (
-        "import sys, pion_hf.cli.grpo, pion_hf.cli.sft; import pion_hf.integrations.trl as module\n"
-        "grpo = {'trl.trainer.grpo_trainer', 'trl.generation.vllm_generation'}\n"
-        "assert not grpo & set(sys.modules)\n"
-        "assert 'GRPOTrainer' in [c.__name__ for c in module.PionGRPOTrainer.__mro__]\n"
-        "assert grpo <= set(sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    with pytest.raises(AttributeError, match="has no attribute 'PionPPOTrainer'"):
-        _ = ours.PionPPOTrainer
