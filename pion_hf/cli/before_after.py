@@ -316,10 +316,6 @@ def check_report(args: transformers.TrainingArguments, report: ReportArguments) 
     path = report.other_text_file
     if path is not None and not Path(path).is_file():
         raise FileNotFoundError(f"other_text_file: there is no file {path!r}")
-    if report.exact_match_samples < 0:
-        raise ValueError(f"exact_match_samples must be at least 0, got {report.exact_match_samples}")
-    if report.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {report.max_new_tokens}")
     if report.exact_match_samples and args.eval_strategy == "no" and not report.other_dataset:
         raise ValueError("exact_match_samples needs evaluation data: set eval_strategy: epoch, and dataset_test_split")
     for name, shares in (("blend", [report.blend]), ("blend_shares", report.blend_shares or [])):
