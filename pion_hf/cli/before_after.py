@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -38,6 +37,7 @@ from pion_hf.integrations.evaluation import (
 )
 from pion_hf.integrations.model_card import table_rows
 from pion_hf.integrations.run_writer import recording
+from pion_hf.runs.files import fault_of_place
 from pion_hf.runs.folder import BEFORE, EVALUATION, read_json, write_json
 
 OTHER_ROWS = 128  # rows of `other_dataset` whose loss is measured
@@ -325,11 +325,8 @@ def check_report(args: transformers.TrainingArguments, report: ReportArguments) 
     check_benchmarks(report)
     if not args.output_dir:
         raise ValueError("output_dir is empty: name a folder")
-    folder = Path(args.output_dir).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "cannot be written to" if there.is_dir() else "is no folder"
-        raise ValueError(f"output_dir={args.output_dir!r}: {str(there)!r} {what}; choose another")
+    if fault := fault_of_place(args.output_dir):
+        raise ValueError(f"output_dir={args.output_dir!r}: {fault}; choose another")
 
 
 def _other_text(report: ReportArguments) -> str:

@@ -23,7 +23,7 @@ from pion_hf._version import __version__
 from pion_hf.report import figures, spectra, summary
 from pion_hf.report.figures import Picture
 from pion_hf.report.style import names
-from pion_hf.runs.files import make_folder, new_file, write_text
+from pion_hf.runs.files import fault_of_place, make_folder, new_file, write_text
 from pion_hf.runs.folder import SPECTRA, Run, read_run, read_spectra
 
 DPI = 200
@@ -293,8 +293,6 @@ def _check_place(path: Path, pictures: Path) -> None:
         raise ValueError(f"the report cannot be written to {str(path)!r}, a folder: name a file in it.")
     if pictures.exists() and not pictures.is_dir():
         raise ValueError(f"the pictures cannot be written to {str(pictures)!r}, which is no folder.")
-    for place in (path.absolute().parent, pictures.absolute()):
-        there = next(p for p in (place, *place.parents) if p.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            what = "cannot be written to" if there.is_dir() else "is no folder"
-            raise ValueError(f"the report cannot go to {str(path)!r}: {str(there)!r} {what}; choose another place.")
+    fault = fault_of_place(path.parent) or fault_of_place(pictures)
+    if fault:
+        raise ValueError(f"the report cannot go to {str(path)!r}: {fault}; choose another place.")
