@@ -13,7 +13,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch import Tensor
 from transformers import TrainerCallback
@@ -243,10 +243,8 @@ class ReportMixin:
         return self.evaluate()
 
     def _table(self) -> Table:
-        table = Table(title=f"{self.run_summary()['optimizer']['name']}, {self.state.global_step} steps")
-        table.add_column("")
-        table.add_column("before", justify="right")
-        table.add_column("after", justify="right")
+        title = f"{self.run_summary()['optimizer']['name']}, {self.state.global_step} steps"
+        table = Table("", Column("before", justify="right"), Column("after", justify="right"), title=title)
         for row in table_rows(self.measured["before"], self.measured["after"]):
             table.add_row(escape(f"{row['domain']}: {row['measure']}"), row["before"], row["after"])
         summary = self.run_callback.summary
@@ -264,9 +262,8 @@ class ReportMixin:
 
 def examples_table(examples: list[dict[str, str]]) -> Table:
     """Questions, and the answers before and after training."""
-    table = Table(title="For example", show_lines=True)
-    for column in ("question", "reference", "before", "after"):
-        table.add_column(column, overflow="fold")
+    columns = (Column(name, overflow="fold") for name in ("question", "reference", "before", "after"))
+    table = Table(*columns, title="For example", show_lines=True)
     for example in examples:
         table.add_row(*(Text(str(text).strip()) for text in example.values()))
     return table
@@ -274,11 +271,9 @@ def examples_table(examples: list[dict[str, str]]) -> Table:
 
 def blend_table(blends: dict[float, Measures]) -> Table:
     """What the model can do with a share of what training changed."""
-    table = Table(title="Shares of what training changed")
-    table.add_column("share", justify="right")
     rows = {share: table_rows({}, measures) for share, measures in sorted(blends.items())}
-    for row in next(iter(rows.values())):
-        table.add_column(escape(f"{row['domain']}: {row['measure']}"), justify="right")
+    names = ["share", *(escape(f"{row['domain']}: {row['measure']}") for row in next(iter(rows.values())))]
+    table = Table(*(Column(name, justify="right") for name in names), title="Shares of what training changed")
     for share, measured in rows.items():
         table.add_row(f"{share:g}", *(row["after"] for row in measured))
     return table
