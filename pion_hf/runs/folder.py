@@ -121,6 +121,16 @@ class Run:
         """`name`, `role`, `layer` (None outside of layers), `rule` and `shape` of the matrices of the snapshots."""
         return self.record.get("matrices", [])
 
+    @property
+    def learnt(self) -> float | None:
+        """How far the loss of the task fell, or its reward rose; None if that is not known, or not finite."""
+        return finite((self.evaluation or {}).get("learnt"))
+
+    @property
+    def forgotten(self) -> dict[str, float | None]:
+        """How far the loss of other domains rose; None where it is not finite."""
+        return finite((self.evaluation or {}).get("forgotten") or {})
+
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a quantity of the logs."""
         found = [(entry["step"], entry[key]) for entry in self.logs if key in entry]
