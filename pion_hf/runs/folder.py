@@ -18,7 +18,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -248,14 +248,14 @@ def append_line(path: str | os.PathLike, entry: dict[str, Any]) -> None:
     append_text(path, json.dumps(finite(entry), allow_nan=False) + "\n")
 
 
-def keep_until(folder: str | os.PathLike, step: int, files: Iterable[str] = (LOG, MATRICES)) -> None:
+def keep_until(folder: str | os.PathLike, step: int) -> None:
     """Drop lines of later steps than `step`: a run that resumes from a checkpoint takes them again.
 
     A damaged file is set aside, and what can be read of it goes on.
     """
-    for path in (Path(folder, name) for name in files):
+    for name, fields in {LOG: LINE_FIELDS, MATRICES: SNAPSHOT_FIELDS}.items():
+        path = Path(folder, name)
         if path.is_file():
-            fields = SNAPSHOT_FIELDS if path.name == MATRICES else LINE_FIELDS
             try:
                 entries = _read_lines(path, fields)
             except ValueError as error:
