@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -14,7 +13,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch import Tensor
 from transformers import TrainerCallback
@@ -38,6 +37,7 @@ from pion_hf.integrations.evaluation import (
 )
 from pion_hf.integrations.model_card import table_rows
 from pion_hf.integrations.run_writer import recording
+from pion_hf.runs.files import fault_of_place
 from pion_hf.runs.folder import BEFORE, EVALUATION, read_json, write_json
 
 OTHER_ROWS = 128  # rows of `other_dataset` whose loss is measured
@@ -243,10 +243,8 @@ class ReportMixin:
         return self.evaluate()
 
     def _table(self) -> Table:
-        table = Table(title=f"{self.run_summary()['optimizer']['name']}, {self.state.global_step} steps")
-        table.add_column("")
-        table.add_column("before", justify="right")
-        table.add_column("after", justify="right")
+        title = f"{self.run_summary()['optimizer']['name']}, {self.state.global_step} steps"
+        table = Table("", Column("before", justify="right"), Column("after", justify="right"), title=title)
         for row in table_rows(self.measured["before"], self.measured["after"]):
             table.add_row(escape(f"{row['domain']}: {row['measure']}"), row["before"], row["after"])
         summary = self.run_callback.summary
@@ -264,9 +262,8 @@ class ReportMixin:
 
 def examples_table(examples: list[dict[str, str]]) -> Table:
     """Questions, and the answers before and after training."""
-    table = Table(title="For example", show_lines=True)
-    for column in ("question", "reference", "before", "after"):
-        table.add_column(column, overflow="fold")
+    columns = (Column(name, overflow="fold") for name in ("question", "reference", "before", "after"))
+    table = Table(*columns, title="For example", show_lines=True)
     for example in examples:
         table.add_row(*(Text(str(text).strip()) for text in example.values()))
     return table
@@ -274,11 +271,9 @@ def examples_table(examples: list[dict[str, str]]) -> Table:
 
 def blend_table(blends: dict[float, Measures]) -> Table:
     """What the model can do with a share of what training changed."""
-    table = Table(title="Shares of what training changed")
-    table.add_column("share", justify="right")
     rows = {share: table_rows({}, measures) for share, measures in sorted(blends.items())}
-    for row in next(iter(rows.values())):
-        table.add_column(escape(f"{row['domain']}: {row['measure']}"), justify="right")
+    names = ["share", *(escape(f"{row['domain']}: {row['measure']}") for row in next(iter(rows.values())))]
+    table = Table(*(Column(name, justify="right") for name in names), title="Shares of what training changed")
     for share, measured in rows.items():
         table.add_row(f"{share:g}", *(row["after"] for row in measured))
     return table
@@ -316,10 +311,6 @@ def check_report(args: transformers.TrainingArguments, report: ReportArguments) 
     path = report.other_text_file
     if path is not None and not Path(path).is_file():
         raise FileNotFoundError(f"other_text_file: there is no file {path!r}")
-    if report.exact_match_samples < 0:
-        raise ValueError(f"exact_match_samples must be at least 0, got {report.exact_match_samples}")
-    if report.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {report.max_new_tokens}")
     if report.exact_match_samples and args.eval_strategy == "no" and not report.other_dataset:
         raise ValueError("exact_match_samples needs evaluation data: set eval_strategy: epoch, and dataset_test_split")
     for name, shares in (("blend", [report.blend]), ("blend_shares", report.blend_shares or [])):
@@ -329,11 +320,8 @@ def check_report(args: transformers.TrainingArguments, report: ReportArguments) 
     check_benchmarks(report)
     if not args.output_dir:
         raise ValueError("output_dir is empty: name a folder")
-    folder = Path(args.output_dir).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "cannot be written to" if there.is_dir() else "is no folder"
-        raise ValueError(f"output_dir={args.output_dir!r}: {str(there)!r} {what}; choose another")
+    if fault := fault_of_place(args.output_dir):
+        raise ValueError(f"output_dir={args.output_dir!r}: {fault}; choose another")
 
 
 def _other_text(report: ReportArguments) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import html
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from pion_hf.cli.recipe import read_recipe
 from pion_hf.cli.study import check_folder, run_all, states
 from pion_hf.integrations.evaluation import PROGRESS
 from pion_hf.integrations.run_writer import versions
-from pion_hf.runs.files import new_file
+from pion_hf.runs.files import fault_of_place, new_file
 from pion_hf.runs.folder import RECORD, write_json
 from pion_hf.runs.redaction import without_secrets
 
@@ -84,8 +83,8 @@ def show(record: dict[str, Any], output_dir: Path, console: Console) -> None:
     """Write `compare.json`, the picture and the page; print the table, and where they are."""
     if all(run["status"] == standings.MISSING for run in record["runs"]):
         raise ValueError(f"no run in {str(output_dir)!r} is over yet: there is nothing to show")
-    if not os.access(output_dir, os.W_OK | os.X_OK):
-        raise ValueError(f"{str(output_dir)!r} cannot be written to, where table, picture and page would go")
+    if fault := fault_of_place(output_dir):
+        raise ValueError(f"{fault}, where table, picture and page would go")
     from pion_hf.cli.frontier import frontier  # matplotlib, not before it is needed
 
     written = [output_dir / RESULTS]

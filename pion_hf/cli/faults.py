@@ -43,7 +43,8 @@ def one_line(error: Exception, argv: Sequence[str]) -> str:
     ours = bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
     line = _words(error)
     clear = isinstance(error, ImportError) or (ours and isinstance(error, (ValueError, RuntimeError, OSError)))
-    if not clear or _number(error):
+    of_system = isinstance(error, OSError) and error.errno is not None
+    if not clear or of_system:
         read = getattr(error, "__notes__", None) or [a for a in argv if not a.startswith("-") and os.path.exists(a)]
         if read:
             line += f" (reading {', '.join(read)})"
@@ -53,11 +54,6 @@ def one_line(error: Exception, argv: Sequence[str]) -> str:
             line += f"; {TRACEBACK}=1 shows where"
     line = " ".join(line.split())
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
-
-
-def _number(error: Exception) -> int | None:
-    """The system's, where the system has raised it."""
-    return error.errno if isinstance(error, OSError) else None
 
 
 def in_words(error: Exception) -> str:

@@ -5,10 +5,11 @@ Apart from the commands themselves, whose imports take seconds, so that `--help`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import trl
+from transformers.hf_argparser import HfArg
 from trl.scripts.grpo import GRPOScriptArguments
 
 from pion_hf.cli.recipe import RecipeParser
@@ -28,12 +29,10 @@ REWARDS = {**OWN, **{name: f"trl.rewards.{name}" for name in OF_TRL}}
 class ModelArguments(trl.ModelConfig):
     """TRL's, and what its parser lacks."""
 
-    init_lora_weights: str | None = field(
+    init_lora_weights: str | None = HfArg(
         default=None,
-        metadata={
-            "help": f"How a LoRA adapter starts, one of peft's ways: {', '.join(INITIALISATIONS)}. Those that change "
-            "the base model (pissa, olora) are converted when training ends, to load onto the unchanged one."
-        },
+        help=f"How a LoRA adapter starts, one of peft's ways: {', '.join(INITIALISATIONS)}. Those that change "
+        "the base model (pissa, olora) are converted when training ends, to load onto the unchanged one.",
     )
 
 
@@ -41,51 +40,41 @@ class ModelArguments(trl.ModelConfig):
 class ReportArguments:
     """What is measured before and after training, besides the evaluation loss."""
 
-    exact_match_samples: int = field(
-        default=0, metadata={"help": "Generate answers to this many evaluation examples, before and after (0: none)."}
+    exact_match_samples: int = HfArg(
+        default=0, help="Generate answers to this many evaluation examples, before and after (0: none)."
     )
-    max_new_tokens: int = field(default=32, metadata={"help": "Longest generated answer, in tokens."})
-    other_text_file: str | None = field(
+    max_new_tokens: int = HfArg(default=32, help="Longest generated answer, in tokens.")
+    other_text_file: str | None = HfArg(
+        default=None, help="Text of another domain: its loss before and after shows what was forgotten."
+    )
+    other_dataset: str | None = HfArg(
         default=None,
-        metadata={"help": "Text of another domain: its loss before and after shows what was forgotten."},
+        help="Chat data of another domain, a folder or a name at the hub: the loss of its answers before and "
+        "after, and with exact_match_samples the share that is still right.",
     )
-    other_dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Chat data of another domain, a folder or a name at the hub: the loss of its answers before and "
-            "after, and with exact_match_samples the share that is still right."
-        },
-    )
-    other_dataset_split: str = field(default="test", metadata={"help": "Which split of other_dataset."})
-    blend: float = field(
+    other_dataset_split: str = HfArg(default="test", help="Which split of other_dataset.")
+    blend: float = HfArg(
         default=1.0,
-        metadata={
-            "help": "The share of what training changed that the final model keeps: its weights become start + blend * "
-            "(trained - start). Around 0.8 it forgets much less and has learnt nearly as much."
-        },
+        help="The share of what training changed that the final model keeps: its weights become start + blend * "
+        "(trained - start). Around 0.8 it forgets much less and has learnt nearly as much.",
     )
-    blend_shares: list[float] | None = field(
-        default=None, metadata={"help": "Shares to measure too, in eval.json and a table: 0.4 0.6 0.8, say."}
+    blend_shares: list[float] | None = HfArg(
+        default=None, help="Shares to measure too, in eval.json and a table: 0.4 0.6 0.8, say."
     )
-    lm_eval_tasks: list[str] | None = field(
+    lm_eval_tasks: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Tasks of lm-evaluation-harness to measure too, before and after: names of its tasks or groups, or "
-            "patterns, as in ifeval,arc_easy,mmlu_*. Needs pip install 'pion_hf[eval]'."
-        },
+        help="Tasks of lm-evaluation-harness to measure too, before and after: names of its tasks or groups, or "
+        "patterns, as in ifeval,arc_easy,mmlu_*. Needs pip install 'pion_hf[eval]'.",
     )
-    lm_eval_limit: int | None = field(
-        default=None, metadata={"help": "Only the first so many questions of each of lm_eval_tasks."}
+    lm_eval_limit: int | None = HfArg(default=None, help="Only the first so many questions of each of lm_eval_tasks.")
+    lm_eval_include_path: str | None = HfArg(
+        default=None, help="A folder with task files of your own, whose names lm_eval_tasks then knows."
     )
-    lm_eval_include_path: str | None = field(
-        default=None, metadata={"help": "A folder with task files of your own, whose names lm_eval_tasks then knows."}
+    lm_eval_num_fewshot: int | None = HfArg(
+        default=None, help="Worked examples before each question of lm_eval_tasks (default: as each task says)."
     )
-    lm_eval_num_fewshot: int | None = field(
-        default=None,
-        metadata={"help": "Worked examples before each question of lm_eval_tasks (default: as each task says)."},
-    )
-    lm_eval_apply_chat_template: bool = field(
-        default=False, metadata={"help": "Ask lm_eval_tasks in the model's chat template, not as plain text."}
+    lm_eval_apply_chat_template: bool = HfArg(
+        default=False, help="Ask lm_eval_tasks in the model's chat template, not as plain text."
     )
 
 
@@ -93,13 +82,11 @@ class ReportArguments:
 class ScratchArguments:
     """Training from scratch."""
 
-    from_config: bool = field(
-        default=False,
-        metadata={"help": "Start from the config in model_name_or_path with fresh weights, drawn from seed."},
+    from_config: bool = HfArg(
+        default=False, help="Start from the config in model_name_or_path with fresh weights, drawn from seed."
     )
-    spectral_init: float | None = field(
-        default=None,
-        metadata={"help": "With from_config: rescale hidden matrices to a spectral norm of this times sqrt(out/in)."},
+    spectral_init: float | None = HfArg(
+        default=None, help="With from_config: rescale hidden matrices to a spectral norm of this times sqrt(out/in)."
     )
 
 
@@ -107,34 +94,26 @@ class ScratchArguments:
 class CorpusArguments:
     """Documents, and how much of them."""
 
-    sample_by: Literal["document", "paragraph", "line"] = field(
+    sample_by: Literal["document", "paragraph", "line"] = HfArg(
         default="document",
-        metadata={
-            "help": "What is one document in local .txt files: the whole file (document), or each of its paragraphs "
-            "or lines. In .jsonl and .parquet files it is a row."
-        },
+        help="What is one document in local .txt files: the whole file (document), or each of its paragraphs "
+        "or lines. In .jsonl and .parquet files it is a row.",
     )
-    validation_fraction: float | None = field(
+    validation_fraction: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Where the data have no dataset_test_split: hold out this share of the documents for evaluation. A "
-            "hash of its text decides on a document, whatever the seed: all copies of it are on one side. Of a stream, "
-            f"the first {STREAM_HELD_OUT:,} that are found in its files are evaluated."
-        },
+        help="Where the data have no dataset_test_split: hold out this share of the documents for evaluation. A "
+        "hash of its text decides on a document, whatever the seed: all copies of it are on one side. Of a stream, "
+        f"the first {STREAM_HELD_OUT:,} that are found in its files are evaluated.",
     )
-    max_tokens: int | None = field(
+    max_tokens: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Train on this many tokens: sets max_steps, rounded down, by the tokens of a step (max_length x "
-            "per_device_train_batch_size x gradient_accumulation_steps x processes)."
-        },
+        help="Train on this many tokens: sets max_steps, rounded down, by the tokens of a step (max_length x "
+        "per_device_train_batch_size x gradient_accumulation_steps x processes).",
     )
-    shuffle_buffer: int | None = field(
+    shuffle_buffer: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Streaming: shuffle the files, and draw documents at random from a buffer of this many (default "
-            f"{STREAM_BUFFER:,}; 0: in the order of the files)."
-        },
+        help="Streaming: shuffle the files, and draw documents at random from a buffer of this many (default "
+        f"{STREAM_BUFFER:,}; 0: in the order of the files).",
     )
 
 
@@ -142,9 +121,8 @@ class CorpusArguments:
 class RewardArguments(GRPOScriptArguments):
     """TRL's, with one more reward."""
 
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": f"Rewards, which are added up: {', '.join(REWARDS)}, or import paths of functions."},
+    reward_funcs: list[str] | None = HfArg(
+        default=None, help=f"Rewards, which are added up: {', '.join(REWARDS)}, or import paths of functions."
     )
 
 
@@ -152,12 +130,9 @@ class RewardArguments(GRPOScriptArguments):
 class PlanArguments:
     """What `pion-hf plan` writes besides the tables."""
 
-    routing_file: str | None = field(default=None, metadata={"help": "Also write the routing as JSON to this file."})
-    plot: str | None = field(
-        default=None,
-        metadata={
-            "help": "Also draw the learning rates of all groups over max_steps to this picture, as in rates.png."
-        },
+    routing_file: str | None = HfArg(default=None, help="Also write the routing as JSON to this file.")
+    plot: str | None = HfArg(
+        default=None, help="Also draw the learning rates of all groups over max_steps to this picture, as in rates.png."
     )
 
 

@@ -10,8 +10,9 @@ from matplotlib.lines import Line2D
 
 from pion_hf.cli.standings import comparable, other_domains, rate_points, task_metric
 from pion_hf.integrations.evaluation import PROGRESS
+from pion_hf.integrations.model_card import in_words
 from pion_hf.report.figures import Picture
-from pion_hf.report.style import COLOURS, MARKERS, STYLES, add_legend, new_figure, plain, styled
+from pion_hf.report.style import add_legend, looks, new_figure, styled
 from pion_hf.runs.folder import FINISHED
 
 HEIGHT = 3.6  # inches, of a domain
@@ -38,11 +39,10 @@ def frontier(record: dict[str, Any]) -> Picture | None:
     figure = new_figure(HEIGHT * len(domains) + LEGEND_LINE * len(contenders))
     metric = task_metric(over[0])
     gain = "rise" if PROGRESS[metric] > 0 else "fall"
-    handles: list[Line2D] = []
     notes = []
     for axes, domain in zip(figure.subplots(len(domains), squeeze=False).flatten(), domains, strict=True):
-        words = domain.replace("_", " ")
-        places = _draw(axes, points, f"{domain} loss", handles)
+        words = in_words(domain)
+        places = _draw(axes, points, f"{domain} loss")
         best = [name for name, is_best in zip(places, unbeaten(list(places.values())), strict=True) if is_best]
         axes.plot(*zip(*(places[name] for name in best), strict=True), "o", **RING)
         axes.axhline(over[0]["before"][domain]["loss"], color="black", linewidth=0.8, linestyle=":")
@@ -55,7 +55,7 @@ def frontier(record: dict[str, Any]) -> Picture | None:
             notes.append(f"Out of sight in {words}: {'; '.join(told)}.")
     ring = Line2D([], [], linestyle="", marker="o", **RING, label="unbeaten: none learnt more and forgot less")
     before = Line2D([], [], color="black", linewidth=0.8, linestyle=":", label="before training")
-    add_legend(figure, [*handles[: len(contenders)], ring, before])
+    add_legend(figure, [*axes.get_legend_handles_labels()[0], ring, before])
     return Picture(figure, f"Task progress against the loss of other text. {' '.join(notes)}", tuple(notes))
 
 
@@ -64,17 +64,13 @@ def unbeaten(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not any(g >= gain and c <= loss and (g, c) != (gain, loss) for g, c in points) for gain, loss in points]
 
 
-def _draw(
-    axes: Axes, points: dict[str, list[dict[str, Any]]], key: str, handles: list[Line2D]
-) -> dict[str, tuple[float, float]]:
+def _draw(axes: Axes, points: dict[str, list[dict[str, Any]]], key: str) -> dict[str, tuple[float, float]]:
     """Draw all contenders; the places of their points, by contender and rate."""
     places = {}
-    for i, (name, of) in enumerate(points.items()):
-        turn, nth = divmod(i, len(COLOURS))  # of more contenders: a colour again, with another marker and style
-        look = {"color": COLOURS[nth], "marker": MARKERS[(nth + turn) % len(MARKERS)]}
+    for look, (name, of) in zip(looks(list(points)), points.items(), strict=True):
         found = [(point["figures"]["learnt"]["mean"], point["figures"][key]["mean"]) for point in of]
         xs, ys = zip(*found, strict=True) if found else ((), ())
-        handles += axes.plot(xs, ys, STYLES[(nth + turn) % len(STYLES)], **look, label=plain(name))
+        axes.plot(xs, ys, look.style, marker=look.marker, color=look.colour, label=look.label)
         places |= {f"{name} {point['learning_rate']:g}": place for point, place in zip(of, found, strict=True)}
     return places
 

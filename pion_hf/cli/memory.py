@@ -26,19 +26,19 @@ buckets of DDP, and in GRPO generation, the reference model and the prompts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import transformers
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pion_hf.cli import older
+from pion_hf.cli.training import substituted
 
 # TRL's tiles of logits, (tokens, vocabulary): trl/kernels/chunked_logprob.py and trl/trainer/utils.py.
 TILE = (4096, 32768)
@@ -165,43 +165,24 @@ def _kept(
     def leave(layer: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
         layers[-1] = layers[-1]._replace(kept=layers[-1].kept + kept)
 
-    with FakeTensorMode(allow_non_fake_inputs=True), _hooks(backbone, enter, leave), _quiet(FAKE_LOGGER):
+    with ExitStack() as stack:
+        for layer in backbone.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                stack.enter_context(layer.register_forward_pre_hook(enter))
+                stack.enter_context(layer.register_forward_hook(leave))
+        # torch logs a traceback before it raises: what cannot run on fake tensors is an answer here.
+        stack.enter_context(substituted(FAKE_LOGGER, "disabled", True))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         weights = {
             name: torch.empty(t.shape, dtype=t.dtype).requires_grad_(t.requires_grad)
             for name, t in (*backbone.named_parameters(), *backbone.named_buffers())
         }
         ids = torch.zeros(rows, length, dtype=torch.long)
         seen.update((t.untyped_storage()._cdata, t.untyped_storage()) for t in (*weights.values(), ids))
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", half, enabled=half is not None),
-        ):
-            torch.func.functional_call(backbone, weights, kwargs={"input_ids": ids, "use_cache": False})
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+        stack.enter_context(torch.autocast("cpu", half, enabled=half is not None))
+        torch.func.functional_call(backbone, weights, kwargs={"input_ids": ids, "use_cache": False})
     return kept, layers
-
-
-@contextmanager
-def _quiet(logger: logging.Logger) -> Iterator[None]:
-    """torch logs a traceback before it raises: what cannot run on fake tensors is an answer here."""
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _hooks(model: nn.Module, enter: Callable, leave: Callable) -> Iterator[None]:
-    handles = []
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _loss_bytes(tokens: int, head: Tensor, computed: torch.dtype, *, on_cpu: bool) -> int:
@@ -218,10 +199,8 @@ def _loss_bytes(tokens: int, head: Tensor, computed: torch.dtype, *, on_cpu: boo
 
 def memory_table(optim: str, ours: Memory, adamw: Memory) -> Table:
     """Both side by side, in GiB."""
-    table = Table(title="Estimated peak memory of a step, GiB")
-    table.add_column("")
-    for name in (optim, "adamw_torch"):
-        table.add_column(name, justify="right")
+    columns = (Column(name, justify="right") for name in (optim, "adamw_torch"))
+    table = Table("", *columns, title="Estimated peak memory of a step, GiB")
     for part in ("weights", "gradients", "state", "activations", "peak"):
         table.add_row(part, *(in_gib(getattr(memory, part)) for memory in (ours, adamw)))
     return table

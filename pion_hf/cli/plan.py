@@ -11,7 +11,7 @@ import peft
 import torch
 import trl
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import PreTrainedModel, TrainingArguments
 
 from pion_hf.cli import flags
@@ -163,9 +163,7 @@ def _trained_model(args: TrainingArguments, model_args: trl.ModelConfig) -> tupl
 
 
 def _update_table(groups: list[dict[str, Any]]) -> Table:
-    table = Table(title="The first update, at the full learning rate")
-    for column in ("rule", "lr", "size"):
-        table.add_column(column)
+    table = Table("rule", "lr", "size", title="The first update, at the full learning rate")
     for rule, lr, size in dict.fromkeys((group["rule"], group["lr"], first_update(group)) for group in groups):
         table.add_row(rule, f"{lr:g}", size)
     return table
@@ -195,10 +193,8 @@ def first_update(group: dict[str, Any]) -> str:
 
 
 def _state_table(optim: str, ours: int, adamw: int) -> Table:
-    table = Table(title="Optimizer state")
-    table.add_column("optimizer")
-    table.add_column("bytes", justify="right")
-    table.add_column("of AdamW's", justify="right")
+    columns = (Column(name, justify="right") for name in ("bytes", "of AdamW's"))
+    table = Table("optimizer", *columns, title="Optimizer state")
     table.add_row(optim, f"{ours:,}", f"{ours / adamw:.2f}")
     table.add_row("adamw_torch", f"{adamw:,}", "1.00")
     return table

@@ -11,7 +11,6 @@ import math
 import os
 import typing
 from collections.abc import Callable, Collection, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -180,7 +179,6 @@ class RecipeParser(TrlParser):
             trains: whether the recipe is to be carried out. A model's own Python then runs if its `trust_remote_code`
                 says so, else only if `argv` does.
         """
-        argv = _split_config_flag(argv)
         argv, (path, recipe) = (argv, named) if named else _named_recipe(argv)
         recipe = self._fitting(path, recipe)
         self._check_recipe(path, recipe)
@@ -295,23 +293,25 @@ def named_keys(argv: list[str]) -> set[str]:
     Raises:
         ValueError, FileNotFoundError: as `RecipeParser.parse_recipe`, of a recipe that cannot be read.
     """
-    argv, (_, recipe) = _named_recipe(_split_config_flag(argv))
+    argv, (_, recipe) = _named_recipe(argv)
     flags = (a.lstrip("-").partition("=")[0].replace("-", "_") for a in argv if a.startswith("--"))
     return {*recipe, *flags}
 
 
 def _named_recipe(argv: list[str]) -> tuple[list[str], tuple[str, dict[str, Any]]]:
     """The flags without the recipe's, its path, and what it holds."""
-    if "--config" not in argv:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", nargs="?", type=Path)
+    named, rest = parser.parse_known_args(argv)
+    if not named.config:
         return argv, ("", {})
-    position = argv.index("--config")
-    if position + 1 >= len(argv):
-        raise ValueError("--config needs the path of a recipe")
-    if argv.count("--config") > 1:
+    if len(named.config) > 1:
         raise ValueError("--config names one recipe, and is given twice")
-    path = Path(argv[position + 1])
+    (path,) = named.config
+    if path is None:
+        raise ValueError("--config needs the path of a recipe")
     secrets = yaml.safe_load(os.environ.pop(SECRETS, "{}"))
-    return argv[:position] + argv[position + 2 :], (str(path), {**read_recipe(path), **secrets})
+    return rest, (str(path), {**read_recipe(path), **secrets})
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -362,13 +362,10 @@ def _check_mappings(values: Mapping[str, Any], where: str = "") -> None:
         if given is None:
             continue
         if isinstance(given, str):
+            names_file = key == "accelerator_config" and os.path.isfile(given)
             with contextlib.suppress(ValueError):  # what is no JSON is no mapping
-                given = json.loads(Path(given).read_text() if _is_file(key, given) else given)
+                given = json.loads(Path(given).read_text() if names_file else given)
         _check_mapping(f"{where}{key}", given, known)
-
-
-def _is_file(key: str, given: str) -> bool:
-    return key == "accelerator_config" and os.path.isfile(given)
 
 
 def _check_mixture(where: str, entries: Any) -> None:
@@ -439,8 +436,3 @@ def _check_parsed(parsed: tuple[Any, ...], where: Callable[[str], str]) -> None:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=args.trust_remote_code)
         signature = inspect.signature(transformers.PreTrainedModel.from_pretrained).parameters
         _check_mapping(where("model_init_kwargs"), options, (*signature, *LOADER_OPTIONS, *config.to_dict()))
-
-
-def _split_config_flag(argv: list[str]) -> list[str]:
-    """`--config=FILE` as `--config FILE`, the one form that TRL knows."""
-    return list(chain.from_iterable(a.split("=", 1) if a.startswith("--config=") else [a] for a in argv))

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from pion_hf.cli.grid import Trial
 from pion_hf.integrations.evaluation import PROGRESS
+from pion_hf.integrations.model_card import in_words, number_format
 from pion_hf.runs.folder import EVALUATION, FAILED, FINISHED, RECORD, read_evaluation, read_run
 from pion_hf.runs.redaction import without_secrets
 
@@ -211,7 +212,7 @@ def _figures(runs: list[dict[str, Any]]) -> Figures:
 def _columns(record: dict[str, Any]) -> dict[str, str]:
     """Figure -> heading, of those that some contender has."""
     there = set(itertools.chain.from_iterable(place["figures"] for place in record["standings"]))
-    losses = {f"{domain} loss": f"{domain.replace('_', ' ')} loss" for domain in other_domains(record)}
+    losses = {f"{domain} loss": f"{in_words(domain)} loss" for domain in other_domains(record)}
     headings = {
         f"{TASK} reward": "task reward",
         f"{TASK} loss": "task loss",
@@ -235,9 +236,8 @@ def _shown(key: str, figure: dict[str, float] | None) -> str:
 def _number(key: str, value: float) -> str:
     if key == "peak_memory_bytes":
         return f"{value / 2**30:.2f} GiB"
-    if key.endswith("exact_match"):
-        return f"{value:.1%}"
-    return {"spectrum_drift": "{:.0e}", "seconds": "{:.0f}"}.get(key, "{:.4f}").format(value)
+    forms = {"spectrum_drift": "{:.0e}", "seconds": "{:.0f}"}
+    return forms.get(key, number_format(key.rpartition(" ")[2])).format(value)
 
 
 def _before(record: dict[str, Any], run: dict[str, Any]) -> Iterator[tuple[str, str, float]]:

@@ -262,7 +262,7 @@ def model_from_config(
 
 @contextlib.contextmanager
 def substituted(module: Any, name: str, value: Any) -> Iterator[None]:
-    """TRL's scripts look up their trainer and data as names of a module: put ours there for the length of one run."""
+    """`value` under this name of a module or object, for a while: TRL's scripts look up trainer and data by theirs."""
     original = getattr(module, name)
     setattr(module, name, value)
     try:

@@ -54,7 +54,7 @@ RANGES = {
     **_each(
         _NOT_NEGATIVE,
         "learning_rate weight_decay adam_epsilon max_grad_norm neftune_noise_alpha eval_delay beta data_seed",
-        "dataloader_num_workers lm_eval_num_fewshot",
+        "dataloader_num_workers lm_eval_num_fewshot exact_match_samples",
     ),
     **_each(_STEPS, "warmup_steps logging_steps eval_steps save_steps"),
     **_each(_SHARE, "warmup_ratio label_smoothing_factor top_p min_p"),

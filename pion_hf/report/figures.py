@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from pion_hf.integrations.evaluation import progress
+from pion_hf.integrations.model_card import in_words
 from pion_hf.report.style import (
     COLOURS,
     STYLES,
@@ -47,6 +48,16 @@ class Line(NamedTuple):
     values: list[float]
 
 
+class Point(NamedTuple):
+    """What a run, or a share of what it changed, learnt of the task and forgot of a domain; both are finite."""
+
+    run: int
+    label: str
+    learnt: float
+    domain: str
+    forgotten: float
+
+
 @styled
 def angles(runs: Sequence[Run]) -> Picture | None:
     """Mean and largest rotation angle of the matrices, on the side of the inputs and of the outputs, against steps."""
@@ -54,8 +65,7 @@ def angles(runs: Sequence[Run]) -> Picture | None:
         f"angle {side}, radians": {f"angle_{side}/mean": "mean", f"angle_{side}/max": "largest"}
         for side in ("in", "out")
     }
-    picture = _against_steps(runs, {side: _lines(runs, keys) for side, keys in sides.items()})
-    return picture and picture._replace(alt=_alt("the mean and the largest rotation angle of a step", runs))
+    return _against_steps(runs, sides, "the mean and the largest rotation angle of a step")
 
 
 @styled
@@ -65,58 +75,50 @@ def drift(runs: Sequence[Run]) -> Picture | None:
         "spectrum drift": {"spectrum_drift": "drift"},
         "orthogonality error": {"orthogonality_error": "error"},
     }
-    picture = _against_steps(runs, {kind: _lines(runs, keys) for kind, keys in kinds.items()})
-    if picture is None:
-        return None
+    picture = _against_steps(runs, kinds, "the drift of the spectrum")
     last = [(name, run.series("spectrum_drift")[1]) for name, run in zip(numbered(runs), runs, strict=True)]
     said = "; ".join(f"{name}: {values[-1]:.1e}" for name, values in last if values)
-    return picture._replace(alt=_alt("the drift of the spectrum", runs) + (f" At the end: {said}." if said else ""))
+    return picture._replace(alt=f"{picture.alt} At the end: {said}.") if said else picture
 
 
 @styled
 def learnt_and_forgotten(runs: Sequence[Run]) -> Picture | None:
     """What was learnt beside what was forgotten: bars for a run, points for several."""
-    known = [(i, run.evaluation) for i, run in enumerate(runs) if _number(run.evaluation, "learnt") is not None]
+    known = {i: run for i, run in enumerate(runs) if run.learnt is not None}
     if not known:
         return None
-    return _bars_of_one(known[0][1]) if len(runs) == 1 else _points_of_several(runs, known)
+    task = f"learnt: task ({_unit(next(iter(known.values())))})"
+    if len(runs) == 1:
+        rows = {f"{task} {runs[0].learnt:+.4f}": (runs[0].learnt, COLOURS[0])}
+        for domain, value in runs[0].forgotten.items():
+            said = "NaN" if value is None else f"{value:+.4f}"
+            rows[f"forgotten: {in_words(domain)} (loss, nats) {said}"] = (value or 0.0, COLOURS[1])
+        return Picture(_bars(rows, "change by training"), f"Bars: {'; '.join(rows)}.")
+    points = [
+        Point(i, str(i + 1), run.learnt, domain, value)
+        for i, run in known.items()
+        for domain, value in run.forgotten.items()
+        if value is not None
+    ]
+    if not points:  # nothing but the task was measured: a bar for each
+        names, looks = numbered(runs), line_styles(runs)
+        bars = {f"{names[i]}: {run.learnt:+.4f}": (run.learnt, looks[i].colour) for i, run in known.items()}
+        return Picture(_bars(bars, task), "Bars of what was learnt of the task.")
+    said = [f"{p.label}: learnt {p.learnt:.3f}, forgotten {p.forgotten:.3f} ({in_words(p.domain)})" for p in points]
+    return Picture(_plane(runs, points, task), f"Points of what was learnt and forgotten. {'; '.join(said)}.")
 
 
 @styled
 def blends(runs: Sequence[Run]) -> Picture | None:
     """What is learnt and what is forgotten with a share of what training changed, a line for a run."""
-    known = {i: _shares(run.evaluation) for i, run in enumerate(runs)}
-    known = {i: points for i, points in known.items() if points}
-    if not known:
+    points = [point for i, run in enumerate(runs) for point in _shares(i, run.evaluation or {})]
+    if not points:
         return None
-    found, domains = line_styles(runs), list(dict.fromkeys(d for points in known.values() for _, _, d, _ in points))
-    figure = new_figure(0.7 + 2.6 * len(domains))
-    grid = figure.subplots(len(domains), sharex=True, squeeze=False)[:, 0]
-    for axes, domain in zip(grid, domains, strict=True):
-        for i, points in known.items():
-            of = [(share, learnt, forgotten) for share, learnt, d, forgotten in points if d == domain]
-            drawn = found[i]
-            axes.plot(
-                [p[1] for p in of],
-                [p[2] for p in of],
-                drawn.style,
-                marker=drawn.marker,
-                color=drawn.colour,
-            )
-            for share, x, y in of:
-                axes.annotate(f"{share:g}", (x, y), (5, -9), textcoords="offset points", fontsize=8.5)
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.margins(0.12)
-        axes.set_ylabel(f"forgotten: {plain(domain.replace('_', ' '))}\n(loss, nats)")
-        axes.set_title("better: to the right and down", loc="right", fontsize=8.5, color="#555555")
-    grid[-1].set_xlabel(f"learnt: task ({_unit(runs[next(iter(known))].evaluation)})")
-    if len(runs) > 1:
-        add_legend(figure, run_handles([found[i] for i in known], styles=False))
     said = "; ".join(
-        f"{'' if len(runs) == 1 else f'{i + 1}: '}{share:g} learns {learnt:.3f} and forgets {forgotten:.3f}"
-        for i, points in known.items()
-        for share, learnt, _, forgotten in points
+        f"{'' if len(runs) == 1 else f'{p.run + 1}: '}{p.label} learns {p.learnt:.3f} and forgets {p.forgotten:.3f}"
+        for p in points
     )
+    figure = _plane(runs, points, f"learnt: task ({_unit(runs[points[0].run])})")
     return Picture(figure, f"Lines of what is learnt and forgotten by the share of the change: {said}.")
 
 
@@ -137,13 +139,13 @@ def _lines(runs: Sequence[Run], keys: Mapping[str, str]) -> list[Line]:
     return [line for line in found if line.steps]
 
 
-def _against_steps(runs: Sequence[Run], series: Mapping[str, list[Line]]) -> Picture | None:
-    """A panel, its scale logarithmic, for every y label that has lines. Of one run the quantities have colours; of
-    several the runs have.
+def _against_steps(runs: Sequence[Run], panels: Mapping[str, Mapping[str, str]], what: str) -> Picture | None:
+    """A panel, its scale logarithmic, for every y label whose quantities (key, name) were logged. Of one run the
+    quantities have colours; of several the runs have.
 
     Then the quantities of a panel, if there are several, have line styles.
     """
-    series = {kind: lines for kind, lines in series.items() if lines}
+    series = {kind: lines for kind, keys in panels.items() if (lines := _lines(runs, keys))}
     if not series:
         return None
     alone, found, notes = len(runs) == 1, line_styles(runs), []
@@ -173,7 +175,8 @@ def _against_steps(runs: Sequence[Run], series: Mapping[str, list[Line]]) -> Pic
     if by_name:
         handles += name_handles.values()
     add_legend(figure, handles)
-    return Picture(figure, "", tuple(dict.fromkeys(notes)))
+    alt = f"Lines of {what} against the step, for {', '.join(numbered(runs))}."
+    return Picture(figure, alt, tuple(dict.fromkeys(notes)))
 
 
 def _draw(axes: Axes, drawn: LineStyle, line: Line) -> bool:
@@ -187,93 +190,61 @@ def _draw(axes: Axes, drawn: LineStyle, line: Line) -> bool:
     return lost is not None
 
 
-def _alt(what: str, runs: Sequence[Run]) -> str:
-    return f"Lines of {what} against the step, for {', '.join(numbered(runs))}."
+def _unit(run: Run) -> str:
+    return "reward" if "reward" in (run.evaluation.get("after") or {}).get("task", {}) else "loss, nats"
 
 
-def _number(evaluation: dict | None, key: str) -> float | None:
-    """A finite number of `eval.json`, or None."""
-    value = (evaluation or {}).get(key)
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def _unit(evaluation: dict) -> str:
-    return "reward" if "reward" in (evaluation.get("after") or {}).get("task", {}) else "loss, nats"
-
-
-def _shares(evaluation: dict | None) -> list[tuple[float, float, str, float]]:
-    """`(share, learnt, domain, forgotten)` of every share and domain that were measured, finite ones."""
-    found = []
-    for blend in (evaluation or {}).get("blends") or []:
-        moments = [{d: m for d, m in part.items() if d != "share"} for part in (evaluation.get("before") or {}, blend)]
-        gains = {d: progress(moments[0].get(d, {}), m) for d, m in moments[1].items() if None not in m.values()}
+def _shares(run: int, evaluation: dict) -> Iterator[Point]:
+    """Of every share and domain that were measured."""
+    before = evaluation.get("before") or {}
+    for blend in evaluation.get("blends") or []:
+        measured = {domain: values for domain, values in blend.items() if domain != "share"}
+        gains = {d: progress(before.get(d, {}), of) for d, of in measured.items() if None not in of.values()}
         learnt = gains.pop("task", None)
-        if learnt is not None:
-            found += [(blend.get("share") or 0.0, learnt, d, -gain) for d, gain in gains.items() if gain is not None]
-    return found
+        for domain, gain in gains.items():
+            if learnt is not None and gain is not None:
+                yield Point(run, f"{blend.get('share') or 0.0:g}", learnt, domain, -gain)
 
 
-def _bars_of_one(evaluation: dict) -> Picture:
-    learnt, forgotten = evaluation["learnt"], evaluation.get("forgotten") or {}
-    rows = {f"learnt: task ({_unit(evaluation)}) {learnt:+.4f}": (learnt, COLOURS[0])}
-    for domain in forgotten:
-        value = _number(forgotten, domain)
-        said = "NaN" if value is None else f"{value:+.4f}"
-        rows[f"forgotten: {domain.replace('_', ' ')} (loss, nats) {said}"] = (value or 0.0, COLOURS[1])
-    figure = new_figure(0.7 + 0.5 * len(rows))
-    axes = figure.add_subplot()
-    _bars(axes, rows)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("change by training")
-    return Picture(figure, f"Bars: {'; '.join(rows)}.")
-
-
-def _points_of_several(runs: Sequence[Run], known: list[tuple[int, dict]]) -> Picture | None:
-    found = line_styles(runs)
-    domains = list(dict.fromkeys(d for _, e in known for d in e.get("forgotten") or {}))
-    if not domains:  # nothing but the task was measured: a bar for each
-        figure = new_figure(0.9 + 0.4 * len(known))
-        axes = figure.add_subplot()
-        names = numbered(runs)
-        _bars(axes, {f"{names[i]}: {e['learnt']:+.4f}": (e["learnt"], found[i].colour) for i, e in known})
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_xlabel(f"learnt: task ({_unit(known[0][1])})")
-        return Picture(figure, "Bars of what was learnt of the task.")
-    figure = new_figure(0.7 + 2.3 * len(domains))
+def _plane(runs: Sequence[Run], points: Sequence[Point], task: str) -> Figure:
+    """A panel for every domain, what was learnt to the right, what was forgotten above; a line joins a run's points."""
+    found, domains = line_styles(runs), list(dict.fromkeys(point.domain for point in points))
+    figure = new_figure(0.7 + 2.5 * len(domains))
     grid = figure.subplots(len(domains), sharex=True, squeeze=False)[:, 0]
-    said = []
     for axes, domain in zip(grid, domains, strict=True):
-        for i, evaluation in known:
-            y = _number(evaluation.get("forgotten"), domain)
-            if y is None:
+        for i, look in enumerate(found):
+            of_run = [point for point in points if (point.run, point.domain) == (i, domain)]
+            if not of_run:
                 continue
-            drawn, x = found[i], evaluation["learnt"]
-            axes.plot(x, y, drawn.marker, color=drawn.colour, markersize=7, linestyle="none")
-            axes.annotate(str(i + 1), (x, y), (5, 4), textcoords="offset points", fontsize=8.5)
-            said.append(f"{i + 1}: learnt {x:.3f}, forgotten {y:.3f} ({domain.replace('_', ' ')})")
+            xs, ys = [point.learnt for point in of_run], [point.forgotten for point in of_run]
+            style = look.style if len(of_run) > 1 else "none"
+            marked = {"marker": look.marker, "markersize": 6}
+            axes.plot(xs, ys, linestyle=style, color=look.colour, label=look.label, **marked)
+            for point in of_run:
+                place = point.learnt, point.forgotten
+                axes.annotate(point.label, place, (5, -9), textcoords="offset points", fontsize=8.5)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.margins(0.15)
-        axes.set_ylabel(f"forgotten: {plain(domain.replace('_', ' '))}\n(loss, nats)")
+        axes.set_ylabel(f"forgotten: {plain(in_words(domain))}\n(loss, nats)")
         axes.set_title("better: to the right and down", loc="right", fontsize=8.5, color="#555555")
-    grid[-1].set_xlabel(f"learnt: task ({_unit(known[0][1])})")
-    shown = [found[i] for i, _ in known]
-    add_legend(
-        figure, [Line2D([], [], color=k.colour, marker=k.marker, linestyle="none", label=k.label) for k in shown]
-    )
-    return Picture(figure, f"Points of what was learnt and what was forgotten. {'; '.join(said)}.")
+    grid[-1].set_xlabel(task)
+    if len(runs) > 1:
+        add_legend(figure, [handle for axes in grid for handle in axes.get_legend_handles_labels()[0]])
+    return figure
 
 
-def _bars(axes: Axes, rows: Mapping[str, tuple[float, str]]) -> None:
-    """A bar for every row, its label above it: beside it there is no room on a phone."""
-    for row, (value, colour) in enumerate(rows.values()):
+def _bars(rows: Mapping[str, tuple[float, str]], label: str) -> Figure:
+    """A bar for every row, the first on top, its own label above it: beside it there is no room on a phone."""
+    figure = new_figure(0.7 + 0.5 * len(rows))
+    axes = figure.add_subplot()
+    for row, (said, (value, colour)) in enumerate(rows.items()):
         axes.barh(row, value, 0.45, color=colour)
-    _row_labels(axes, list(rows))
-
-
-def _row_labels(axes: Axes, labels: list[str]) -> None:
-    axes.set_ylim(len(labels) - 0.6, -0.8)  # the first on top
+        at = axes.get_yaxis_transform()  # from the left edge, whatever the sign of the bar
+        axes.text(0.01, row - 0.28, plain(said), transform=at, fontsize=8.5, va="bottom")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_ylim(len(rows) - 0.6, -0.8)
     axes.set_yticks([])
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
-    for row, label in enumerate(labels):  # at the left edge, whatever the sign of the bar
-        axes.text(0.01, row - 0.28, plain(label), transform=axes.get_yaxis_transform(), fontsize=8.5, va="bottom")
+    axes.set_xlabel(label)
+    return figure

@@ -9,7 +9,6 @@ import os
 import struct
 import warnings as python_warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from pion_hf._version import __version__
 from pion_hf.report import figures, spectra, summary
 from pion_hf.report.figures import Picture
 from pion_hf.report.style import names
-from pion_hf.runs.files import make_folder, new_file, write_text
+from pion_hf.runs.files import fault_of_place, make_folder, new_file, write_text
 from pion_hf.runs.folder import SPECTRA, Run, read_run, read_spectra
 
 DPI = 200
@@ -32,20 +31,23 @@ logger = logging.getLogger(__name__)
 
 
 class Section(NamedTuple):
-    """A picture of the page: the name of its file, its heading, what it says, and what it needs."""
+    """A picture of the page: its group, its heading, what it says, and what it needs."""
 
-    key: str
     group: str
     heading: str
     text: str
     draw: Callable[[Sequence[Run]], Picture | None]
     needs: str
 
+    @property
+    def key(self) -> str:
+        """The name of its file."""
+        return self.draw.__name__
+
 
 LEARNING, STEPS, MATRICES = "Learning", "Steps", "Matrices"
 SECTIONS = (
     Section(
-        "learnt_and_forgotten",
         LEARNING,
         "Learnt and forgotten",
         "How far the loss of the task fell, or its reward rose, and how far the loss of other domains rose.",
@@ -53,7 +55,6 @@ SECTIONS = (
         "measurements before and after training of the task and of another domain",
     ),
     Section(
-        "blends",
         LEARNING,
         "Shares of what training changed",
         "With weights so far from the start of training to its end: how much of the task is left, how much forgotten.",
@@ -61,7 +62,6 @@ SECTIONS = (
         "measured shares (blend_shares) of the task and of another domain",
     ),
     Section(
-        "angles",
         STEPS,
         "Rotation angles",
         "Mean and largest over the matrices, on the side of the inputs and of the outputs.",
@@ -69,7 +69,6 @@ SECTIONS = (
         "logged rotation angles, which only rotations have",
     ),
     Section(
-        "angle_map",
         STEPS,
         "Where it rotates",
         "Rotation angle by layer and role, mean over the snapshots.",
@@ -77,7 +76,6 @@ SECTIONS = (
         "snapshots with rotation angles, which only rotations have",
     ),
     Section(
-        "drift",
         MATRICES,
         "Drift of the spectrum",
         "Largest change of a singular value, relative to its matrix's largest, and how far the rotations are from "
@@ -86,7 +84,6 @@ SECTIONS = (
         "a logged spectrum drift",
     ),
     Section(
-        "spectrum_changes",
         MATRICES,
         "Change of the singular values",
         "Before against after training, relative to the matrix's largest: median over the matrices of a role.",
@@ -94,7 +91,6 @@ SECTIONS = (
         f"singular values before and after training ({SPECTRA})",
     ),
     Section(
-        "spectra",
         MATRICES,
         "Singular values",
         "Before and after training: median over the matrices of a role.",
@@ -102,16 +98,14 @@ SECTIONS = (
         f"singular values before and after training ({SPECTRA})",
     ),
     Section(
-        "spectral_norm_changes",
         MATRICES,
         "Change of the spectral norms",
         "Since the first snapshot, in per cent.",
         spectra.spectral_norm_changes,
         "two snapshots with spectral norms",
     ),
-    Section("spectral_norms", MATRICES, "Spectral norms", "", spectra.spectral_norms, "snapshots with spectral norms"),
+    Section(MATRICES, "Spectral norms", "", spectra.spectral_norms, "snapshots with spectral norms"),
     Section(
-        "stable_ranks",
         MATRICES,
         "Stable ranks",
         "Squared Frobenius norm over squared spectral norm: how many directions carry the matrix.",
@@ -121,8 +115,7 @@ SECTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class _Drawing:
+class _Drawing(NamedTuple):
     """A picture on the page; `png` in base64, its size in pixels."""
 
     heading: str
@@ -213,12 +206,10 @@ def _draw(runs: Sequence[Run]) -> tuple[dict[str, _Drawing], list[str]]:
             if not read_spectra(run.folder):
                 missing.append(f"{name}: {SPECTRA} holds none of after training yet.")
         except FileNotFoundError:
-            pass
-        except OSError as error:
-            missing.append(f"{name}: {SPECTRA} cannot be read: {error.strerror}.")
-            logger.warning("%s", missing[-1])
-        except ValueError as error:
-            missing.append(f"{name}: {error}.")
+            continue
+        except (OSError, ValueError) as error:
+            said = f"{SPECTRA} cannot be read: {error.strerror}" if isinstance(error, OSError) else error
+            missing.append(f"{name}: {said}.")
             logger.warning("%s", missing[-1])
     return drawn, missing
 
@@ -293,8 +284,6 @@ def _check_place(path: Path, pictures: Path) -> None:
         raise ValueError(f"the report cannot be written to {str(path)!r}, a folder: name a file in it.")
     if pictures.exists() and not pictures.is_dir():
         raise ValueError(f"the pictures cannot be written to {str(pictures)!r}, which is no folder.")
-    for place in (path.absolute().parent, pictures.absolute()):
-        there = next(p for p in (place, *place.parents) if p.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            what = "cannot be written to" if there.is_dir() else "is no folder"
-            raise ValueError(f"the report cannot go to {str(path)!r}: {str(there)!r} {what}; choose another place.")
+    fault = fault_of_place(path.parent) or fault_of_place(pictures)
+    if fault:
+        raise ValueError(f"the report cannot go to {str(path)!r}: {fault}; choose another place.")

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -37,6 +38,8 @@ BAND = (0.1, 0.9)  # quantiles over the matrices of a role
 LEAST_CHANGE = 1e-10  # of a singular value that is shown: well below float32's rounding
 LEAST_CHANGE_SHOWN = 0.1  # per cent: rounding is not to look like a change
 
+Curves = tuple[np.ndarray, np.ndarray]  # before and after, see `_spectrum_curves`
+
 
 @styled
 def spectral_norms(runs: Sequence[Run]) -> Picture | None:
@@ -59,65 +62,48 @@ def stable_ranks(runs: Sequence[Run]) -> Picture | None:
 @styled
 def spectra(runs: Sequence[Run]) -> Picture | None:
     """Singular values before and after, by role: median over the matrices, of one run with a band."""
-    known = [(i, run) for i, run in enumerate(runs) if run.spectra]
-    roles, notes = _shown(_roles_with_spectra(run for _, run in known))
-    if not roles:
+    made = _panels_of_spectra(runs, "singular value")
+    if made is None:
         return None
-    found, alone = line_styles(runs), len(runs) == 1
-    of_one_model = len({str((run.record.get("model") or {}).get("name")) for _, run in known}) == 1
-    figure, grid = _role_figure(roles, sharex=True)
-    for axes, role in zip(grid, roles, strict=True):
-        for nth, (i, run) in enumerate(known):
-            curves = _spectrum_curves(run, role)
-            if curves is None:
-                continue
-            before, after = curves
+    figure, by_role, notes = made
+    found, alone, known = line_styles(runs), len(runs) == 1, [i for i, run in enumerate(runs) if run.spectra]
+    of_one_model = len({str((runs[i].record.get("model") or {}).get("name")) for i in known}) == 1
+    for axes, curves in by_role.values():
+        for nth, (i, (before, after)) in enumerate(curves.items()):
             colour, style = (COLOURS[1], "--") if alone else (found[i].colour, found[i].style)
             if nth == 0 or not of_one_model:
                 _median(axes, before, "#555555" if of_one_model else colour, "-", band=alone, linewidth=2.5, alpha=0.6)
             _median(axes, after, colour, style, band=alone)
         log_scale(axes)
-    grid[0].set_xlim(0, 1)
-    figure.supxlabel("place in the spectrum: 0 largest, 1 smallest")
-    figure.supylabel("singular value")
     before_handle = Line2D([], [], color="#555555", linewidth=2.5, alpha=0.6, label="before")
     after = (
         [Line2D([], [], color=COLOURS[1], linestyle="--", label="after")]
         if alone
-        else run_handles([found[i] for i, _ in known])
+        else run_handles([found[i] for i in known])
     )
     add_legend(figure, [before_handle, *after] if of_one_model else after)
-    return Picture(figure, _alt("Singular values before and after training", roles, runs), notes)
+    return Picture(figure, _alt("Singular values before and after training", by_role, runs), notes)
 
 
 @styled
 def spectrum_changes(runs: Sequence[Run]) -> Picture | None:
     """How far every singular value moved, relative to its matrix's largest: median by role, of one run with a band."""
-    known = [(i, run) for i, run in enumerate(runs) if run.spectra]
-    roles, notes = _shown(_roles_with_spectra(run for _, run in known))
-    if not roles:
+    made = _panels_of_spectra(runs, "change, relative to the largest singular value", sharey=True)
+    if made is None:
         return None
-    found, alone, largest = line_styles(runs), len(runs) == 1, {}
-    figure, grid = _role_figure(roles, sharex=True, sharey=True)
-    for axes, role in zip(grid, roles, strict=True):
-        for i, run in known:
-            curves = _spectrum_curves(run, role)
-            if curves is None:
-                continue
-            before, after = curves
+    figure, by_role, notes = made
+    found, names, alone, largest = line_styles(runs), numbered(runs), len(runs) == 1, {}
+    for axes, curves in by_role.values():
+        for i, (before, after) in curves.items():
             scale = np.where(before > 0, before, after)[:, :1]  # an adapter's B begins with zeros
             change = np.abs(after - before) / np.maximum(scale, np.finfo(float).tiny)
             largest[i] = max(largest.get(i, 0.0), float(np.nanmax(change, initial=0.0)))
             colour, style = (COLOURS[0], "-") if alone else (found[i].colour, found[i].style)
             _median(axes, np.maximum(change, LEAST_CHANGE), colour, style, band=alone)
-    log_scale(grid[0])
-    grid[0].set_xlim(0, 1)
-    figure.supxlabel("place in the spectrum: 0 largest, 1 smallest")
-    figure.supylabel("change, relative to the largest singular value")
-    add_legend(figure, [] if alone else run_handles([found[i] for i, _ in known]))
-    names = numbered(runs)
+    log_scale(axes)
+    add_legend(figure, [] if alone else run_handles([found[i] for i in sorted(largest)]))
     said = "; ".join(f"{names[i]}: at most {value:.1e}" for i, value in largest.items())
-    return Picture(figure, f"{_alt('Change of the singular values', roles, runs)} {said}.", notes)
+    return Picture(figure, f"{_alt('Change of the singular values', by_role, runs)} {said}.", notes)
 
 
 @styled
@@ -131,7 +117,7 @@ def angle_map(runs: Sequence[Run]) -> Picture | None:
         if sides and len(runs) == 1:
             maps = {f"angle {side}": (run, values) for side, values in sides.items()}
         elif sides:
-            maps[name] = (run, _mean(np.array(list(sides.values())), axis=0))
+            maps[name] = (run, _mean(np.array(list(sides.values()))))
     maps = {title: grid for title, (run, values) in maps.items() if (grid := _layer_by_role(run, values))}
     if not maps:
         return None
@@ -215,8 +201,19 @@ def _shown(panels: Iterable[str], most: int = MOST_ROLES) -> tuple[list[str], tu
     return panels[:most], (f"Left out for want of room: {', '.join(left_out)}.",) if left_out else ()
 
 
-def _roles_with_spectra(runs: Iterable[Run]) -> dict[str, None]:
-    return {_role(m): None for run in runs for m in run.matrices if m.get("name") in run.spectra}
+def _panels_of_spectra(
+    runs: Sequence[Run], label: str, **options: object
+) -> tuple[Figure, dict[str, tuple[Axes, dict[int, Curves]]], tuple[str, ...]] | None:
+    """By role its panel and the curves of the runs that have some there, before anything is drawn; and notes."""
+    roles, notes = _shown({_role(m): None for run in runs for m in run.matrices if m.get("name") in run.spectra})
+    if not roles:
+        return None
+    figure, grid = _role_figure(roles, sharex=True, **options)
+    grid[0].set_xlim(0, 1)
+    figure.supxlabel("place in the spectrum: 0 largest, 1 smallest")
+    figure.supylabel(label)
+    curves = [{i: of for i, run in enumerate(runs) if (of := _spectrum_curves(run, role))} for role in roles]
+    return figure, dict(zip(roles, zip(grid, curves, strict=True), strict=True)), notes
 
 
 def _role_figure(roles: list[str], **options: object) -> tuple:
@@ -233,12 +230,12 @@ def _history(run: Run, quantity: str) -> tuple[list[int], np.ndarray]:
 def _mean_of_snapshots(run: Run, quantity: str) -> np.ndarray:
     """`(matrices,)`, NaN where there is none."""
     _, values = _history(run, quantity)
-    return _mean(values, axis=0) if len(values) else np.full(len(run.matrices), np.nan)
+    return _mean(values) if len(values) else np.full(len(run.matrices), np.nan)
 
 
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
-    """The mean of what is finite; NaN, without a warning, where nothing is."""
-    return np.ma.masked_invalid(values).mean(axis).filled(np.nan)
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Over the first axis, of what is finite; NaN, without a warning, where nothing is."""
+    return np.ma.masked_invalid(values).mean(0).filled(np.nan)
 
 
 def _layer_by_role(run: Run, values: np.ndarray) -> tuple[list[int], list[str], np.ndarray] | None:
@@ -258,7 +255,7 @@ def _layer_by_role(run: Run, values: np.ndarray) -> tuple[list[int], list[str], 
     return layers, roles, np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _spectrum_curves(run: Run, role: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _spectrum_curves(run: Run, role: str) -> Curves | None:
     """Singular values before and after of the matrices of a role at `POINTS`, `(matrices, points)`."""
     pairs = [run.spectra[m["name"]] for m in run.matrices if _role(m) == role and m.get("name") in run.spectra]
     if not pairs:
@@ -303,5 +300,5 @@ def _at_least(axes: Axes, distance: float, *, around: float) -> None:
     axes.set_ylim(min(low, around - distance), max(high, around + distance))
 
 
-def _alt(what: str, roles: list[str], runs: Sequence[Run]) -> str:
+def _alt(what: str, roles: Iterable[str], runs: Sequence[Run]) -> str:
     return f"{what}, for {', '.join(roles)}, of {', '.join(numbered(runs))}."

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
@@ -52,10 +50,12 @@ SETTINGS = {
     "axes.formatter.useoffset": False,
     "image.cmap": SEQUENTIAL,
 }
+# Decorates a function that draws, which leaves matplotlib's own settings as they were.
+styled = matplotlib.rc_context(SETTINGS)
 
 
 class LineStyle(NamedTuple):
-    """How the curves of a run are drawn."""
+    """How the curves of a run or a contender are drawn."""
 
     label: str
     colour: str
@@ -63,22 +63,9 @@ class LineStyle(NamedTuple):
     marker: str
 
 
-def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
-    """Draw with `SETTINGS`, and leave matplotlib's own as they were."""
-
-    @functools.wraps(draw)
-    def within(*args: Any, **kwargs: Any) -> Any:
-        with matplotlib.rc_context(SETTINGS):
-            return draw(*args, **kwargs)
-
-    return within
-
-
 def new_figure(height: float) -> Figure:
     """A figure of `WIDTH` x `height` inches, without a display and without touching pyplot's own state."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def names(runs: Sequence[Run]) -> list[str]:
@@ -98,11 +85,16 @@ def numbered(runs: Sequence[Run]) -> list[str]:
 
 
 def line_styles(runs: Sequence[Run]) -> list[LineStyle]:
-    """Of every run: a colour each; with more runs than colours one comes again, in another style."""
-    turns = [(i % len(COLOURS), (i % len(COLOURS) + i // len(COLOURS)) % len(STYLES)) for i in range(len(runs))]
+    """Of every run, by its number and name."""
+    return looks(numbered(runs))
+
+
+def looks(labels: Sequence[str]) -> list[LineStyle]:
+    """A colour each; of more labels than colours one comes again, in another style and with another marker."""
+    turns = [divmod(i, len(COLOURS)) for i in range(len(labels))]
     return [
-        LineStyle(plain(label), COLOURS[c], STYLES[s], MARKERS[c])
-        for label, (c, s) in zip(numbered(runs), turns, strict=True)
+        LineStyle(plain(label), COLOURS[nth], STYLES[(nth + turn) % len(STYLES)], MARKERS[(nth + turn) % len(MARKERS)])
+        for label, (turn, nth) in zip(labels, turns, strict=True)
     ]
 
 

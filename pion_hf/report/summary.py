@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from pion_hf.integrations.model_card import figure, in_words, metrics, number_fo
 from pion_hf.linalg.spectrum import spectral_drift
 from pion_hf.report.figures import diverged
 from pion_hf.report.style import numbered
-from pion_hf.runs.folder import FAILED, RUNNING, Run
+from pion_hf.runs.folder import FAILED, RUNNING, Run, finite
 from pion_hf.runs.redaction import without_secrets
 
 # Arguments that say where a run goes, not what it does; and those that `optimizer` says too, under its own names.
@@ -45,8 +44,8 @@ def status_of(run: Run) -> str:
 
 def drift_of(run: Run) -> float | None:
     """The largest change of a singular value relative to its matrix's largest: as noted, or as the spectra say."""
-    noted = run.record.get("spectrum_drift")
-    if _value(noted) is not None:
+    noted = finite(run.record.get("spectrum_drift"))
+    if noted is not None:
         return noted
     drifts = (spectral_drift(*pair).max().item() for pair in run.spectra.values() if pair[0].amax(-1).min() > 0)
     return max(drifts, default=None)
@@ -64,11 +63,8 @@ def overview(run: Run) -> list[tuple[str, str]]:
             f"{model['trainable']:,} of them trained" if model.get("trainable") else "",
         ),
         "data": _listed(
-            *(
-                f"{word} on {data[key]}"
-                for key, word in (("train", "trained"), ("evaluation", "evaluated"))
-                if data.get(key)
-            )
+            f"trained on {data['train']}" if data.get("train") else "",
+            f"evaluated on {data['evaluation']}" if data.get("evaluation") else "",
         ),
         "optimizer": _listed(
             str(optimizer.get("name") or ""),
@@ -163,10 +159,10 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def results_table(runs: Sequence[Run]) -> Table | None:
     """Before and after by domain and metric; of several runs a row each. None without a measurement."""
-    measured = [(name, run.evaluation) for name, run in zip(numbered(runs), runs, strict=True) if has_results(run)]
+    measured = {name: run for name, run in zip(numbered(runs), runs, strict=True) if has_results(run)}
     if not measured:
         return None
-    return _result_of_one(measured[0][1]) if len(runs) == 1 else _results_of_several(measured)
+    return _result_of_one(runs[0]) if len(runs) == 1 else _results_of_several(measured)
 
 
 def has_results(run: Run) -> bool:
@@ -188,7 +184,7 @@ def warnings(runs: Sequence[Run]) -> list[str]:
             of += [f"{name} (step {steps_of(run):,})"] if run.status == status else []
         if diverged(run) is not None:
             lost.append(f"{name} (step {diverged(run):,})")
-        elif has_results(run) and any(_value(v) is None for d in run.evaluation["after"].values() for v in d.values()):
+        elif has_results(run) and any(finite(v) is None for d in run.evaluation["after"].values() for v in d.values()):
             lost.append(f"{name} (measured after training)")
         if run.status != RUNNING and not has_results(run) and any(map(has_results, runs)):
             unmeasured.append(name)
@@ -197,16 +193,14 @@ def warnings(runs: Sequence[Run]) -> list[str]:
 
 def text(value: Any) -> str:
     """A setting as one would type it."""
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return str(value)
     if isinstance(value, float):
         return f"{value:g}"
-    return str(value) if isinstance(value, int) else json.dumps(value)
+    return json.dumps(value) if isinstance(value, (list, dict)) else str(value)
 
 
 def duration(seconds: float | None) -> str:
     """Seconds, minutes or hours."""
-    if not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
+    if finite(seconds) is None:
         return ""
     if seconds < 120:
         return f"{seconds:.1f}\N{NO-BREAK SPACE}s"
@@ -235,11 +229,7 @@ def _given(run: Run) -> dict[str, Any]:
 
 
 def _formatted(value: Any, form: str) -> str:
-    return "" if _value(value) is None else form.format(value)
-
-
-def _value(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return "" if finite(value) is None else form.format(value)
 
 
 def _arguments(run: Run) -> dict[str, Any]:
@@ -269,63 +259,62 @@ def _incomparable(runs: Sequence[Run]) -> Iterator[str]:
             yield f"These runs are of different {kind}: {consequence}. {said}."
 
 
-def _result_of_one(evaluation: Mapping[str, Any]) -> Table:
+def _result_of_one(run: Run) -> Table:
     rows = []
-    for domain, before in evaluation["before"].items():
-        after = evaluation["after"].get(domain) or {}
+    for domain, before in run.evaluation["before"].items():
+        after = run.evaluation["after"].get(domain) or {}
         for metric in metrics(before):
-            both = _value(before[metric]) is not None and _value(after.get(metric)) is not None
+            both = finite(before[metric]) is not None and finite(after.get(metric)) is not None
             change = _signed(metric, after[metric] - before[metric]) if both else ""
             rows.append([in_words(domain), in_words(metric), _figure(before, metric), _figure(after, metric), change])
-    gains = {"learnt: task": evaluation.get("learnt")} if "learnt" in evaluation else {}
-    gains |= {f"forgotten: {in_words(domain)}": gain for domain, gain in (evaluation.get("forgotten") or {}).items()}
-    for name, gain in gains.items():
-        rows.append([name, "", "", "", NO_NUMBER if _value(gain) is None else f"{gain:+.4f}"])
+    gains = {"learnt: task": run.learnt} if "learnt" in run.evaluation else {}
+    gains |= {f"forgotten: {in_words(domain)}": value for domain, value in run.forgotten.items()}
+    rows += [[name, "", "", "", NO_NUMBER if gain is None else f"{gain:+.4f}"] for name, gain in gains.items()]
     return Table(["domain", "measure", "before", "after", "change"], rows)
 
 
-def _results_of_several(measured: list[tuple[str, Mapping[str, Any]]]) -> Table:
+def _results_of_several(measured: Mapping[str, Run]) -> Table:
     """A row for every run; a first one of what all of them began with, where that was the same."""
-    keys = list(dict.fromkeys((d, m) for _, e in measured for d, of in e["before"].items() for m in metrics(of)))
-    domains = list(dict.fromkeys(d for _, e in measured for d in e.get("forgotten") or {}))
+    begun = [run.evaluation["before"] for run in measured.values()]
+    keys = list(dict.fromkeys((domain, metric) for of in begun for domain in of for metric in metrics(of[domain])))
+    domains = list(dict.fromkeys(domain for run in measured.values() for domain in run.forgotten))
 
-    def at(evaluation: Mapping[str, Any], moment: str, domain: str, metric: str) -> Any:
-        return (evaluation[moment].get(domain) or {}).get(metric)
+    def values(measures: Mapping[str, Any]) -> list[Any]:
+        return [(measures.get(domain) or {}).get(metric) for domain, metric in keys]
 
-    def figures(evaluation: Mapping[str, Any], moment: str) -> list[str]:
-        return [_figure(evaluation[moment].get(domain) or {}, metric) for domain, metric in keys]
+    def figures(measures: Mapping[str, Any]) -> list[str]:
+        return [_figure(measures.get(domain) or {}, metric) for domain, metric in keys]
 
-    starts = {key: [at(e, "before", *key) for _, e in measured] for key in keys}
-    same = all(_agree(values) for values in starts.values())
+    same = all(map(_agree, zip(*map(values, begun), strict=True)))
     columns = ["run", *(f"{in_words(d)}: {in_words(m)}" for d, m in keys), "learnt"]
     columns += [f"forgotten: {in_words(d)}" for d in domains]
     rows, numbers = [], []
     if same:
-        rows.append(["before training", *figures(measured[0][1], "before"), "", *("" for _ in domains)])
-    for name, evaluation in measured:
-        after = [at(evaluation, "after", *key) for key in keys]
-        gains = [evaluation.get("learnt"), *((evaluation.get("forgotten") or {}).get(d) for d in domains)]
-        cells = figures(evaluation, "after")
+        rows.append(["before training", *figures(begun[0]), "", *("" for _ in domains)])
+    for name, run in measured.items():
+        before, after = run.evaluation["before"], run.evaluation["after"]
+        gains = [run.learnt, *map(run.forgotten.get, domains)]
+        cells = figures(after)
         if not same:
-            cells = [" → ".join(both) for both in zip(figures(evaluation, "before"), cells, strict=True)]
-        rows.append([name, *cells, *("" if _value(gain) is None else f"{gain:+.4f}" for gain in gains)])
-        numbers.append([*after, *gains])
+            cells = [" → ".join(both) for both in zip(figures(before), cells, strict=True)]
+        rows.append([name, *cells, *("" if gain is None else f"{gain:+.4f}" for gain in gains)])
+        numbers.append([*values(after), *gains])
     best = set()
     if same and len(measured) > 1:  # of one model and the same data
         signs = [-1 if m in LOWER_IS_BETTER else 1 for _, m in keys] + [1] + [-1] * len(domains)
-        for column, sign in enumerate(signs):
-            values = {r: sign * row[column] for r, row in enumerate(numbers) if _value(row[column]) is not None}
-            best |= {(r + 1, column + 1) for r, value in values.items() if value == max(values.values())}
+        for column, (sign, found) in enumerate(zip(signs, zip(*numbers, strict=True), strict=True), start=1):
+            scores = {row: sign * value for row, value in enumerate(found, start=1) if finite(value) is not None}
+            best |= {(row, column) for row, score in scores.items() if score == max(scores.values())}
     return Table(columns, rows, frozenset(best))
 
 
 def _agree(values: Sequence[Any]) -> bool:
-    known = [value for value in values if _value(value) is not None]
+    known = [value for value in values if finite(value) is not None]
     return len(known) == len(values) and max(known) - min(known) <= SAME * max(map(abs, known))
 
 
 def _figure(values: Mapping[str, Any], metric: str) -> str:
-    return NO_NUMBER if _value(values.get(metric)) is None else figure(values, metric)
+    return NO_NUMBER if finite(values.get(metric)) is None else figure(values, metric)
 
 
 def _signed(metric: str, value: float) -> str:

@@ -72,6 +72,15 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         return file.read()
 
 
+def fault_of_place(folder: str | os.PathLike) -> str | None:
+    """Why nothing can be written to a folder, which need not be there yet; None if something can."""
+    folder = Path(folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        return f"{str(there)!r} is no folder"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"{str(there)!r} cannot be written to"
+
+
 def is_part(path: Path) -> bool:
     """Whether an interruption left this of a file that was being written."""
     return _PART.fullmatch(path.name) is not None

@@ -18,7 +18,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -120,6 +120,16 @@ class Run:
     def matrices(self) -> list[dict[str, Any]]:
         """`name`, `role`, `layer` (None outside of layers), `rule` and `shape` of the matrices of the snapshots."""
         return self.record.get("matrices", [])
+
+    @property
+    def learnt(self) -> float | None:
+        """How far the loss of the task fell, or its reward rose; None if that is not known, or not finite."""
+        return finite((self.evaluation or {}).get("learnt"))
+
+    @property
+    def forgotten(self) -> dict[str, float | None]:
+        """How far the loss of other domains rose; None where it is not finite."""
+        return finite((self.evaluation or {}).get("forgotten") or {})
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a quantity of the logs."""
@@ -238,14 +248,14 @@ def append_line(path: str | os.PathLike, entry: dict[str, Any]) -> None:
     append_text(path, json.dumps(finite(entry), allow_nan=False) + "\n")
 
 
-def keep_until(folder: str | os.PathLike, step: int, files: Iterable[str] = (LOG, MATRICES)) -> None:
+def keep_until(folder: str | os.PathLike, step: int) -> None:
     """Drop lines of later steps than `step`: a run that resumes from a checkpoint takes them again.
 
     A damaged file is set aside, and what can be read of it goes on.
     """
-    for path in (Path(folder, name) for name in files):
+    for name, fields in {LOG: LINE_FIELDS, MATRICES: SNAPSHOT_FIELDS}.items():
+        path = Path(folder, name)
         if path.is_file():
-            fields = SNAPSHOT_FIELDS if path.name == MATRICES else LINE_FIELDS
             try:
                 entries = _read_lines(path, fields)
             except ValueError as error:
