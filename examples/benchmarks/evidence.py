@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from pion_hf._version import __version__
 from pion_hf.cli.frontier import RING
-from pion_hf.report.style import COLOURS, MARKERS, STYLES, add_legend, new_figure, styled
+from pion_hf.report.style import add_legend, new_figure, styled, styles_of
 from pion_hf.runs.folder import read_json, write_json
 
 HERE = Path(__file__).parent
@@ -263,13 +263,12 @@ def picture(ledger: Ledger, stages: list[dict]) -> None:
     handles = {}
     panels = figure.subplots(rows, len(shown) // rows, squeeze=False)
     for axes, stage in zip(panels.flat, shown.values(), strict=True):
-        for i, name in enumerate(names):
+        for style, name in zip(styles_of(names), names, strict=True):
             known = ledger.pooled(stage, name) if name in stage["rates"] else {}
-            turn, nth = divmod(i, len(COLOURS))
-            drawn = {"color": COLOURS[nth], "marker": MARKERS[(nth + turn) % len(MARKERS)]}
+            drawn = {"color": style.colour, "marker": style.marker, "capsize": 2}
             for rate in dict.fromkeys(rate for rate, _ in known):
                 points = [Point(place, place, 0.0) for place in known if place[0] == rate]
-                handles[name] = _errorbars(axes, ledger, stage, name, points, STYLES[turn], capsize=2, **drawn)
+                handles[name] = _errorbars(axes, ledger, stage, name, points, "-", **drawn)
                 handles[name].set_label(name)
             point = at(known, ledger.wanted(stage))
             if point is not None:

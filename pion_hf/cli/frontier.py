@@ -12,7 +12,7 @@ from pion_hf.cli.standings import comparable, other_domains, rate_points, task_m
 from pion_hf.integrations.evaluation import PROGRESS
 from pion_hf.integrations.model_card import in_words
 from pion_hf.report.figures import Picture
-from pion_hf.report.style import add_legend, looks, new_figure, styled
+from pion_hf.report.style import add_legend, new_figure, styled, styles_of
 from pion_hf.runs.folder import FINISHED
 
 HEIGHT = 3.6  # inches, of a domain
@@ -67,7 +67,7 @@ def unbeaten(points: Sequence[tuple[float, float]]) -> list[bool]:
 def _draw(axes: Axes, points: dict[str, list[dict[str, Any]]], key: str) -> dict[str, tuple[float, float]]:
     """Draw all contenders; the places of their points, by contender and rate."""
     places = {}
-    for look, (name, of) in zip(looks(list(points)), points.items(), strict=True):
+    for look, (name, of) in zip(styles_of(list(points)), points.items(), strict=True):
         found = [(point["figures"]["learnt"]["mean"], point["figures"][key]["mean"]) for point in of]
         xs, ys = zip(*found, strict=True) if found else ((), ())
         axes.plot(xs, ys, look.style, marker=look.marker, color=look.colour, label=look.label)

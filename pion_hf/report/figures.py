@@ -101,8 +101,8 @@ def learnt_and_forgotten(runs: Sequence[Run]) -> Picture | None:
         if value is not None
     ]
     if not points:  # nothing but the task was measured: a bar for each
-        names, looks = numbered(runs), line_styles(runs)
-        bars = {f"{names[i]}: {run.learnt:+.4f}": (run.learnt, looks[i].colour) for i, run in known.items()}
+        names, styles = numbered(runs), line_styles(runs)
+        bars = {f"{names[i]}: {run.learnt:+.4f}": (run.learnt, styles[i].colour) for i, run in known.items()}
         return Picture(_bars(bars, task), "Bars of what was learnt of the task.")
     said = [f"{p.label}: learnt {p.learnt:.3f}, forgotten {p.forgotten:.3f} ({in_words(p.domain)})" for p in points]
     return Picture(_plane(runs, points, task), f"Points of what was learnt and forgotten. {'; '.join(said)}.")

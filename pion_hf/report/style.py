@@ -86,10 +86,10 @@ def numbered(runs: Sequence[Run]) -> list[str]:
 
 def line_styles(runs: Sequence[Run]) -> list[LineStyle]:
     """Of every run, by its number and name."""
-    return looks(numbered(runs))
+    return styles_of(numbered(runs))
 
 
-def looks(labels: Sequence[str]) -> list[LineStyle]:
+def styles_of(labels: Sequence[str]) -> list[LineStyle]:
     """A colour each; of more labels than colours one comes again, in another style and with another marker."""
     turns = [divmod(i, len(COLOURS)) for i in range(len(labels))]
     return [
