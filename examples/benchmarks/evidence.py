@@ -256,7 +256,7 @@ def picture(ledger: Ledger, stages: list[dict]) -> None:
     ranked = sorted(stages, key=lambda stage: (stage["questions"], len(stage["seeds"]), -stage["steps"]))
     shown = {(reference(stage), stage["task"]): stage for stage in ranked}
     rows = len({whose for whose, _ in shown})
-    shown = dict(sorted(shown.items(), key=lambda item: item[0][0] != REFERENCE))
+    shown = dict(sorted(shown.items(), key=lambda item: (item[0][0] != REFERENCE, item[0][1])))
     names = [name for name in ledger.contenders if any(ledger.pooled(stage, name) for stage in shown.values())]
     figure = new_figure(4.2)
     figure.set_size_inches(4.8 * len(shown) / rows, 3.6 * rows)
@@ -275,7 +275,7 @@ def picture(ledger: Ledger, stages: list[dict]) -> None:
                 _errorbars(axes, ledger, stage, name, [point], "o", **RING)
         axes.axvline(ledger.wanted(stage), color="black", linewidth=0.8, linestyle=":")
         axes.set_yscale("log")
-        axes.set_title(f"{stage['task']}, {stage['steps']} steps, seeds: {len(stage['seeds'])}")
+        axes.set_title(f"{stage['task']}, at what {reference(stage)} answers; seeds: {len(stage['seeds'])}")
         axes.set_xlabel("exact match")
     for axes in panels[:, 0]:
         axes.set_ylabel("KL to the base model on its own answers")
