@@ -137,6 +137,11 @@ def without_launcher(words: list[str]) -> list[str]:
     return words
 
 
+def said(words: list[str]) -> str:
+    """The words of a command and of its recipe."""
+    return " ".join(words + [Path(word).read_text(encoding="utf-8") for word in words if word.endswith(".yaml")])
+
+
 @pytest.mark.parametrize("words", commands().values(), ids=commands())
 def test_commands_can_be_planned(words, toy_folder, monkeypatch, capsys):
     """Each would train, as far as can be told without weights: recipes, options and the optimizer's groups."""
@@ -148,7 +153,7 @@ def test_commands_can_be_planned(words, toy_folder, monkeypatch, capsys):
         assert answers.parser().parse_args(rest[1:]).instructions.is_file()
     elif program == "pion-hf":
         flags = rest[2:] if rest[0] == "run" else rest[1:]  # a script comes before its flags
-        narrow = ["--optim_keep", "4"] if "--optim_keep_data" in flags else []  # the toy has no 96 directions
+        narrow = ["--optim_keep", "4"] if "optim_keep_data" in said(flags) else []  # the toy has no 96 directions
         plan.main([*flags, "--model_name_or_path", toy_folder, *narrow])
         assert "Estimated peak memory" in capsys.readouterr().out
     elif program == "make":
@@ -258,10 +263,9 @@ def workplace(tmp_path, toy_folder, monkeypatch) -> Path:
 
 def stand_ins(kind: str, words: list[str]) -> dict[str, str]:
     """Flags and values of `INSTEAD` and `WHERE_NAMED` for a command."""
-    said = " ".join(words + [Path(word).read_text(encoding="utf-8") for word in words if word.endswith(".yaml")])
     found = dict(INSTEAD[kind])
     for named, more in WHERE_NAMED.items():
-        found |= more if re.search(rf"\b{named}\b", said) else {}
+        found |= more if re.search(rf"\b{named}\b", said(words)) else {}
     return {flag: value for flag, (value, _) in found.items()}
 
 

@@ -14,9 +14,13 @@ OVERSAMPLING = 16
 
 
 def test_matrix(n: int, directions: int, device: torch.device) -> Tensor:
-    """`(n, r)` of random numbers, the same at every call: `r = directions + OVERSAMPLING`, `n` at most."""
+    """`(n, r)` random orthonormal columns, the same at every call: `r = directions + OVERSAMPLING`, `n` at most.
+
+    Random numbers span the same, but `T^T C T` then loses small eigenvalues to rounding where `r` is nearly `n`.
+    """
     draws = torch.Generator().manual_seed(0)
-    return torch.randn(n, min(n, directions + OVERSAMPLING), generator=draws).to(device)
+    numbers = torch.randn(n, min(n, directions + OVERSAMPLING), generator=draws, dtype=torch.float64)
+    return torch.linalg.qr(numbers).Q.float().to(device)
 
 
 def sketch_of(x: Tensor, test: Tensor) -> Tensor:
