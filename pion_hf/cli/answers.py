@@ -47,7 +47,7 @@ def _text(path: Path) -> str:
         raise ValueError(f"instructions={str(path)!r} cannot be read: {error}") from None
 
 
-def _positive(text: str) -> int:
+def positive_int(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return value
@@ -75,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE.jsonl",
         help="file to write (default: %(default)s)",
     )
-    flags.add_argument("--new_tokens", type=_positive, default=80, help="of an answer, at most (default: %(default)s)")
+    flags.add_argument(
+        "--new_tokens", type=positive_int, default=80, help="of an answer, at most (default: %(default)s)"
+    )
     flags.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     return flags
