@@ -254,15 +254,21 @@ def picture(ledger: Ledger, stages: list[dict]) -> None:
     Ringed is where each is compared. Of every task the stage with most seeds; a row of panels for every reference.
     """
     ranked = sorted(stages, key=lambda stage: (stage["questions"], len(stage["seeds"]), -stage["steps"]))
-    shown = {(reference(stage), stage["task"]): stage for stage in ranked}
-    rows = len({whose for whose, _ in shown})
-    shown = dict(sorted(shown.items(), key=lambda item: (item[0][0] != REFERENCE, item[0][1])))
-    names = [name for name in ledger.contenders if any(ledger.pooled(stage, name) for stage in shown.values())]
+    rows: dict[str, dict[str, dict]] = {reference(stage): {} for stage in stages}
+    for stage in ranked:
+        rows[reference(stage)][stage["task"]] = stage
+    shown = [(row, column, of[task]) for row, of in enumerate(rows.values()) for column, task in enumerate(sorted(of))]
+    names = [name for name in ledger.contenders if any(ledger.pooled(stage, name) for *_, stage in shown)]
     figure = new_figure(4.2)
-    figure.set_size_inches(4.8 * len(shown) / rows, 3.6 * rows)
+    columns = max(map(len, rows.values()))
+    figure.set_size_inches(4.8 * columns, 3.6 * len(rows))
     handles = {}
-    panels = figure.subplots(rows, len(shown) // rows, squeeze=False)
-    for axes, stage in zip(panels.flat, shown.values(), strict=True):
+    panels = figure.subplots(len(rows), columns, squeeze=False)
+    for axes in panels.flat:  # tasks may be measured for one reference alone
+        axes.set_visible(False)
+    for row, column, stage in shown:
+        axes = panels[row, column]
+        axes.set_visible(True)
         for style, name in zip(styles_of(names), names, strict=True):
             known = ledger.pooled(stage, name) if name in stage["rates"] else {}
             drawn = {"color": style.colour, "marker": style.marker, "capsize": 2}

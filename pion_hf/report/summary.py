@@ -275,8 +275,8 @@ def _result_of_one(run: Run) -> Table:
 
 def _results_of_several(measured: Mapping[str, Run]) -> Table:
     """A row for every run; a first one of what all of them began with, where that was the same."""
-    begun = [run.evaluation["before"] for run in measured.values()]
-    keys = list(dict.fromkeys((domain, metric) for of in begun for domain in of for metric in metrics(of[domain])))
+    starts = [run.evaluation["before"] for run in measured.values()]
+    keys = list(dict.fromkeys((domain, metric) for of in starts for domain in of for metric in metrics(of[domain])))
     domains = list(dict.fromkeys(domain for run in measured.values() for domain in run.forgotten))
 
     def values(measures: Mapping[str, Any]) -> list[Any]:
@@ -285,12 +285,12 @@ def _results_of_several(measured: Mapping[str, Run]) -> Table:
     def figures(measures: Mapping[str, Any]) -> list[str]:
         return [_figure(measures.get(domain) or {}, metric) for domain, metric in keys]
 
-    same = all(map(_agree, zip(*map(values, begun), strict=True)))
+    same = all(map(_agree, zip(*map(values, starts), strict=True)))
     columns = ["run", *(f"{in_words(d)}: {in_words(m)}" for d, m in keys), "learnt"]
     columns += [f"forgotten: {in_words(d)}" for d in domains]
     rows, numbers = [], []
     if same:
-        rows.append(["before training", *figures(begun[0]), "", *("" for _ in domains)])
+        rows.append(["before training", *figures(starts[0]), "", *("" for _ in domains)])
     for name, run in measured.items():
         before, after = run.evaluation["before"], run.evaluation["after"]
         gains = [run.learnt, *map(run.forgotten.get, domains)]
