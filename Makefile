@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-lowest test-lowest-quick test-slow test-distributed test-eval test-gpu test-gallery test-field docs lint clean
+.PHONY: demo test test-lowest test-lowest-quick test-slow test-pages test-distributed test-eval test-gpu test-gallery test-field docs lint clean
 
 # torch first and alone: a pinned CPU build where one is at hand, before anything else asks for a looser version.
 $(VENV)/installed: setup.cfg $(CONSTRAINTS) pyproject.toml
@@ -31,6 +31,15 @@ test-lowest-quick:
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m slow
+
+# Commands and snippets of README.md and docs/, as a new user has them: the package installed as they say, in an environment
+# of its own, and nothing of its source beside them.
+CLEAN := .clean
+test-pages:
+	rm -rf $(CLEAN) && mkdir $(CLEAN) && git ls-files | xargs cp --parents -t $(CLEAN)
+	$(PYTHON) -m venv $(CLEAN)/.venv
+	cd $(CLEAN) && .venv/bin/pip install --quiet -c constraints.txt . && .venv/bin/pip install --quiet -c constraints.txt '.[compare,dev]'
+	cd $(CLEAN) && rm -r pion_hf && .venv/bin/python -m pytest -q -m "slow or not slow" -k "run" tests/test_pages.py
 
 # Several processes, and what a run must survive; ends with a table of what was tried, how often, what was lost.
 test-distributed: $(VENV)/installed
@@ -72,4 +81,4 @@ lint: $(VENV)/installed
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) .venv-lowest models data runs site
+	rm -rf $(VENV) .venv-lowest $(CLEAN) models data runs site

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -286,3 +287,20 @@ def test_commands_run(words, workplace, capsys):
         assert ("Estimated peak memory" if kind == "plan" else "100 answers") in capsys.readouterr().out
     else:
         assert (workplace / "out" / ("routing.json" if kind == "run" else "eval.json")).is_file()
+
+
+def told() -> list[str]:
+    """Commands within the text of pages that print what is kept, or help."""
+    spans = (span for page in READ for span in re.findall(r"`((?:python|pion-hf) [^`]+)`", page.read_text("utf-8")))
+    return sorted({span for span in spans if span.endswith(("--show", "--help"))})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", told())
+def test_what_prints_runs(command, workplace):
+    (workplace / "examples").symlink_to(ROOT / "examples")
+    program, *rest = shlex.split(command)
+    start = [sys.executable] if program == "python" else [sys.executable, "-m", "pion_hf.cli"]
+    done = subprocess.run([*start, *rest], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) > 5

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pion_hf.linalg import products
-from pion_hf.linalg.products import bfloat16_speedup, product_dtype
+from pion_hf.linalg.products import bfloat16_speedup, gram_matrix, product_dtype
 
 
 @pytest.mark.parametrize("speedup", [0.05, 0.9, 1.5, 3.0])
@@ -74,3 +74,19 @@ def test_what_was_chosen_is_used_and_double_precision_kept():
 
 def test_other_devices_are_not_asked():
     assert product_dtype(torch.ones(1, device="meta"), "auto") == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(512, 40), (515, 700), (2, 514, 512), (0, 600, 8), (3, 20, 50)])
+def test_the_gram_matrix_is_what_the_product_is(shape, dtype):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    found, expected = gram_matrix(x), x.double() @ x.double().mT
+    assert found.dtype == dtype
+    assert (found - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
+
+
+def test_the_gram_matrix_of_one_in_a_batch_is_its_own_to_the_bit():
+    x = torch.randn(3, 520, 530, generator=torch.Generator().manual_seed(0))
+    together = gram_matrix(x)
+    assert all(torch.equal(together[i], gram_matrix(x[i])) for i in range(3))
+    assert torch.equal(gram_matrix(x[1].mT.contiguous().mT), together[1])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pion_hf.errors import unknown
 from pion_hf.linalg.gram import gram_polar, require_package
-from pion_hf.linalg.products import product_dtype
+from pion_hf.linalg.products import gram_matrix, product_dtype
 
 POLAR_METHODS = ("express", "quintic", "svd", "gram")
 ITERATIONS = ("express", "quintic")  # of which the products run in the dtype they are given
@@ -141,7 +141,7 @@ def _express_norm(square: Tensor) -> Tensor:
 
 def _express(x: Tensor, steps: int) -> Tensor:
     safe = _express_table(steps, x.dtype)
-    gram = x @ x.mT
+    gram = gram_matrix(x)
     square = gram @ gram
     norm = _express_norm(square)
     a, b, c = safe[0]
@@ -153,7 +153,7 @@ def _express(x: Tensor, steps: int) -> Tensor:
 def _iterate(x: Tensor, coefficients: list[tuple[float, float, float]]) -> Tensor:
     """`X <- a X + (b X X^T + c (X X^T)^2) X` for every `(a, b, c)`."""
     for a, b, c in coefficients:
-        gram = x @ x.mT
+        gram = gram_matrix(x)
         x = _plus_product(x, _plus_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 

@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 # Matrices of a smaller side are multiplied as they are: in batches, and not in halves.
 LARGE = 128
+# Of the Gram matrix of one with so many rows on a CPU only what is on and below the diagonal is multiplied, in thirds.
+LARGE_GRAM, THIRDS = 512, 3
 # The setting is the process's: of several threads the first one in changes it, and the last one out puts it back.
 _lock = threading.Lock()
 _inside, _before = 0, []
@@ -70,6 +73,30 @@ torch.library.custom_op("pion_hf::one_by_one", _one_by_one, mutates_args=()).reg
 )
 
 
+def gram_matrix(x: Tensor) -> Tensor:
+    """`x x^T` of a matrix or a batch of them, `(b, ., .)`: as `product`, in two thirds of the time where that pays."""
+    if x.device.type != "cpu" or x.ndim > 3 or x.shape[-2] < LARGE_GRAM:
+        return product(x, x.mT)
+    batch = x.view(-1, *x.shape[-2:])
+    found = torch.ops.pion_hf.gram_matrices(batch) if torch.compiler.is_compiling() else _gram_matrices(batch)
+    return found.view(*x.shape[:-1], x.shape[-2])
+
+
+def _gram_matrices(batch: Tensor) -> Tensor:
+    count, k, _ = batch.shape
+    found, cuts = batch.new_empty(count, k, k), [k * third // THIRDS for third in range(THIRDS + 1)]
+    for x, to in zip(batch, found, strict=True):
+        for begin, end in pairwise(cuts):
+            torch.mm(x[begin:end], x[:end].mT, out=to[begin:end, :end])
+            to[:begin, begin:end] = to[begin:end, :begin].mT
+    return found
+
+
+torch.library.custom_op("pion_hf::gram_matrices", _gram_matrices, mutates_args=()).register_fake(
+    lambda batch: batch.new_empty(*batch.shape[:-1], batch.shape[-2])
+)
+
+
 class Halves(NamedTuple):
     """A float32 matrix as two bfloat16 ones, whose sum is within a relative 2^-16 of it."""
 
@@ -101,7 +128,7 @@ def gram_error(y: Tensor, halves: Halves | None) -> Tensor:
     From `halves`, if there are any: what is not on the diagonal is small, and comes from two bfloat16 products.
     """
     if halves is None:
-        error = product(y, y.mT)
+        error = gram_matrix(y)
     else:
         across = halves.high @ halves.rest.mT
         error = (halves.high @ halves.high.mT).float().add_(across.add_(across.mT.clone()))

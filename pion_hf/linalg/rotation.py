@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pion_hf.linalg.products import Halves, gram_error, halves_product, product, product_dtype
+from pion_hf.linalg.products import Halves, gram_error, gram_matrix, halves_product, product, product_dtype
 from pion_hf.linalg.spectrum import numerical_zero
 
 # The largest angle of a step (radians): longer ones are clipped to it.
@@ -117,10 +117,11 @@ def factorized(w: Tensor, fixed: Tensor | None = None) -> Factors:
 def product_of(factors: Factors, fixed: Fixed | None = None, *, transposed: bool = False) -> Tensor:
     """`W`, or `W^T`, `(..., l, k)`, to the precision of the factors."""
     u, s, v = factors
-    right = v * s.unsqueeze(-1)
-    if fixed is not None:
-        right = right + fixed.coupling @ fixed.long.mT
-    return halves_product(right.mT, u) if transposed else halves_product(u.mT, right)
+    if fixed is None:
+        left, right = u * s.unsqueeze(-1), v
+    else:
+        left, right = u, v * s.unsqueeze(-1) + fixed.coupling @ fixed.long.mT
+    return halves_product(right.mT, left) if transposed else halves_product(left.mT, right)
 
 
 # -- generators: what stands for a direction --------------------------------------------------------------------------
@@ -194,7 +195,7 @@ class Extent(NamedTuple):
 
 def extent(factors: Factors, x: Tensor) -> Extent:
     """From `H = X X^T`: `||W A||_F^2 = sum_i s_i^2 H_ii`, and `||H^2||_F^(1/4) >= ||X||_2`."""
-    h, dtype = product(x, x.mT), factors.s.dtype
+    h, dtype = gram_matrix(x), factors.s.dtype
     moved = (h.diagonal(dim1=-2, dim2=-1) * factors.s.square()).sum(-1).sqrt()[..., None, None]
     norm = torch.linalg.matrix_norm(h, keepdim=True, dtype=dtype)
     unit = h * norm.clamp_min(torch.finfo(dtype).tiny).reciprocal().to(h.dtype)
