@@ -252,8 +252,7 @@ class Pion(MatrixOptimizer):
         for side, x in turned.tangents.items():
             self.note_rotation(side, _factors(state).side(_is_long(side, tall)), x, turned.alpha)
         state.update(turned.factors._asdict())
-        # Later the product of factors that stay is the weight to the last bit.
-        return torch.where(turned.alpha > 0, turned.weight, weight) if step.first else turned.weight
+        return weight
 
     def _generators(
         self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, sides: tuple[str, ...], group: dict, step: Step
@@ -358,10 +357,9 @@ def _lie_averages(
 
 
 class Turned(NamedTuple):
-    """What a step has made: the weight and its factors, the size `alpha` and whether that was clipped, `(b, 1, 1)`, and
-    the tangent of every side."""
+    """What a step has made: the new factors, its size `alpha` and whether that was clipped, `(b, 1, 1)`, and the
+    tangent of every side."""
 
-    weight: Tensor
     factors: Factors
     alpha: Tensor
     clipped: Tensor
@@ -382,7 +380,7 @@ def _turned(
     rms: float,
     dtype: str,
 ) -> Turned:
-    """A step of `weight`; a `momentum` is carried along in place.
+    """A step of `weight`, and of a `momentum` that is carried along, in place.
 
     source: the direction, or of every side its generator in full.
     """
@@ -416,7 +414,8 @@ def _turned(
         if momentum is not None:
             m = momentum.mT if tall else momentum
             m.add_(carried(m, before, x, alpha, long=long))
-    return Turned(product_of(new, fixed, transposed=tall), new, alpha, clipped, tangents)
+    torch.where(alpha > 0, product_of(new, fixed, transposed=tall), weight, out=weight)
+    return Turned(new, alpha, clipped, tangents)
 
 
 def _moved(unit: Factors, tangents: dict[str, Tensor], tall: bool) -> Tensor:
