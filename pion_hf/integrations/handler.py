@@ -179,9 +179,9 @@ def refuse_wrappers(args: Any) -> None:
 
 
 def _fsdp(args: Any) -> tuple[int, bool]:
-    """The version and whether parameters are offloaded. TrainingArguments default to 2, accelerate's environment to 1.
+    """FSDP's version, 0 without it, and whether parameters are offloaded.
 
-    The version is 0 without FSDP.
+    TrainingArguments default to version 2, accelerate's environment to 1.
     """
     if getattr(args, "fsdp", None):
         config = args.fsdp_config or {}
