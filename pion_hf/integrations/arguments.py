@@ -72,9 +72,8 @@ def default_of(optim: str, option: str) -> Any:
 
 def option_types(optim: str, *, by_trainer: bool = True) -> dict[str, Any]:
     """Every option of an optimizer, as above, and its type."""
-    types = {}
-    for kind in (OPTIMIZER_CLASSES[optim].options, *ROUTED[optim]):
-        types |= types_of(kind)
+    kinds = (OPTIMIZER_CLASSES[optim].options, *ROUTED[optim])
+    types = {name: wanted for kind in kinds for name, wanted in types_of(kind).items()}
     return {name: types[name] for name in options_of(optim, by_trainer=by_trainer)}
 
 
@@ -118,11 +117,8 @@ def _field_type(wanted: list[Any]) -> Any:
 
 def _field(option: str, by: dict[str, Any]) -> Any:
     """Its help says what it is, of which optimizers, and their defaults."""
-    helps: dict[str, list[str]] = {}
-    defaults = {}
-    for optim, field in by.items():
-        helps.setdefault(field.metadata["help"], []).append(optim)
-        defaults[optim] = str(default_of(optim, option))
+    helps = _names_by_value({optim: field.metadata["help"] for optim, field in by.items()})
+    defaults = {optim: str(default_of(optim, option)) for optim in by}
     everyone = len(by) == len(OPTIMIZER_CLASSES)
     said = [help if everyone else f"{', '.join(optims)}: {help}" for help, optims in helps.items()]
     if {*defaults.values()} != {"None"}:  # else the help says what None means
@@ -132,10 +128,12 @@ def _field(option: str, by: dict[str, Any]) -> Any:
 
 def by_optimizer(values: Mapping[str, str]) -> str:
     """A value of every optimizer in words: one if they are equal, else each with the names that have it."""
-    names: dict[str, list[str]] = {}
-    for optim, value in values.items():
-        names.setdefault(value, []).append(optim)
+    names = _names_by_value(values)
     return "; ".join(value if len(names) == 1 else f"{value} of {', '.join(of)}" for value, of in names.items())
+
+
+def _names_by_value(values: Mapping[str, str]) -> dict[str, list[str]]:
+    return {value: [name for name in values if values[name] == value] for value in values.values()}
 
 
 _Fields = dataclasses.make_dataclass("_Fields", _typed_fields(), namespace={"__module__": __name__})
@@ -184,12 +182,11 @@ class OptimizerFields(_Fields):
 
     def _choose_precision(self) -> None:
         """Where `bf16` is left open (None, as in TRL's configs, or "auto") the hardware decides, and it is said."""
-        is_open = self.bf16 is None
         on_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if is_open:
+        if self.bf16 is None:
             self.bf16 = not self.fp16 and (bfloat16_speedup() > 1 if on_cpu else is_torch_bf16_gpu_available())
-        if is_open and on_cpu and not self.fp16:
-            logger.warning_once(f"{'bfloat16' if self.bf16 else 'float32'}: {measured_speed()} (bf16=auto)")
+            if on_cpu and not self.fp16:
+                logger.warning_once(f"{'bfloat16' if self.bf16 else 'float32'}: {measured_speed()} (bf16=auto)")
         if self.bf16 and on_cpu:
             self.use_cpu = True  # else transformers asks for a GPU, although there is none
 

@@ -102,14 +102,15 @@ class CheckpointMixin:
         Raises:
             ValueError: another process trains into the same folder.
         """
-        folder = self._get_output_dir(trial)
+        folder, given = self._get_output_dir(trial), self.args.resume_from_checkpoint
         lock = FileLock(Path(folder, LOCK))  # ends with the process
         try:
             self._of_first(lambda: _take(lock))
             checkpoint = self._of_first(lambda: resolve_resume(resume_from_checkpoint, folder))
-            with _told(self.args, checkpoint):
-                return self.train_from(checkpoint, trial, *args, **kwargs)
+            self.args.resume_from_checkpoint = checkpoint  # by which a resumed run is routed, whoever named it
+            return self.train_from(checkpoint, trial, *args, **kwargs)
         finally:
+            self.args.resume_from_checkpoint = given
             lock.release()
 
     def train_from(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
@@ -284,16 +285,6 @@ class CheckpointMixin:
             logger.warning(f"The checkpoint's schedule goes on, and not the one given: {said}.")
             for name in differing:
                 setattr(self.args, name, SchedulerType(saved[name]) if name == "lr_scheduler_type" else saved[name])
-
-
-@contextlib.contextmanager
-def _told(args: Any, checkpoint: str | None) -> Iterator[None]:
-    """The arguments say what `train` alone was told: the routing of a resumed run goes by its checkpoint's."""
-    given, args.resume_from_checkpoint = args.resume_from_checkpoint, checkpoint
-    try:
-        yield
-    finally:
-        args.resume_from_checkpoint = given
 
 
 def _take(lock: FileLock) -> None:

@@ -164,12 +164,13 @@ def refuse_wrappers(args: Any) -> None:
             "whole. Use DDP (accelerate launch --multi_gpu), or adamw_torch with DeepSpeed."
         )
     name = args.optim.value
-    if _fsdp_version(args) == 1:
+    version, offloads = _fsdp(args)
+    if version == 1:
         raise ValueError(
             f"optim={name!r} does not run under FSDP1: its flat shards hold no whole matrix. Use FSDP2 (fsdp_version: "
             "2, as in recipes/accelerate/fsdp2.yaml) or DDP (accelerate launch --multi_gpu), or adamw_torch with FSDP1."
         )
-    if _fsdp_version(args) and _fsdp_offloads(args):
+    if version and offloads:
         raise ValueError(
             f"optim={name!r} does not run under FSDP2 with parameters offloaded to the CPU, where every step would "
             "wait for whole matrices to be updated. Set fsdp_offload_params: false (in fsdp_config: "
@@ -177,17 +178,16 @@ def refuse_wrappers(args: Any) -> None:
         )
 
 
-def _fsdp_version(args: Any) -> int:
-    """0 without FSDP; TrainingArguments default to version 2, accelerate's environment to 1."""
-    if getattr(args, "fsdp", None):
-        return int((args.fsdp_config or {}).get("version", 2))
-    return int(os.environ.get("FSDP_VERSION", "1")) if _flag("ACCELERATE_USE_FSDP") else 0
+def _fsdp(args: Any) -> tuple[int, bool]:
+    """FSDP's version, 0 without it, and whether parameters are offloaded.
 
-
-def _fsdp_offloads(args: Any) -> bool:
+    TrainingArguments default to version 2, accelerate's environment to 1.
+    """
     if getattr(args, "fsdp", None):
-        return bool((args.fsdp_config or {}).get("cpu_offload", False))
-    return _flag("FSDP_OFFLOAD_PARAMS")
+        config = args.fsdp_config or {}
+        return int(config.get("version", 2)), bool(config.get("cpu_offload", False))
+    version = int(os.environ.get("FSDP_VERSION", "1")) if _flag("ACCELERATE_USE_FSDP") else 0
+    return version, _flag("FSDP_OFFLOAD_PARAMS")
 
 
 def _flag(name: str) -> bool:

@@ -157,11 +157,9 @@ def _schedule(
     idle = [key for key in options if key.partition("_")[0] in {"matrix", "adamw"} - set(kinds)]
     if idle:
         warnings.warn(f"{name}: the optimizer has no group for {', '.join(idle)} of lr_scheduler_kwargs.", stacklevel=3)
-    multipliers = {
-        kind: functools.partial(multiplier, **_of_kind(kind, checked, warmup_steps, training_steps)) for kind in kinds
-    }
+    of_kinds = [_of_kind(kind, checked, warmup_steps, training_steps) for kind in kinds]
     # Partials carry no state of their own: all that a resumed run takes from a checkpoint is the step.
-    return LambdaLR(optimizer, [multipliers[kind] for kind in kinds])
+    return LambdaLR(optimizer, [functools.partial(multiplier, **of_kind) for of_kind in of_kinds])
 
 
 def _of_kind(kind: str, options: dict[str, Any], warmup_steps: int, training_steps: int) -> dict[str, Any]:

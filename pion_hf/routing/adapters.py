@@ -26,11 +26,9 @@ class Factor:
     effective: whether its partner is not zero any more, so that the adapter has an effect.
     """
 
-    name: str
     parameter: nn.Parameter
     role: str
     layout: Layout
-    matrices: int
     grows: bool
     rank: int
     growth: float
@@ -110,11 +108,9 @@ def _factor(
         spread = math.sqrt(USUAL_RANK / rank * b.shape[0] / a.shape[1])  # over all directions of the product
         growth = spread / (scale * other) if other and scale else size
     return Factor(
-        name=name,
         parameter=own,
         role=f"lora_embedding_{side}" if embedding else f"lora_{side}",
         layout=layout,
-        matrices=experts,
         grows=(side == "A") == embedding,
         rank=rank,
         growth=growth,

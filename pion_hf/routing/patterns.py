@@ -36,15 +36,14 @@ class Patterns:
         return bool(hits)
 
     def require_all_used(self, names: list[str]) -> None:
-        ineffective = []
-        for pattern in sorted(self.unused):
+        unused = sorted(self.unused)
+        for pattern in unused:
             if not any(re.search(pattern, n) for n in names):
                 what = f"parameter name ({self.option} matches no trainable parameter)"
                 raise unknown(what, pattern, candidates(pattern, names))
-            ineffective.append(pattern)
-        if ineffective and len(ineffective) < len(self.compiled):  # if none has an effect, the caller raises
+        if unused and len(unused) < len(self.compiled):  # if none has an effect, the caller raises
             warnings.warn(
-                f"{self.option}: {', '.join(map(repr, ineffective))} match embeddings, heads, norms or biases only, "
+                f"{self.option}: {', '.join(map(repr, unused))} match embeddings, heads, norms or biases only, "
                 "which AdamW updates in any case.",
                 stacklevel=3,
             )

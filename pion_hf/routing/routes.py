@@ -105,9 +105,7 @@ class Routing:
 
         stacked = bool(self.stacks.stacks)
         counts = ("tensors", "matrices", "stacks", "parameters") if stacked else ("tensors", "matrices", "parameters")
-        table = Table(title="Which rule updates what")
-        for column in ("role", "rule"):
-            table.add_column(column)
+        table = Table("role", "rule", title="Which rule updates what")
         for column in (*counts, "lr"):
             table.add_column(column, justify="right")
         for row in self.rows(learning_rates):

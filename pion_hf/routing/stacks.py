@@ -6,7 +6,6 @@ import dataclasses
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -134,7 +133,7 @@ def _matrices(model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter, st
     modules = dict(model.named_modules(remove_duplicate=False))
     places = {name: _places(name, modules) for name, _, _ in parameters}
     how_many = Counter(template for options in places.values() for template, _, _ in options)
-    types = _layer_types(model)
+    types = list(getattr(text_config(model), "layer_types", None) or ())
     found = []
     for name, p, text in parameters:
         # The innermost list in which another entry has the same matrix is the list of layers.
@@ -143,16 +142,8 @@ def _matrices(model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter, st
         kind = (*_classes(name, path, modules), types[layer] if layer < len(types) else None)
         views = blocks.split(p, blocks.Layout.parse(text))
         for i, view in enumerate(views):
-            own = blocks.name_of(name, i, len(views))
-            found.append(
-                _Matrix(
-                    own,
-                    name,
-                    layer,
-                    (template, i, tuple(view.shape), kind),
-                    projection_of(name, i, len(views), modules),
-                )
-            )
+            own, projection = blocks.name_of(name, i, len(views)), projection_of(name, i, len(views), modules)
+            found.append(_Matrix(own, name, layer, (template, i, tuple(view.shape), kind), projection))
     return found
 
 
@@ -180,10 +171,6 @@ def _classes(name: str, path: str, modules: dict[str, nn.Module]) -> tuple[str, 
     parts = name.split(".")
     first = len(path.split(".")) if path else len(parts)
     return tuple(type(modules[".".join(parts[:i])]).__name__ for i in range(first, len(parts)))
-
-
-def _layer_types(model: nn.Module) -> list[Any]:
-    return list(getattr(text_config(model), "layer_types", None) or ())
 
 
 def projection_of(name: str, index: int, count: int, modules: dict[str, nn.Module]) -> str | None:

@@ -70,8 +70,7 @@ class Structure:
     def classify(self, name: str, p: Tensor) -> tuple[str, Layout]:
         path, _, leaf = name.rpartition(".")
         module = self.modules[path]
-        owner_path, _, child = path.rpartition(".")
-        owner, child = self._unwrapped(owner_path, child)
+        owner, child = self._owner(path)
         none = Layout()
         if leaf == "bias" or leaf.endswith("_bias"):
             return "bias", none
@@ -118,33 +117,32 @@ class Structure:
             return False
         if _width(module) in self.vocabularies or _width(module) == self._labels(path):
             return True
-        chain, above = path, _parent(path)[0]
-        while id(self.modules[above]) not in self.frames:
-            if not above or not _is_projections(self.modules[above]):
+        chain = path
+        for above in _above(path):
+            if id(self.modules[above]) in self.frames:
+                break
+            if not _is_projections(self.modules[above]):
                 return False
-            chain, above = above, _parent(above)[0]
+            chain = above
+        else:
+            return False
         taken = [(m, next(_taken(m))) for m in _linear_layers(self.modules[chain])]
         ends = {_width(m) for m, _ in taken if not any(_width(m) == n > BOX for other, n in taken if other is not m)}
         return bool(ends) and not ends & self.taken
 
     def _labels(self, path: str) -> int | None:
         """How many labels the config in force at `path` has."""
-        while path:
-            path = _parent(path)[0]
-            if isinstance(config := getattr(self.modules[path], "config", None), PreTrainedConfig):
-                return config.num_labels
-        return None
+        configs = (getattr(self.modules[above], "config", None) for above in _above(path))
+        return next((config.num_labels for config in configs if isinstance(config, PreTrainedConfig)), None)
 
-    def _unwrapped(self, path: str, child: str) -> tuple[nn.Module | None, str]:
-        """The owner and attribute name of a module, seen through peft's `ModulesToSaveWrapper`."""
-        owner = self.modules.get(path)
-        if child and (path.endswith(".modules_to_save") or path == "modules_to_save"):
-            wrapper_path = path.rpartition(".")[0]
-            grand, _, child = wrapper_path.rpartition(".")
-            owner = self.modules.get(grand)
-        return owner, child
+    def _owner(self, path: str) -> tuple[nn.Module, str]:
+        """The owner and attribute name of the module at `path`, seen through peft's `ModulesToSaveWrapper`."""
+        owner, _, child = path.rpartition(".")
+        if owner.rpartition(".")[2] == "modules_to_save":
+            owner, _, child = owner.rpartition(".")[0].rpartition(".")
+        return self.modules[owner], child
 
-    def _linear_layout(self, module: nn.Module, owner: nn.Module | None, child: str, p: Tensor) -> Layout:
+    def _linear_layout(self, module: nn.Module, owner: nn.Module, child: str, p: Tensor) -> Layout:
         transposed = isinstance(module, Conv1D)
         width, out = p.shape if transposed else p.shape[::-1]
         if child in QKV_NAMES:
@@ -153,7 +151,7 @@ class Structure:
             return Layout(transposed, rows=(out // 2,) * 2)
         return Layout(transposed)
 
-    def _qkv_layout(self, owner: nn.Module | None, out: int, width: int, transposed: bool) -> Layout:
+    def _qkv_layout(self, owner: nn.Module, out: int, width: int, transposed: bool) -> Layout:
         """Rows of q, k and v; one matrix where neither class nor shapes say how they lie."""
         # The vision part of a model has other heads than the text part: an attention's own config comes first.
         config = getattr(owner, "config", None) or self.config
@@ -182,15 +180,13 @@ class Structure:
 
         Some routers have rows for experts that do nothing, or layers of their own.
         """
-        owner, child = self._unwrapped(*_parent(path))
-        if p.shape[0] == _expert_count(owner):
+        if p.shape[0] == _expert_count(self._owner(path)[0]):
             return True
-        while path:
-            kind = type(self.modules[path]).__name__.lower()
+        for part in filter(None, (path, *_above(path))):
+            owner, child = self._owner(part)
+            kind = type(self.modules[part]).__name__.lower()
             if "router" in child or (ROUTERS.search(kind) and _expert_count(owner) is not None):
                 return True
-            path = _parent(path)[0]
-            owner, child = self._unwrapped(*_parent(path))
         return False
 
 
@@ -287,9 +283,11 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _parent(path: str) -> tuple[str, str]:
-    owner, _, child = path.rpartition(".")
-    return owner, child
+def _above(path: str) -> Iterator[str]:
+    """The paths of the modules around the one at `path`, from its owner to the model itself, `""`."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def _number(owner: Any, name: str) -> int | None:
@@ -317,9 +315,9 @@ def _is_rotatable(p: Tensor, layout: Layout) -> bool:
     return all(min(v.shape[1] * v.shape[2], v.shape[3]) > 1 for v in split(p, layout))
 
 
-def _expert_count(owner: nn.Module | None) -> int | None:
+def _expert_count(owner: nn.Module) -> int | None:
     """How many experts `owner` chooses between: a child list of modules, or 3-D parameters of a child."""
-    for child in owner.children() if owner is not None else ():
+    for child in owner.children():
         child = getattr(child, "original_module", child)  # peft's ModulesToSaveWrapper
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             experts = list(child.children())
@@ -345,7 +343,7 @@ def _looks_like_experts(module: nn.Module, p: Tensor) -> bool:
     return hasattr(module, "is_transposed") or p.shape[0] in counts or "expert" in type(module).__name__.lower()
 
 
-def _expert_layout(module: nn.Module, leaf: str, p: Tensor, owner: nn.Module | None) -> Layout:
+def _expert_layout(module: nn.Module, leaf: str, p: Tensor, owner: nn.Module) -> Layout:
     """transformers' experts say how they store their weights (`use_experts_implementation`); old ones do not.
 
     Gate and up are one parameter by its name, or where a module beside brings half of what it makes back to the width
@@ -354,7 +352,7 @@ def _expert_layout(module: nn.Module, leaf: str, p: Tensor, owner: nn.Module | N
     kind = type(module).__name__
     transposed = bool(getattr(module, "is_transposed", kind in TRANSPOSED_EXPERTS))
     out, width = _sides(p, transposed)
-    beside = owner.children() if owner is not None and leaf == "weight" else ()
+    beside = owner.children() if leaf == "weight" else ()
     beside = (getattr(m, "original_module", m) for m in beside)  # peft's ModulesToSaveWrapper
     others = (q for m in beside if type(m) is type(module) for q in m.parameters(recurse=False))
     halved = any(_sides(q, transposed) == (width, out // 2) for q in others)

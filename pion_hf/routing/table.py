@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, get_args
 
@@ -59,7 +60,7 @@ def routing_table(
         exclude: regular expressions of parameters that AdamW takes in any case.
         stack, stack_targets: of `teon` and `teon_lora`: how many consecutive layers are orthogonalised together
             (default 2), and which of their matrices, `q`, `k`, `v` (the default of `teon`; of `teon_lora` all) or
-            regular expressions; see `stacking.find_stacks`.
+            regular expressions; see `stacks.find_stacks`.
         lora_a, lora_b: of `pion_lora`: what the two factors do, `rotate` (the default of `A`), `orthogonal` (of `B`) or
             `adamw`. In embeddings, where peft starts `A` at zero instead of `B`, they change places.
         zeros: of `pion` and `pion_ambient`: names of matrices that were zero when training began, and that AdamW
@@ -85,7 +86,7 @@ def routing_table(
     if not named:
         raise ValueError("the model has no trainable parameter: every requires_grad is False.")
     factors = _factors(model, optim)
-    methods = {False: lora_a or "rotate", True: lora_b or "orthogonal"}
+    methods = {False: lora_a or ("rotate" if optim == "pion_lora" else "orthogonal"), True: lora_b or "orthogonal"}
     structure, rule = Structure(model), RULES.get(optim, optim)
     wanted, unwanted = Patterns("optim_target_modules", targets), Patterns("optim_exclude_modules", exclude)
     spellings = spellings_of(model)
@@ -95,16 +96,16 @@ def routing_table(
         role, layout = (factor.role, factor.layout) if factor else structure.classify(name, p)
         candidate = p.ndim == 2 if factor else role == "matrix" and not factors
         is_matrix = candidate and (not wanted or wanted.match(spellings[id(p)]))
-        if unwanted and unwanted.match(spellings[id(p)]):
+        if unwanted.match(spellings[id(p)]) or (factor and methods[factor.grows] == "adamw"):
             is_matrix = False
-        if is_matrix and factor:
-            routes.append(_factor_route(factor, optim, methods[factor.grows]))
-        elif is_matrix and rule == "pion" and (_holds_zeros(p, layout) if zeros is None else name in zeros):
-            routes.append(Route(name, p, "zero", "adamw"))
-        elif is_matrix:
-            routes.append(Route(name, p, role, rule, str(layout), _count(p, layout)))
-        else:
+        if not is_matrix:
             routes.append(Route(name, p, role, "adamw", gain=role == "other" and structure.is_gain(name, p)))
+        elif rule == "pion" and (_holds_zeros(p, layout) if zeros is None else name in zeros):
+            routes.append(Route(name, p, "zero", "adamw"))
+        else:
+            count = layout.pieces * (len(p) if p.ndim == 3 else 1)
+            of_factor = _step_of(factor, rule, methods[factor.grows]) if factor else {}
+            routes.append(Route(name, p, role, rule, str(layout), count, **of_factor))
     names = [n for _, p in named for n in spellings[id(p)]]
     wanted.require_all_used(names)
     unwanted.require_all_used(names)
@@ -152,7 +153,8 @@ def _holds_zeros(p: Tensor, layout: Layout) -> bool:
 
 def _warn_of_strange_layers(routing: Routing, structure: Structure) -> None:
     """Of a model whose layers' weights are to a third or more of a form that is not known, such as 3-D projections."""
-    inside = [r for r in routing if r.role in ("matrix", "other") and not _is_vector(r) and structure.is_hidden(r.name)]
+    sizable = [r for r in routing if sum(n > 1 for n in r.parameter.shape) > 1]
+    inside = [r for r in sizable if r.role in ("matrix", "other") and structure.is_hidden(r.name)]
     left = [r for r in inside if r.role == "other"]
     counts = [sum(r.parameter.numel() for r in routes) for routes in (left, inside)]
     if 3 * counts[0] > counts[1]:  # of XLNet's, attention is 5 of 13
@@ -162,10 +164,6 @@ def _warn_of_strange_layers(routing: Routing, structure: Structure) -> None:
             f"{listing([r.name for r in left])}.",
             stacklevel=3,
         )
-
-
-def _is_vector(route: Route) -> bool:
-    return sum(n > 1 for n in route.parameter.shape) < 2
 
 
 def _check_choices(optim: str, *, stack: Any, stack_targets: Any, lora_a: Any, lora_b: Any) -> None:
@@ -213,15 +211,10 @@ def refuse_adapters(optim: str) -> None:
         )
 
 
-def _factor_route(factor: Factor, optim: str, method: str) -> Route:
-    if optim == "teon_lora":
-        method = "orthogonal"
-    if method == "adamw":
-        return Route(factor.name, factor.parameter, factor.role, "adamw")
-    layout = str(factor.layout)
-    route = Route(factor.name, factor.parameter, factor.role, optim, layout, factor.matrices, method=method)
-    unit_step = rate_at(optim, factor.rank) * (1.0 if method == "rotate" else factor.growth)
-    return dataclasses.replace(route, unit_step=unit_step, effective=factor.effective)
+def _step_of(factor: Factor, rule: str, method: str) -> dict[str, Any]:
+    """What the route of a LoRA factor says besides."""
+    unit_step = rate_at(rule, factor.rank) * (1.0 if method == "rotate" else factor.growth)
+    return {"method": method, "unit_step": unit_step, "effective": factor.effective}
 
 
 def _stacked(routing: Routing, model: nn.Module, stack: int | None, targets: str | Iterable[str] | None) -> Routing:
@@ -273,11 +266,11 @@ def param_groups(
         ValueError: as `routing_table`; one of its options, or another `optim`, beside a `routing` that it could not
             change.
     """
-    choices = {"targets": targets, "exclude": exclude, "stack": stack, "stack_targets": stack_targets}
-    choices |= {"lora_a": lora_a, "lora_b": lora_b}
-    given = [name for name, value in choices.items() if value is not None]
+    given = _given(
+        targets=targets, exclude=exclude, stack=stack, stack_targets=stack_targets, lora_a=lora_a, lora_b=lora_b
+    )
     if routing is None:
-        routing = routing_table(model, optim or "pion", **choices)
+        routing = routing_table(model, optim or "pion", **given)
     elif given:
         raise ValueError(f"{', '.join(given)} can have no effect on a finished routing: give it to routing_table.")
     elif optim not in (None, routing.optim):
@@ -287,39 +280,29 @@ def param_groups(
         **matrix_options,
         **_given(lr=adamw_lr, betas=adamw_betas and tuple(adamw_betas), eps=adamw_eps),
     }
-    groups: dict[tuple, dict[str, Any]] = {}
+    by_rule = {"adamw": adamw_options, "adamw_routed": {**adamw_options, **matrix_options}}
+    alike: dict[tuple, list[Route]] = defaultdict(list)
     for r in sorted(routing, key=lambda r: r.rule == "adamw"):
-        key = _group_key(r)
-        if key not in groups:
-            options = adamw_options if r.rule == "adamw" else matrix_options
-            if r.rule == "adamw_routed":
-                options = {**adamw_options, **matrix_options}
-            groups[key] = {"params": [], "rule": r.rule, "layout": r.layout, **options}
-            if not r.decays:
-                groups[key]["weight_decay"] = 0.0
-            if r.rule in ("teon", "teon_lora"):
-                groups[key].update(stack=routing.stack, stacks=[])
-            if r.method:
-                groups[key].update(method=r.method, unit_step=[], effective=[])
-        groups[key]["params"].append((r.name, r.parameter))
-        if r.role == "zero":
-            groups[key].setdefault("zeros", []).append(r.name)
-        if r.method:
-            groups[key]["unit_step"].append(r.unit_step)
-            groups[key]["effective"] += [r.name] * r.effective
-    group_of = {name: groups[_group_key(r)] for r in routing.matrices for name in r.matrix_names}
+        alike[r.rule, r.layout, r.method, r.decays].append(r)
+    groups, group_of = [], {}
+    for (rule, layout, method, decays), routes in alike.items():
+        group = {"params": [(r.name, r.parameter) for r in routes], "rule": rule, "layout": layout}
+        group |= by_rule.get(rule, matrix_options)
+        if not decays:
+            group["weight_decay"] = 0.0
+        if rule in ("teon", "teon_lora"):
+            group |= {"stack": routing.stack, "stacks": []}
+        if method:
+            effective = [r.name for r in routes if r.effective]
+            group |= {"method": method, "unit_step": [r.unit_step for r in routes], "effective": effective}
+        if zeros := [r.name for r in routes if r.role == "zero"]:
+            group["zeros"] = zeros
+        group_of |= {name: group for r in routes for name in r.matrix_names}
+        groups.append(group)
     for names in routing.stacks.stacks:
         group_of[names[0]]["stacks"].append(list(names))
-    return list(groups.values())
+    return groups
 
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _group_key(r: Route) -> tuple:
-    return r.rule, r.layout, r.method, r.decays
-
-
-def _count(p: Tensor, layout: Layout) -> int:
-    return (p.shape[0] if p.ndim == 3 else 1) * layout.pieces
