@@ -542,3 +542,16 @@ def test_adamw_in_float16_is_pointed_out():
     groups = [{"params": [(f"{rule}.weight", nn.Parameter(t))], "rule": rule} for rule, t in tensors.items()]
     with pytest.warns(UserWarning, match="float16, in which eps=1e-08 .* are zero.*: adamw.weight. Load the model"):
         Pion(groups, lr=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_steps_without_a_gradient_leave_a_weight_to_the_bit(steps):
+    """The product of its factors is another one, by rounding."""
+    weights = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((24, 16), (16, 24))]
+    params = [nn.Parameter(w.clone()) for w in weights]
+    optimizer = Pion(params, lr=1e-2)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert all(torch.equal(p, w) for p, w in zip(params, weights, strict=True))
