@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -70,10 +69,15 @@ def template_options(row: dict[str, Any]) -> dict[str, Any]:
     return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
 
 
+def opening_of(tokenizer: Any, prompt: list[dict], **options: Any) -> str:
+    """What the chat template, with its `options`, writes before an answer to `prompt`."""
+    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
+
+
 def around_answer(tokenizer: Any, prompt: list[dict], **options: Any) -> tuple[str, str]:
     """What the chat template, with its `options`, writes between what opens the assistant's turn and the answer (an
     empty thought, say), and behind the answer: training teaches the model to write both."""
-    opening = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
+    opening = opening_of(tokenizer, prompt, **options)
     chat = [*prompt, {"role": "assistant", "content": "ANSWER"}]
     before, found, after = tokenizer.apply_chat_template(chat, tokenize=False, **options).rpartition("ANSWER")
     return (before[len(opening) :] if before.startswith(opening) else "", after) if found else ("", "")
@@ -125,6 +129,15 @@ def padded_left(tokenizer: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
+def continuations(
+    model: nn.Module, tokenizer: Any, texts: list[str], *, add_special_tokens: bool = False, **options: Any
+) -> Tensor:
+    """The tokens `(len(texts), new)` by which `model.generate`, with its `options`, goes on after each of `texts`."""
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=add_special_tokens)
+    produced = model.generate(**batch.to(model.device), pad_token_id=tokenizer.pad_token_id, **options)
+    return produced[:, batch["input_ids"].shape[1] :]
+
+
 def generate_answers(
     model: nn.Module,
     tokenizer: Any,
@@ -150,24 +163,15 @@ def generate_answers(
         order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])))
         for start in tqdm(range(0, len(order), batch_size), desc="Answering", leave=False):
             batch = order[start : start + batch_size]
-            texts = [
-                tokenizer.apply_chat_template(prompts[i], tokenize=False, add_generation_prompt=True, **options[i])
-                for i in batch
-            ]
-            inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-            produced = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+            texts = [opening_of(tokenizer, prompts[i], **options[i]) for i in batch]
+            ending = ends[0] if len(ends) == 1 else ends or None
+            generated = continuations(
+                model, tokenizer, texts, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ending
             )
-            generated = produced[:, inputs["input_ids"].shape[1] :].tolist()
-            generated = [list(itertools.takewhile(lambda token: token not in ends, tokens)) for tokens in generated]
-            texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
-            openings = [tokenizer(around[i][0], add_special_tokens=False)["input_ids"] for i in batch]
-            openings = tokenizer.batch_decode(openings, skip_special_tokens=True)
-            for i, text, opening in zip(batch, texts, openings, strict=True):
+            for i, tokens in zip(batch, generated.tolist(), strict=True):
+                own = list(itertools.takewhile(lambda token: token not in ends, tokens))
+                opening = tokenizer(around[i][0], add_special_tokens=False)["input_ids"]
+                text, opening = tokenizer.batch_decode([own, opening], skip_special_tokens=True)
                 answers[i] = text.removeprefix(opening)
     return answers
 
@@ -201,7 +205,7 @@ def text_stretches(tokenizer: Any, text: str, *, window: int = 256, windows: int
     if not available:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {window}.")
     count = min(windows, available)
-    starts = [math.floor(i * available / count) * window for i in range(count)]
+    starts = [i * available // count * window for i in range(count)]
     return [ids[s : s + window] for s in starts]
 
 
@@ -218,7 +222,7 @@ def answer_tokens(
     found = []
     for (prompt, answer), row in zip(prompts_and_answers(rows), rows, strict=True):
         chat, options = [*prompt, {"role": "assistant", "content": answer}], template_options(row)
-        opening = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
+        opening = opening_of(tokenizer, prompt, **options)
         whole = tokenizer.apply_chat_template(chat, tokenize=False, **options)
         start, ids = (
             tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
@@ -233,6 +237,12 @@ def answer_tokens(
     return found
 
 
+def padded_right(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Token ids `(length,)` as a batch, padded where causal models do not look."""
+    mask = pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True)
+    return {"input_ids": pad_sequence(rows, batch_first=True), "attention_mask": mask}
+
+
 @torch.no_grad()
 def token_loss(model: nn.Module, rows: Sequence[tuple[Tensor, Tensor]], *, batch_size: int | None = None) -> float:
     """Mean loss (nats) over all labelled tokens of `rows`, pairs of ids and labels `(length,)`.
@@ -244,13 +254,9 @@ def token_loss(model: nn.Module, rows: Sequence[tuple[Tensor, Tensor]], *, batch
     with evaluating(model):
         for start in tqdm(range(0, len(rows), batch_size), desc="Reading", leave=False):
             ids, labels = zip(*rows[start : start + batch_size], strict=True)
-            batch = {  # padded on the right, where causal models do not look
-                "input_ids": pad_sequence(ids, batch_first=True),
-                "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
-                "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-            }
-            predicted = (batch["labels"][:, 1:] != IGNORED).sum().item()
-            batch = {key: value.to(model.device) for key, value in batch.items()}
+            labels = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+            predicted = (labels[:, 1:] != IGNORED).sum().item()
+            batch = {key: value.to(model.device) for key, value in {**padded_right(ids), "labels": labels}.items()}
             total += model(**batch, use_cache=False).loss.item() * predicted
             count += predicted
     return total / count

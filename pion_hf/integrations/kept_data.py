@@ -9,11 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm, trange
 from transformers import AutoTokenizer
 
-from pion_hf.integrations.evaluation import answer_tokens, evaluating, padded_left
+from pion_hf.integrations.evaluation import (
+    answer_tokens,
+    continuations,
+    evaluating,
+    opening_of,
+    padded_left,
+    padded_right,
+)
 from pion_hf.optim import Inputs
 
 LONGEST, MOST, BATCH = 512, 1000, 4  # tokens of a row, rows, and rows of which the logits are in memory at once
@@ -62,12 +68,9 @@ def _rows(tokenizer: Any, path: str) -> list[Tensor]:
 
 def _batches(rows: list[Tensor], device: torch.device) -> Iterator[dict[str, Tensor]]:
     for start in trange(0, len(rows), BATCH, desc="Reading what is kept", leave=False):
-        some = rows[start : start + BATCH]
-        mask = pad_sequence([torch.ones_like(ids) for ids in some], batch_first=True)
-        yield {"input_ids": pad_sequence(some, batch_first=True).to(device), "attention_mask": mask.to(device)}
+        yield {key: value.to(device) for key, value in padded_right(rows[start : start + BATCH]).items()}
 
 
-@torch.no_grad()
 def own_answers(
     model: nn.Module, tokenizer: Any, instructions: Sequence[str], *, new_tokens: int
 ) -> list[dict[str, Any]]:
@@ -81,35 +84,18 @@ def own_answers(
     with evaluating(model), padded_left(tokenizer):
         for start in tqdm(range(0, len(instructions), ANSWERED), desc="Answering"):
             asked = instructions[start : start + ANSWERED]
-            texts = [_prompt(tokenizer, text) if chats else f"{text}\n" for text in asked]
-            inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chats).to(model.device)
-            made = model.generate(
-                **inputs,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            answers = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            rows += [_row(text, _whole_sentences(answer), chats) for text, answer in zip(asked, answers, strict=True)]
+            prompts = [[{"role": "user", "content": text}] for text in asked]
+            texts = [opening_of(tokenizer, prompt) for prompt in prompts] if chats else [f"{text}\n" for text in asked]
+            options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": new_tokens}
+            made = continuations(model, tokenizer, texts, add_special_tokens=not chats, **options)
+            answers = map(_whole_sentences, tokenizer.batch_decode(made, skip_special_tokens=True))
+            if chats:
+                said = [[{"role": "assistant", "content": answer}] for answer in answers]
+                rows += [{"prompt": prompt, "completion": c} for prompt, c in zip(prompts, said, strict=True)]
+            else:
+                rows += [{"text": text + answer} for text, answer in zip(texts, answers, strict=True)]
     return rows
-
-
-def _prompt(tokenizer: Any, text: str) -> str:
-    chat = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
 
 def _whole_sentences(text: str) -> str:
     return text[: max(map(text.rfind, ".!?\n")) + 1].strip() or text
-
-
-def _row(instruction: str, answer: str, chat: bool) -> dict[str, Any]:
-    if not chat:
-        return {"text": f"{instruction}\n{answer}"}
-    return {
-        "prompt": [{"role": "user", "content": instruction}],
-        "completion": [{"role": "assistant", "content": answer}],
-    }

@@ -109,13 +109,9 @@ def _check_regular(file: int, path: str | os.PathLike) -> None:
 def _mode(path: Path) -> int | None:
     """The permissions of the file at `path`; None of none, or a link."""
     try:
-        found = os.lstat(path)
-        if stat.S_ISLNK(found.st_mode):
-            found = os.stat(path)
-            if stat.S_ISREG(found.st_mode):
-                return None
+        mode = path.stat().st_mode
     except FileNotFoundError:  # nothing, or a link to nothing
         return None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(mode):
         raise OSError(errno.EEXIST, "is no regular file", str(path))
-    return stat.S_IMODE(found.st_mode) & 0o777
+    return None if path.is_symlink() else stat.S_IMODE(mode) & 0o777
