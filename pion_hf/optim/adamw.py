@@ -58,8 +58,11 @@ class RoutedAdamW(MatrixOptimizer):
     ) -> None:
         defaults = given(RoutedAdamWOptions, locals(), without=("adamw_betas", "adamw_eps"))
         defaults |= {"betas": adamw_betas, "eps": adamw_eps}
-        self._laid_out: set[Tensor] = set()  # parameters whose kept directions are none yet
         super().__init__(params, defaults, inputs=inputs)
+
+    def _start_anew(self) -> None:
+        super()._start_anew()
+        self._laid_out: set[Tensor] = set()  # parameters whose kept directions are none yet
 
     def _prepare(self, index: int) -> None:
         """As ever; weights before their first step are such as can be trained."""
@@ -98,9 +101,12 @@ class RoutedAdamW(MatrixOptimizer):
                     self.state[p][KEY] = sharding.zeros(form, p)
                     self._laid_out.add(p)
 
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._laid_out = set()
+    def _state_forms(self, shape: torch.Size, dtype: torch.dtype, group: dict) -> dict[str, Tensor]:
+        forms = super()._state_forms(shape, dtype, group)
+        if group["rule"] in self.matrix_rules and group["keep"]:
+            n = shape[-2 if blocks.Layout.parse(group["layout"]).transposed else -1]
+            forms[KEY] = torch.empty(1, n, kept_columns(group), dtype=working_dtype(dtype), device="meta")
+        return forms
 
     def _kept_step(self, group: dict, *, routed: bool) -> None:
         """torch's step; of matrices less what it does to the outputs of kept directions."""

@@ -16,7 +16,7 @@ from pion_hf.linalg.products import full_float32, product_dtype
 from pion_hf.linalg.rotation import along, angles
 from pion_hf.optim import blocks, elementwise, gradients, groups, masters, sharding
 from pion_hf.optim.batches import KEPT, REST, Batch, Plan, Step, is_apart
-from pion_hf.optim.checks import check_finite, check_parameter, check_size, check_switches, check_values
+from pion_hf.optim.checks import check_finite, check_parameter, check_switches, check_values
 from pion_hf.optim.dividing import DividedState
 from pion_hf.optim.fingerprints import FINGERPRINT_BYTES
 from pion_hf.optim.inputs import Inputs
@@ -62,18 +62,22 @@ class MatrixOptimizer(SavedState, DividedState, StateOfWeights, torch.optim.Opti
         self.skipped_steps = self.skipped_in_a_row = 0
         self.inputs = inputs
         self.observers: list[Observer] = [SelfCheck()]
-        self._rotations: dict[str, tuple[Tensor, Tensor]] | None = None  # of the observed batch
         self._clipped: dict[torch.device, Tensor] = {}  # how many so far
-        self._plans, self._divisions, self._consolidated = {}, {}, None  # see `dividing`
-        self._forms: dict[tuple[int, torch.Size, torch.dtype], dict[str, Tensor]] = {}
-        self._options: dict[int, dict[str, Any]] = {}  # by the group's index, those that its state is of
-        self._rewritten, self._formed = Counter(), {}  # see `rewritten`
+        self._start_anew()
         super().__init__(groups.as_groups(params, owner=type(self).__name__), defaults)
         if not any(group["rule"] in self.matrix_rules for group in self.param_groups):
             raise ValueError(
                 f"{type(self).__name__} was given no matrix to update: pass at least one 2-D parameter, or a group "
                 f"with rule={self.matrix_rules[0]!r}; for a model, use pion_hf.param_groups(model)."
             )
+
+    def _start_anew(self) -> None:
+        """What is no state, but found of parameters and groups as they are: of a new optimizer, and of a loaded one."""
+        self._plans, self._divisions, self._consolidated = {}, {}, None  # see `dividing`
+        self._rewritten, self._formed = Counter(), {}  # see `rewritten`
+        self._forms: dict[tuple[int, torch.Size, torch.dtype], dict[str, Tensor]] = {}
+        self._options: dict[int, dict[str, Any]] = {}  # by the group's index, those that its state is of
+        self._rotations: dict[str, tuple[Tensor, Tensor]] | None = None  # of the observed batch
 
     # -- groups ---------------------------------------------------------------------------------
 
@@ -82,38 +86,37 @@ class MatrixOptimizer(SavedState, DividedState, StateOfWeights, torch.optim.Opti
 
         A group without a rule becomes several where it holds matrices and others.
         """
-        if "rule" not in param_group:
-            before = len(self.param_groups)
-            try:
-                for part in groups.divide(param_group, self.matrix_rules[0]):
-                    self.add_param_group(part)
-            except Exception:
-                del self.param_groups[before:]
-                raise
-            return
+        before = len(self.param_groups)
+        try:
+            for part in [param_group] if "rule" in param_group else groups.divide(param_group, self.matrix_rules[0]):
+                self._add_group(part)
+        except Exception:
+            del self.param_groups[before:]
+            raise
+
+    def _add_group(self, param_group: dict) -> None:
         options = dict.fromkeys((*self._options_of_groups(), *groups.SWITCHES))
         for key in param_group:
             if key not in groups.STRUCTURAL_KEYS | groups.SCHEDULERS_KEYS | options.keys():
                 raise unknown(f"option of {type(self).__name__}", key, options)
         param_group.setdefault("layout", "")
         super().add_param_group(param_group)
-        try:
-            self._check_group(self.param_groups[-1])
-        except Exception:
-            self.param_groups.pop()
-            raise
+        self._check_group(self.param_groups[-1])
         self._options[len(self.param_groups) - 1] = options_of_state(self.param_groups[-1])
 
     def _check_group(self, group: dict) -> None:
         rule, layout = group["rule"], blocks.Layout.parse(group["layout"])
-        self._check_rule(rule)
+        rules = (*self.matrix_rules, "adamw")
+        if rule not in rules:
+            raise unknown(f"rule of {type(self).__name__}", rule, rules)
         check_switches(group)
         check_values(group, self.options)
         for name, p in groups.named_parameters(group):
             check_parameter(name, p)
             if rule != "adamw":
                 try:
-                    check_size(p)
+                    if not p.numel():
+                        raise ValueError(f"it is empty ({' x '.join(map(str, p.shape))}): leave it out.")
                     for view in blocks.split(sharding.stand_in(p), layout):
                         self._check_keep(*blocks.merge_rows(view).shape[-2:], group)
                 except ValueError as error:
@@ -131,11 +134,6 @@ class MatrixOptimizer(SavedState, DividedState, StateOfWeights, torch.optim.Opti
     def _options_of_groups(self) -> dict[str, None]:
         """Their names, in order; of some a subclass may set no default (see `Teon`)."""
         return dict.fromkeys((*self.defaults, *ADAMW_OPTIONS))
-
-    def _check_rule(self, rule: str) -> None:
-        rules = (*self.matrix_rules, "adamw")
-        if rule not in rules:
-            raise unknown(f"rule of {type(self).__name__}", rule, rules)
 
     def check_options(self, group: dict) -> None:
         """Raise ValueError for options of this algorithm that do not combine."""
@@ -213,20 +211,16 @@ class MatrixOptimizer(SavedState, DividedState, StateOfWeights, torch.optim.Opti
         for group in self.param_groups:
             shapes = Counter((p.shape, p.dtype) for p in group["params"])
             for (shape, dtype), count in shapes.items():
-                if group["rule"] in self.elementwise_rules:
-                    total += count * 2 * shape.numel() * dtype.itemsize
-                    if group["rule"] in self.matrix_rules and group["keep"]:
-                        n = shape[-2 if blocks.Layout.parse(group["layout"]).transposed else -1]
-                        total += count * groups.kept_columns(group) * n * working_dtype(dtype).itemsize
-                    continue
                 forms = self._state_forms(shape, dtype, group)
                 held = sum(form.numel() * form.element_size() for form in forms.values())
                 total += count * (held + FINGERPRINT_BYTES * self._describes(forms))
         return total
 
     def _state_forms(self, shape: torch.Size, dtype: torch.dtype, group: dict) -> dict[str, Tensor]:
-        """What the state of a matrix parameter holds after its first step, as tensors without memory."""
+        """What the state of a parameter holds after its first step besides `step`, as tensors without memory."""
         p, forms = torch.empty(shape, dtype=dtype, device="meta"), {}
+        if group["rule"] in self.elementwise_rules:
+            return dict.fromkeys(elementwise.AVERAGES, p)
         if dtype in masters.HALF and not self.is_master(group):
             forms[REST] = torch.empty_like(p, dtype=masters.REST_DTYPES[dtype])
         for index, view in enumerate(blocks.split(p, blocks.Layout.parse(group["layout"]))):

@@ -154,15 +154,15 @@ def batches_of(units: Iterable[tuple[Unit, int]], layout: blocks.Layout, element
     buckets: dict[tuple, list[Unit]] = defaultdict(list)
     for whole, label in units:
         view = whole[0].view
-        most = elements or _usual_elements(view.device)
+        most = elements or BATCH_ELEMENTS.get(view.device.type, BATCH_ELEMENTS_DEFAULT)
         for unit in _parts_of(whole, most):
             shape = len(unit), *unit[0].view.shape
             buckets[shape[:2], shape[2] * shape[3], shape[4], view.dtype, view.device, label, most].append(unit)
-    return [
-        Batch(chunk, layout)
-        for (*_, most), members in buckets.items()
-        for chunk in _chunks(members, most // _elements_of(members[0]))
-    ]
+    found = []
+    for (*_, most), members in buckets.items():
+        size = max(1, most // _elements_of(members[0]))
+        found += [Batch(members[start : start + size], layout) for start in range(0, len(members), size)]
+    return found
 
 
 def _parts_of(unit: Unit, most: int) -> list[Unit]:
@@ -183,16 +183,6 @@ def _signature(params: list[Tensor]) -> list[tuple[int, int]]:
     return [(id(p), p.data_ptr()) for p in params]
 
 
-def _usual_elements(device: torch.device) -> int:
-    return BATCH_ELEMENTS.get(device.type, BATCH_ELEMENTS_DEFAULT)
-
-
-def _chunks(members: list[Unit], most: int) -> Iterator[list[Unit]]:
-    size = max(1, most)
-    for start in range(0, len(members), size):
-        yield members[start : start + size]
-
-
 class Batch:
     """Units of one shape: gathered as `(b, m, n)`, or `(b, K, m, n)` for stacks of `K`."""
 
@@ -210,15 +200,14 @@ class Batch:
         self._packed: dict[str, tuple[Tensor, list[Tensor]]] = {}
 
     @cached_property
+    def _by_matrix(self) -> list[Block]:
+        """Of every matrix its block, in the order of the leading dimensions."""
+        return [block for unit in self.units for _ in range(unit[0].view.shape[0]) for block in unit]
+
+    @cached_property
     def names(self) -> list[str]:
-        """One for every matrix, in the order of the leading dimensions: parameters that hold several are indexed."""
-        pieces = self.layout.pieces
-        return [
-            blocks.name_of(block.name, block.index, pieces)
-            for unit in self.units
-            for _ in range(unit[0].view.shape[0])
-            for block in unit
-        ]
+        """Of every matrix: parameters that hold several are indexed."""
+        return [blocks.name_of(block.name, block.index, self.layout.pieces) for block in self._by_matrix]
 
     @cached_property
     def key(self) -> tuple:
@@ -227,19 +216,17 @@ class Batch:
 
     def numbers(self, state: dict) -> tuple[int, ...]:
         """Of the step that each matrix is at."""
-        return tuple(
-            state[block.param]["step"] for unit in self.units for _ in range(unit[0].view.shape[0]) for block in unit
-        )
+        return tuple(state[block.param]["step"] for block in self._by_matrix)
 
     def weights(self, state: dict) -> Tensor:
         """In full precision where they are stored in half; a lone matrix is its parameter's own memory."""
+        stored = self._gather(_weight)
         if REST in state[self.first.param]:
-            low, rest = self._gather(_weight), self._gather(lambda b: state[b.param][REST])
-            return masters.join(low, rest)
-        return self._gather(_weight).to(self.dtype)
+            return masters.join(stored, self._gather(lambda b: state[b.param][REST]))
+        return stored.to(self.dtype)
 
     def gradients(self) -> Tensor:
-        return self._gather(_gradient).to(self.dtype)
+        return self._gather(lambda b: b.home.grad).to(self.dtype)
 
     def write(self, new: Tensor, state: dict) -> None:
         """Store the new weights, and with half precision what they drop."""
@@ -360,7 +347,3 @@ def _unshared(x: Tensor) -> Tensor:
 
 def _weight(block: Block) -> Tensor:
     return block.home
-
-
-def _gradient(block: Block) -> Tensor:
-    return block.home.grad

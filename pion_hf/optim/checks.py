@@ -90,13 +90,6 @@ def check_range(option: str, value: Any, ok: Callable[[float], bool], wanted: st
         raise ValueError(f"{option} must be {wanted}, got {value!r}")
 
 
-def check_unused(group: dict, usual: dict, options: tuple[str, ...]) -> None:
-    """Raises ValueError for options that the group's rule does not read, where they are not the `usual` ones."""
-    for option in options:
-        if group[option] != usual[option]:
-            raise ValueError(f"{option}={group[option]!r} is no option of rule {group['rule']!r}: leave it out.")
-
-
 def check_finite(name: str, matrix: Tensor) -> None:
     """Raises ValueError for a matrix that holds NaN or infinities."""
     if not torch.isfinite(matrix).all():
@@ -112,12 +105,6 @@ def check_rotatable(name: str, matrix: Tensor) -> None:
             f"the largest entry of {name} is {wrong:.0e}, and rotations are computed between {SMALLEST:.0e} and "
             f"{LARGEST:.0e}: rescale it, or train it with AdamW (exclude it from the rotated matrices)."
         )
-
-
-def check_size(p: Tensor) -> None:
-    """Raises ValueError for a matrix without entries."""
-    if not p.numel():
-        raise ValueError(f"it is empty ({' x '.join(map(str, p.shape))}): leave it out.")
 
 
 def check_parameter(name: str, p: Tensor) -> None:

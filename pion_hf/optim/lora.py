@@ -31,7 +31,7 @@ from pion_hf.linalg.spectrum import numerical_zero, singular_values
 from pion_hf.optim.base import MatrixOptimizer, average
 from pion_hf.optim.batches import KEPT, Step
 from pion_hf.optim.blocks import Layout
-from pion_hf.optim.checks import check_rotatable, check_unused
+from pion_hf.optim.checks import check_rotatable
 from pion_hf.optim.directions import direction_of
 from pion_hf.optim.inputs import Inputs
 from pion_hf.optim.masters import HALF
@@ -74,6 +74,10 @@ class _Factors(MatrixOptimizer):
                 "zero: set keep=0, or init_lora_weights to true or gaussian."
             )
         return kept
+
+    def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
+        size, dtype = group["unit_step"][position], torch.promote_types(matrices.dtype, torch.float32)
+        return {"unit_step": torch.full((len(matrices), 1, 1), size, dtype=dtype, device=matrices.device)}
 
     def _check_kept(self, keep: int) -> None:
         if keep and not any(self.keep_of(group) for group in self.param_groups if group["rule"] != "adamw"):
@@ -195,9 +199,6 @@ class PionLora(_Factors):
             return {}
         return factorized(_wide(weights if kept is None else without(weights, kept)))._asdict()
 
-    def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
-        return _unit_step(position, matrices, group)
-
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
         if group["method"] == "rotate":
             return self._rotated(weight, grad, state, group=group, step=step)
@@ -210,7 +211,8 @@ class PionLora(_Factors):
         if step.first and kept is not None:  # before its partner grows, with a gradient or without
             weight = without(weight, kept)
         long = grad.shape[-2] <= grad.shape[-1]
-        direction = _direction(grad, state, group=group, step=step)
+        options = {key: group[key] for key in ("betas", "eps", "polar", "polar_steps")}
+        direction = direction_of(grad, state, kind=group["direction"], step=step, **options)
         if kept is not None:  # orthogonal to them, as the factors are, a rotation has no part in them
             direction = without(direction, kept)
         unit, _ = factors.over_norm()
@@ -238,22 +240,12 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.shape[-2] <= x.shape[-1] else x.mT
 
 
-def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
-    options = {key: group[key] for key in ("betas", "eps", "polar", "polar_steps")}
-    return direction_of(grad, state, kind=group["direction"], step=step, **options)
-
-
 def _require_unit_steps(group: dict) -> None:
     if "method" not in group or len(group.get("unit_step", ())) != len(group["params"]):
         rule = group["rule"]
         raise ValueError(
             f"a group of rule {rule!r} needs to know its factors: make it with pion_hf.param_groups(model, {rule!r})."
         )
-
-
-def _unit_step(position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
-    size, dtype = group["unit_step"][position], torch.promote_types(matrices.dtype, torch.float32)
-    return {"unit_step": torch.full((len(matrices), 1, 1), size, dtype=dtype, device=matrices.device)}
 
 
 def grown(
@@ -336,11 +328,10 @@ class TeonLora(_Factors, Teon):
     def check_options(self, group: dict) -> None:
         if group["rule"] == "teon_lora":
             _require_unit_steps(group)
-            check_unused(group, self.defaults, UNUSED_BY_STACKS)
+            for option in UNUSED_BY_STACKS:
+                if group[option] != self.defaults[option]:
+                    raise ValueError(f"{option}={group[option]!r} is no option of rule 'teon_lora': leave it out.")
         super().check_options(group)
-
-    def initial_state(self, position: int, matrices: Tensor, group: dict) -> dict[str, Tensor]:
-        return _unit_step(position, matrices, group)
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
         return grown(weight, grad, state, group=group, step=step, mu=group["momentum"], nesterov=group["nesterov"])

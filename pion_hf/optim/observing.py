@@ -56,8 +56,10 @@ class SelfCheck:
 
     def __init__(self) -> None:
         self._rounds = 2
-        self._seen: list[tuple[Update, Tensor]] = []
-        self._found: dict[tuple[int, str], _Found] = {}  # by the group's identity and the matrix's name
+        # Of batches: the group's identity, how it is said of how many, names, and which moved and had a gradient.
+        self._seen: list[tuple[int, str, list[str], Tensor]] = []
+        # By the group's identity, the name, and which of the matrices of that name it is.
+        self._found: dict[tuple[int, str, int], _Found] = {}
 
     def wants(self, group: dict) -> bool:
         return bool(group["lr"] > 0)
@@ -71,65 +73,53 @@ class SelfCheck:
             moved = change > 2 * torch.finfo(norm.dtype).eps * norm
         else:
             moved = (update.after != update.before).flatten(-2).any(-1)
-        flags = [x.flatten() for x in (moved, (update.grad != 0).flatten(-2).any(-1))]
-        none = update.before.new_empty(0)
-        # Of the tensors, which would otherwise live until the end of the step, nothing stays.
-        rotations = dict.fromkeys(update.rotations)
-        seen = update._replace(before=none, after=none, grad=none, rotations=rotations)
-        self._seen.append((seen, torch.stack(flags)))
+        flags = torch.stack([x.flatten() for x in (moved, (update.grad != 0).flatten(-2).any(-1))])
+        doing = f"{update.group['rule']}: {{}} {'rotated' if update.rotations else 'moved'}"
+        # Not the update, whose tensors would live until the end of the step.
+        self._seen.append((id(update.group), doing, update.names, flags))
 
     def step_done(self) -> bool:
         if not self._seen:
             return True
-        now: dict[tuple[int, str], _Found] = {}
-        for (update, _), (moved, due) in zip(self._seen, to_host([flags for _, flags in self._seen]), strict=True):
-            doing = f"{update.group['rule']}: {{}} {'rotated' if update.rotations else 'moved'}"
-            for name, m, d in zip(update.names, moved.tolist(), due.tolist(), strict=True):
-                now.setdefault((id(update.group), name), _Found(doing, [], [])).add(m, d)
-        for key, found in now.items():
-            self._found[key] = found.since(self._found.get(key))
+        counts: Counter[tuple[int, str]] = Counter()
+        for (group, doing, names, _), flags in zip(self._seen, to_host([seen[-1] for seen in self._seen]), strict=True):
+            for name, moved, due in zip(names, *flags.tolist(), strict=True):
+                key = group, name, counts[group, name]
+                earlier = self._found.get(key, _Found(doing, False, False))
+                self._found[key] = _Found(doing, moved or earlier.moved, due or earlier.due)
+                counts[group, name] += 1
         self._seen.clear()
         self._rounds -= 1
-        if self._rounds and not all(all(found.moved) for found in self._found.values()):
+        if self._rounds and not all(found.moved for found in self._found.values()):
             return True
         self._conclude()
         return False
 
     def _conclude(self) -> None:
-        total, moved, idle, still = Counter(), Counter(), Counter(), []
-        for (_, name), found in self._found.items():
-            total[found.doing] += len(found.moved)
-            moved[found.doing] += sum(found.moved)
-            idle[found.doing] += sum(not (m or d) for m, d in zip(found.moved, found.due, strict=True))
-            if any(d and not m for m, d in zip(found.moved, found.due, strict=True)):
-                still.append(name)
+        total, moved, idle = Counter(), Counter(), Counter()
+        for found in self._found.values():
+            total[found.doing] += 1
+            moved[found.doing] += found.moved
+            idle[found.doing] += not (found.moved or found.due)
         for doing, count in total.items():
             without = f", {idle[doing]} had no gradient" if idle[doing] else ""
             logger.info(doing.format(f"{moved[doing]} of {count} matrices") + without)
+        named = {(group, name) for group, name, _ in self._found}
+        still = dict.fromkeys(key[:2] for key, found in self._found.items() if found.due and not found.moved)
         if still:
             warnings.warn(
-                f"{len(still)} of {len(self._found)} matrices did not move, although they have a gradient and a "
-                f"learning rate: {listing(still)}. Is it below what their precision resolves?",
+                f"{len(still)} of {len(named)} matrices did not move, although they have a gradient and a "
+                f"learning rate: {listing([name for _, name in still])}. Is it below what their precision resolves?",
                 stacklevel=2,
             )
 
 
 class _Found(NamedTuple):
-    """Of the matrices of one name: what is said of them, with a gap for how many, which moved, which had a gradient."""
+    """Of a matrix: what is said of its like, with a gap for how many, and whether it has moved and had a gradient."""
 
     doing: str
-    moved: list[bool]
-    due: list[bool]
-
-    def add(self, moved: bool, due: bool) -> None:
-        self.moved.append(moved)
-        self.due.append(due)
-
-    def since(self, earlier: _Found | None) -> _Found:
-        if earlier is None:
-            return self
-        moved = [a or b for a, b in zip(self.moved, earlier.moved, strict=True)]
-        return self._replace(moved=moved, due=[a or b for a, b in zip(self.due, earlier.due, strict=True)])
+    moved: bool
+    due: bool
 
 
 def to_host(tensors: list[Tensor]) -> list[Tensor]:

@@ -229,8 +229,8 @@ class Pion(MatrixOptimizer):
         if step.first:
             state.update(self.described(weight, state.get(KEPT), group))
         tall = _is_tall(grad)
-        if _needs_generators(group):
-            source = self._generators(weight, grad, state, sides=step.turn, group=group, step=step)
+        if group["momentum_frame"] == "lie" or group["direction"] == "msign":
+            source = self._generators(weight, grad, state, group=group, step=step)
         else:
             source = _direction(grad, state, group=group, step=step)
         turned = compiled.run(
@@ -255,14 +255,15 @@ class Pion(MatrixOptimizer):
         return weight
 
     def _generators(
-        self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, sides: tuple[str, ...], group: dict, step: Step
+        self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step
     ) -> dict[str, Tensor]:
-        """By side, as `(n, n)` or `(m, m)`, in the frame in which it acts from the right: for rules that need them."""
+        """By side in full, `(n, n)` or `(m, m)`, in the frame in which it acts from the right: for who needs that."""
         if group["momentum_frame"] == "lie":
-            generators = _lie_averages(weight, grad, state, sides=sides, group=group)
+            averages = _lie_averages(weight, grad, state, group=group)
+            generators = {side: -averages[side] for side in step.turn}
         else:
             direction = _direction(grad, state, group=group, step=step)
-            generators = {side: -skew(seen_from(weight, side).mT @ seen_from(direction, side)) for side in sides}
+            generators = {side: -skew(seen_from(weight, side).mT @ seen_from(direction, side)) for side in step.turn}
         if group["direction"] == "msign":
             options = {"method": group["polar"], "steps": group["polar_steps"], "dtype": group["generator_dtype"]}
             generators = {side: skew(polar_factor(a, **options)) / 2 for side, a in generators.items()}
@@ -270,14 +271,14 @@ class Pion(MatrixOptimizer):
 
     def _published(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
         """The paper's step: generators in full, its Taylor retraction, no factors."""
-        generators = self._generators(weight, grad, state, sides=step.turn, group=group, step=step)
+        generators = self._generators(weight, grad, state, group=group, step=step)
         identity = {side: torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) for side, a in generators.items()}
         if group["scale"] == "spectral":
             alpha = _angled([spectral_norm(identity[side], a) for side, a in generators.items()], group["lr"])
         else:
             moved = sum(seen_from(seen_from(weight, side) @ a, side) for side, a in generators.items())
-            norm, options = torch.linalg.matrix_norm(moved, keepdim=True), {key: group[key] for key in ("scale", "rms")}
-            alpha = _wanted(norm, 1.0, moved[0].numel(), group["lr"], **options)
+            norm = torch.linalg.matrix_norm(moved, keepdim=True)
+            alpha = _wanted(norm, 1.0, moved[0].numel(), group["lr"], scale=group["scale"], rms=group["rms"])
         for side, a in generators.items():
             x, w = a * alpha, seen_from(weight, side)
             w.add_(taylor_change(w, x, group["degree"]))
@@ -300,19 +301,9 @@ def _can_move(m: int, n: int, side: str) -> bool:
 
 
 def _direction(grad: Tensor, state: dict[str, Tensor], *, group: dict, step: Step) -> Tensor:
-    return direction_of(
-        grad,
-        state,
-        kind=group["direction"],
-        betas=group["betas"],
-        eps=group["eps"],
-        step=step,
-        polar=group["polar"],
-        polar_steps=group["polar_steps"],
-        polar_dtype=group["generator_dtype"],
-        second_moment=group["second_moment"],
-        compile=group["compile"],
-    )
+    options = {key: group[key] for key in ("betas", "eps", "polar", "polar_steps", "second_moment", "compile")}
+    kind, polar_dtype = group["direction"], group["generator_dtype"]
+    return direction_of(grad, state, kind=kind, step=step, polar_dtype=polar_dtype, **options)
 
 
 def _is_tall(x: Tensor) -> bool:
@@ -322,11 +313,6 @@ def _is_tall(x: Tensor) -> bool:
 def _is_long(side: str, tall: bool) -> bool:
     """Whether the rotation of a side acts on the longer dimension, the inputs' unless the matrix is tall."""
     return side == ("out" if tall else "in")
-
-
-def _needs_generators(group: dict) -> bool:
-    """Whether generators are formed in full, as `(n, n)` or `(m, m)`."""
-    return group["momentum_frame"] == "lie" or group["direction"] == "msign"
 
 
 def _factors(state: dict[str, Tensor]) -> Factors:
@@ -340,20 +326,17 @@ def _fixed(state: dict[str, Tensor], tall: bool) -> Fixed | None:
     return Fixed(outputs, kept, state["coupling"]) if tall else Fixed(kept, outputs, state["coupling"])
 
 
-def _lie_averages(
-    weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, sides: tuple[str, ...], group: dict
-) -> dict[str, Tensor]:
-    """Averages of the generators themselves; both are updated at every step, whichever side moves."""
+def _lie_averages(weight: Tensor, grad: Tensor, state: dict[str, Tensor], *, group: dict) -> dict[str, Tensor]:
+    """Averages of what the generators descend, of both sides at every step, whichever moves."""
     beta1, beta2 = group["betas"]
-    generators = {}
+    averages = {}
     for side in ("in", "out"):
         s = skew(seen_from(weight, side).mT @ seen_from(grad, side))
         mean = average(state, f"lie_{side}", s, beta1)
         if group["second_moment"]:
             mean = mean / (average(state, f"lie_{side}_sq", s.square(), beta2).sqrt() + group["eps"])
-        if side in sides:
-            generators[side] = -mean
-    return generators
+        averages[side] = mean
+    return averages
 
 
 class Turned(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections import Counter
 from collections.abc import Container, Iterable
 from typing import Any
 
@@ -78,14 +77,12 @@ class SavedState:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of loading, copying and unpickling: what is not state starts anew."""
         super().__setstate__(state)
-        self._plans, self._divisions, self._consolidated, self._forms = {}, {}, None, {}
-        self._options, self._rewritten, self._formed = {}, Counter(), {}
+        self._start_anew()
         self.__dict__.setdefault("skipped_steps", 0)
         self.__dict__.setdefault("skipped_in_a_row", 0)
         self.__dict__.setdefault("_clipped", {})
         self.__dict__.setdefault("inputs", None)
         self.__dict__.setdefault("observers", [])
-        self._rotations = None
 
     def _is_asked_for_state(self) -> bool:
         """Whether this step is not one of training: with zero gradients and rates, and before any other.
@@ -213,7 +210,8 @@ def check_saved(
             f"the saved optimizer state does not fit: {listing(found)}. {whose}Continue with the model, the routing "
             "and the options of the saved run, or load its weights only and start with fresh state."
         )
-    bare = _without_state(saved, theirs)
+    named = zip(itertools.chain.from_iterable(theirs), _indices(saved), strict=True)
+    bare = [name for name, index in named if saved["state"] and not saved["state"].get(index)]
     if bare:
         warnings.warn(f"The saved optimizer state has none of {listing(bare)}: it begins afresh there.", stacklevel=3)
     if replaced:
@@ -273,11 +271,9 @@ def _options(name: str, before: dict, group: dict, options: Iterable[str]) -> tu
     return words, numbers
 
 
-def _without_state(saved: dict[str, Any], names: list[list[str]]) -> list[str]:
-    """Parameters that no state was saved of, if it was of others."""
-    indices = [index for group in saved["param_groups"] for index in group["params"]]
-    named = zip(itertools.chain.from_iterable(names), indices, strict=True)
-    return [name for name, index in named if saved["state"] and not saved["state"].get(index)]
+def _indices(saved: dict[str, Any]) -> list[int]:
+    """Of the parameters of a state dict, under which their state is there."""
+    return [index for group in saved["param_groups"] for index in group["params"]]
 
 
 def _is_number(value: Any) -> bool:
@@ -289,10 +285,9 @@ def _forms(
     saved: dict[str, Any], groups: list[dict], by_name: dict[str, dict], elementwise: Container[str]
 ) -> list[str]:
     """Shapes and precisions that saved state says its parameters have, where theirs are others."""
-    indices = [index for group in saved["param_groups"] for index in group["params"]]
     params = [p for group in groups for p in group["params"]]
     found = []
-    for (name, group), index, p in zip(by_name.items(), indices, params, strict=True):
+    for (name, group), index, p in zip(by_name.items(), _indices(saved), params, strict=True):
         # Entries of one matrix of several (`u.0`) have shapes of their own.
         everything = saved["state"].get(index, {})
         state = {k: v for k, v in everything.items() if isinstance(v, Tensor) and "." not in k}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -92,7 +91,7 @@ class Teon(MatrixOptimizer):
         self.adamw_betas = adamw_betas
         super().__init__(params, defaults, inputs=inputs)
         found = {group["stack"] for group in self.param_groups if group["rule"] == self.stacked_rule} - {stack}
-        if found and stack != inspect.signature(type(self).__init__).parameters["stack"].default:
+        if found and stack != self.options.stack:
             raise ValueError(
                 f"stack={stack} was given, but the groups hold stacks of {found.pop()}: give it to one only."
             )
@@ -217,7 +216,7 @@ def check_stacks(group: dict) -> None:
         )
     layout, shapes = blocks.Layout.parse(group["layout"]), {}
     for name, p in named_parameters(group):
-        views = blocks.split(stand_in(p), layout)
+        views = [blocks.merge_rows(view) for view in blocks.split(stand_in(p), layout)]
         shapes.update({blocks.name_of(name, i, len(views)): tuple(v.shape) for i, v in enumerate(views)})
     for names in stacks:
         missing = [name for name in names if name not in shapes]
@@ -228,12 +227,8 @@ def check_stacks(group: dict) -> None:
         if len(names) != size:
             raise ValueError(f"stacks: {names} are {len(names)} matrices, stack is {size}.")
         if len({shapes[name] for name in names}) > 1:
-            forms = ", ".join(f"{name} {_out_in(shapes[name])}" for name in names)
+            forms = ", ".join(f"{name} {shapes[name][1:]}" for name in names)
             raise ValueError(f"stacks: only matrices of one shape can be stacked, not {forms}.")
     name, count = Counter(name for names in stacks for name in names).most_common(1)[0]
     if count > 1:
         raise ValueError(f"stacks: {name} is in {count} places; a matrix can be in one stack only.")
-
-
-def _out_in(view: tuple[int, ...]) -> tuple[int, int]:
-    return view[1] * view[2], view[3]
