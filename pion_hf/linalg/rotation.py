@@ -117,11 +117,10 @@ def factorized(w: Tensor, fixed: Tensor | None = None) -> Factors:
 def product_of(factors: Factors, fixed: Fixed | None = None, *, transposed: bool = False) -> Tensor:
     """`W`, or `W^T`, `(..., l, k)`, to the precision of the factors."""
     u, s, v = factors
-    if fixed is None:
-        left, right = u * s.unsqueeze(-1), v
-    else:
-        left, right = u, v * s.unsqueeze(-1) + fixed.coupling @ fixed.long.mT
-    return halves_product(right.mT, left) if transposed else halves_product(left.mT, right)
+    right = v * s.unsqueeze(-1)
+    if fixed is not None:
+        right = right + fixed.coupling @ fixed.long.mT
+    return halves_product(right.mT, u) if transposed else halves_product(u.mT, right)
 
 
 # -- generators: what stands for a direction --------------------------------------------------------------------------
