@@ -36,10 +36,10 @@ test-slow: $(VENV)/installed
 # of its own, and nothing of its source beside them.
 CLEAN := .clean
 test-pages:
-	rm -rf $(CLEAN) && mkdir $(CLEAN) && git ls-files | xargs cp --parents -t $(CLEAN)
+	rm -rf $(CLEAN) && git checkout-index --all --prefix=$(CLEAN)/
 	$(PYTHON) -m venv $(CLEAN)/.venv
 	cd $(CLEAN) && .venv/bin/pip install --quiet -c constraints.txt . && .venv/bin/pip install --quiet -c constraints.txt '.[compare,dev]'
-	cd $(CLEAN) && rm -r pion_hf && .venv/bin/python -m pytest -q -m "slow or not slow" -k "run" tests/test_pages.py
+	cd $(CLEAN) && rm -r pion_hf && .venv/bin/python -m pytest -q -k run tests/test_pages.py
 
 # Several processes, and what a run must survive; ends with a table of what was tried, how often, what was lost.
 test-distributed: $(VENV)/installed

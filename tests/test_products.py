@@ -90,3 +90,8 @@ def test_the_gram_matrix_of_one_in_a_batch_is_its_own_to_the_bit():
     together = gram_matrix(x)
     assert all(torch.equal(together[i], gram_matrix(x[i])) for i in range(3))
     assert torch.equal(gram_matrix(x[1].mT.contiguous().mT), together[1])
+
+
+def test_the_gram_matrix_of_a_large_matrix_is_one_operation_to_a_compiler():
+    x = torch.randn(2, 520, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.compile(gram_matrix, fullgraph=True, backend="aot_eager")(x), gram_matrix(x))

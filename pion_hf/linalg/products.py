@@ -74,7 +74,7 @@ torch.library.custom_op("pion_hf::one_by_one", _one_by_one, mutates_args=()).reg
 
 
 def gram_matrix(x: Tensor) -> Tensor:
-    """`x x^T` of a matrix or a batch of them, `(b, ., .)`: as `product`, in two thirds of the time where that pays."""
+    """`x x^T` of a matrix or a batch of them, `(b, ., .)`: as `product`, with two thirds of its work if that pays."""
     if x.device.type != "cpu" or x.ndim > 3 or x.shape[-2] < LARGE_GRAM:
         return product(x, x.mT)
     batch = x.view(-1, *x.shape[-2:])
